@@ -1,0 +1,1 @@
+"""Pavane: durable workflows, orchestrated or choreographed, from the same code."""
