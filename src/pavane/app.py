@@ -1,0 +1,702 @@
+"""The app: all services of a process together, and the client that starts and steers its runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from types import TracebackType
+from typing import Any, Generic, ParamSpec, Self, TypeVar
+
+import msgspec
+from msgspec import Raw
+
+from pavane.config import make_store, store_address
+from pavane.core.baton import ENDED, Header, Stop, decode_baton
+from pavane.core.codec import decode_error, decoder, encode
+from pavane.core.envelope import Published, Request, Signal, Start, pack, unpack
+from pavane.core.journal import Entry, decode_chunk, effective, encode_entry
+from pavane.core.operations import Mode
+from pavane.engine.config import EngineConfig
+from pavane.engine.held import blank_row, decode_header, decode_trail, encode_plain
+from pavane.engine.holder import start_claim
+from pavane.engine.node import Node, Session
+from pavane.engine.registry import Registry
+from pavane.errors import (
+    BadArguments,
+    BadDeclaration,
+    CorruptJournal,
+    PavaneError,
+    RunConflict,
+    RunEnded,
+    RunFailed,
+    StoreError,
+    TooLarge,
+    UnknownName,
+    UnknownRun,
+)
+from pavane.event import Event, is_event_type, key_of
+from pavane.policy import Duration, seconds
+from pavane.service import Service, checked_name
+from pavane.stores.port import (
+    Commit,
+    Conflict,
+    JournalRow,
+    MailRow,
+    Message,
+    ParkedRow,
+    RunFilter,
+    RunRow,
+    Store,
+)
+from pavane.workflow import Workflow
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+POLL_S = 0.01
+RUN_ID_MAX = 200
+_plain = decoder(Any)
+
+
+class RunStatus(msgspec.Struct, frozen=True):
+    """What can be told of a run at a glance. Times are microseconds since the epoch."""
+
+    id: str
+    workflow: str
+    version: int
+    mode: str
+    status: str
+    reason: str
+    home: str
+    holder: str
+    hops: int
+    started_us: int
+    ended_us: int | None
+    compensated: int
+    """How many compensations were carried out."""
+    attributes: dict[str, str | int | float | bool]
+
+
+class RunHistory(msgspec.Struct, frozen=True):
+    """Everything recorded of a run: its journal so far, where its baton was, what waits."""
+
+    status: RunStatus
+    entries: list[Entry]
+    trail: list[Stop]
+    mail: list[MailRow]
+    parked: list[ParkedRow]
+    problem: str = ""
+    """Why part of it cannot be shown, if so."""
+
+
+class Run(Generic[R]):
+    """A handle on a run."""
+
+    def __init__(self, client: Client, id: str) -> None:
+        self._client = client
+        self.id = id
+
+    async def result(self, timeout: Duration | None = None) -> R:
+        """Wait for the end and return the result.
+
+        Raises RunFailed, with the workflow's error as its cause, when the run failed, was
+        cancelled or killed; TimeoutError when `timeout` passes first (the run goes on).
+        """
+        async with asyncio.timeout(None if timeout is None else seconds(timeout)):
+            row = await self._client.wait_end(self.id)
+        return self._client.outcome(row)
+
+    async def status(self) -> RunStatus:
+        return (await self.history()).status
+
+    async def history(self) -> RunHistory:
+        """Return the run's journal and stations, wherever in this store its baton is."""
+        return await self._client.history(self.id)
+
+    async def send(self, event: Event, *, id: str | None = None) -> None:
+        """Send `event` to the run's mailbox; a repeated `id` takes effect once.
+
+        Raises RunEnded for a finished run, UnknownRun for none, BadArguments for an event type that
+        its workflow does not receive.
+        """
+        await self._client.send(self.id, event, id)
+
+    async def cancel(self) -> None:
+        """Ask the run to stop: a CancelledError at its next await, with clean-up and compensation."""
+        await self._client.request(self.id, "cancel")
+
+    async def kill(self) -> None:
+        """End the run at once, without any clean-up."""
+        await self._client.request(self.id, "kill")
+
+    async def retry(self) -> None:
+        """Go on with a stuck run, or with a failed one from the point of its failure."""
+        await self._client.retry(self.id)
+
+    async def fork(self, at: str | int, *, id: str | None = None) -> Run[R]:
+        """Start a new run that shares this one's journal up to step `at` and does it anew.
+
+        `at` is a step's name ("charge" or "payments.charge") or an operation's number.
+        """
+        return Run(self._client, await self._client.fork(self.id, at, id))
+
+    def __repr__(self) -> str:
+        return f"<run {self.id}>"
+
+
+class Client:
+    """Starts and steers runs on a store; with a node, also works for some services."""
+
+    def __init__(
+        self, registry: Registry, store: Store, services: Sequence[str], config: EngineConfig
+    ) -> None:
+        self.registry = registry
+        self.store = store
+        self._config = config
+        self.node = Node(store, registry, services, config, self._ended) if services else None
+        self._waiters: dict[str, list[asyncio.Future[RunRow]]] = {}
+        self._poller: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        await self.store.open()
+        try:
+            await self.store.register(sorted(self.registry.services))
+            if self.node is not None:
+                await self.node.start()
+        except BaseException:
+            await self.store.close()
+            raise
+
+    async def close(self) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._poller
+        try:
+            if self.node is not None:
+                await self.node.stop()
+        finally:
+            await self.store.close()
+
+    # -- starting ------------------------------------------------------------------------------
+
+    async def start(
+        self,
+        workflow: Workflow[P, R],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        id: str | None = None,
+        mode: Mode | None = None,
+        timeout: Duration | None = None,
+    ) -> Run[R]:
+        """Start a run durably; see `App.start`."""
+        known = self.registry.workflows.get((workflow.name, workflow.version))
+        if known is not workflow:
+            raise UnknownName(
+                f"Workflow {workflow!r} does not belong to this app; list its service in "
+                f"App(services=[…])."
+            )
+        raw = self._checked(workflow.params.check(args, kwargs), f"The arguments of {workflow!r}")
+        if mode not in (None, "orchestration", "choreography"):
+            raise BadArguments(f"mode={mode!r} is unknown: 'orchestration' or 'choreography'.")
+        run = new_run_id() if id is None else checked_run_id(id)
+        limit_s = workflow.timeout_s if timeout is None else seconds(timeout)
+        header = Header(
+            run=run, workflow=workflow.name, version=workflow.version,
+            home=workflow.service.name, mode=mode or workflow.mode,
+            started_us=self.store.now_us(), conversation=run,
+            timeout_us=round((limit_s or 0) * 1e6),
+        )  # fmt: skip
+        error = await self._begin(header, raw)
+        if isinstance(error, Conflict):
+            await self._compare(header, raw)
+        elif error is not None:
+            raise error
+        return Run(self, run)
+
+    async def _begin(self, header: Header, raw: bytes) -> PavaneError | None:
+        future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()
+
+        def done(error: PavaneError | None) -> None:
+            if not future.done():
+                future.set_result(error)
+
+        session = self._owner(header.home, header.run)
+        if session is not None:
+            session.holder.start(header, raw, done=done)
+        else:
+            commit = Commit(done)
+            commit.inbox = [start_claim(header)]
+            commit.messages = [self._message("start", header.run, header.home, header.run,
+                                             pack(Start(header, Raw(raw))))]  # fmt: skip
+            self._submit(commit)
+        return await future
+
+    async def _compare(self, header: Header, raw: bytes) -> None:
+        """A run of this id exists: fine if it is the same, else RunConflict."""
+        row = await self.store.run_row(header.home, header.run)
+        workflow, args = header.workflow, None
+        if row is not None:
+            workflow = row.workflow
+            journal = (await self.store.journals([row.no]))[row.no]
+            with suppress(CorruptJournal):
+                args = bytes(decode_chunk(journal[0].body)[0].value) if journal else None
+        else:
+            message = await self.store.message(header.run)
+            if message is not None:
+                start = unpack(Start, message.body)
+                workflow, args = start.header.workflow, bytes(start.args)
+        if workflow != header.workflow:
+            raise RunConflict(f"Run {header.run!r} exists already, of workflow {workflow!r}.")
+        if args is not None and args != raw:
+            raise RunConflict(
+                f"Run {header.run!r} exists already, with other arguments: {args[:200].decode()} and "
+                f"not {raw[:200].decode()}. Choose another id, or start it with the same."
+            )
+
+    def _checked(self, raw: bytes, what: str) -> bytes:
+        limit = self._config.payload_max_bytes
+        if len(raw) > limit:
+            raise TooLarge(
+                f"{what} take {len(raw):,} bytes; the limit is {limit:,}. Store large data elsewhere "
+                f"and pass a reference. Nothing was written."
+            )
+        return raw
+
+    def _owner(self, service: str, run: str) -> Session | None:
+        """Return this process's session if it owns the run's partition."""
+        session = self.node.session if self.node is not None else None
+        if session is not None and session.open:
+            if session.owns(self.store.target_of(service, run)):
+                return session
+        return None
+
+    def _message(self, kind: str, id: str, to: str, run: str, body: bytes) -> Message:
+        target = self.store.target_of(to, run) if to else 0
+        return Message(kind, id, to, run, body, self.store.now_us(), target)
+
+    def _submit(self, commit: Commit) -> None:
+        session = self.node.session if self.node is not None else None
+        if session is not None and session.open:
+            session.submit(commit)
+        else:
+            self.store.submit([commit], None, lambda results: commit.done(results[0]))
+
+    async def _write(self, commit: Commit, future: asyncio.Future[PavaneError | None]) -> None:
+        self._submit(commit)
+        error = await future
+        if error is not None:
+            raise error
+
+    def _commit(self) -> tuple[Commit, asyncio.Future[PavaneError | None]]:
+        future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()
+        return Commit(lambda error: None if future.done() else future.set_result(error)), future
+
+    # -- steering ------------------------------------------------------------------------------
+
+    async def home_row(self, id: str) -> RunRow:
+        """Return the row of a run at its home, or raise UnknownRun."""
+        for row in await self.store.run_rows(id):
+            if row.service == row.home:
+                return row
+        message = await self.store.message(id)
+        if message is not None and message.kind == "start":
+            header = unpack(Start, message.body).header
+            return blank_row(0, header.home, message.target, header)
+        raise UnknownRun(
+            f"No run is called {id!r} in {(await self.store.describe())['place']}. "
+            f"`pavane runs list` shows what is there."
+        )
+
+    async def send(self, run: str, event: Event, id: str | None) -> None:
+        if not is_event_type(type(event)):
+            raise BadArguments(f"{event!r} is no event. Derive its class from pavane.Event.")
+        row = await self._open_row(run)
+        name = type(event).event_type
+        with suppress(UnknownName):
+            workflow = self.registry.workflow(row.workflow, row.version)
+            if all(known.event_type != name for known in workflow.receives):
+                listed = ", ".join(e.event_type for e in workflow.receives) or "no events"
+                raise BadArguments(
+                    f"Workflow {row.workflow!r} does not receive {name}; it receives: {listed}. "
+                    f"Declare it with receives=[{name}]."
+                )
+        body = self._checked(encode(event), f"Event {name}")
+        commit, future = self._commit()
+        message_id = f"{row.id}#s-{id or new_run_id()}"
+        commit.messages = [
+            self._message("signal", message_id, row.home, row.id, pack(Signal(name, Raw(body))))
+        ]
+        await self._write(commit, future)
+
+    async def _open_row(self, run: str) -> RunRow:
+        row = await self.home_row(run)
+        while row.status == "continued" and row.result is not None:
+            row = await self.home_row(msgspec.json.decode(row.result, type=str))
+        if row.status in ENDED:
+            raise RunEnded(f"Run {row.id!r} has ended ({row.status}); nothing was sent.")
+        return row
+
+    async def request(self, run: str, kind: str) -> None:
+        row = await self._open_row(run)
+        if kind == "cancel" and row.status == "stuck":
+            raise BadArguments(
+                f"Run {row.id!r} is stuck and cannot clean up: {row.reason}\nRepair the cause and "
+                f"`pavane runs retry {row.id}`, or `pavane runs kill {row.id}`."
+            )
+        await self._ask(row, kind)
+
+    async def _ask(self, row: RunRow, kind: str) -> None:
+        commit, future = self._commit()
+        id = f"{row.id}#{kind}-{new_run_id()}"
+        commit.messages = [self._message(kind, id, row.home, row.id, pack(Request("client")))]
+        await self._write(commit, future)
+
+    async def retry(self, run: str) -> None:
+        row = await self.home_row(run)
+        if row.status not in ("stuck", "failed", "passed"):
+            raise BadArguments(
+                f"Run {row.id!r} is {row.status}: only stuck and failed runs can be retried. To do a "
+                f"part again in a new run: `pavane runs fork`."
+            )
+        if row.status == "failed" and row.undone:
+            raise BadArguments(
+                f"Run {row.id!r} was compensated ({row.undone} steps undone), so going on from its "
+                f"failure would build on what is gone. Fork it from a step: `pavane runs fork`."
+            )
+        await self._ask(row, "retry")
+
+    async def fork(self, run: str, at: str | int, id: str | None) -> str:
+        history = await self.history(run)
+        row = await self.home_row(run)
+        delivered = effective(history.entries)
+        cut = _entry_of(delivered, at)
+        if cut is None:
+            raise BadArguments(
+                f"Run {run!r} has no finished step {at!r}. It has: "
+                f"{', '.join(_steps_of(delivered)) or 'none'}."
+            )
+        header = decode_header(row.header)
+        header.seed = header.seed or header.run
+        header.run = new_run_id() if id is None else checked_run_id(id)
+        header.parent, header.era, header.forced = None, 0, ""
+        now = self.store.now_us()
+        entries = [*delivered[:cut], Entry("fork", now)]
+        number = await self.store.take_run_numbers(1)
+        target = self.store.target_of(row.home, header.run)
+        forked = blank_row(number, row.home, target, header)
+        forked.entries = len(entries)
+        forked.trail = encode_plain([Stop(row.home, now, 0)])
+        commit, future = self._commit()
+        commit.runs = [forked]
+        commit.inbox = [start_claim(header)]
+        chunk = b"[" + b",".join(encode_entry(entry) for entry in entries) + b"]"
+        commit.journal = [JournalRow(number, 0, chunk)]
+        start = Start(header, entries[0].value)
+        commit.messages = [self._message("start", header.run, row.home, header.run, pack(start))]
+        try:
+            await self._write(commit, future)
+        except Conflict:
+            raise RunConflict(f"Run {header.run!r} exists already; choose another id.") from None
+        return header.run
+
+    async def publish(self, event: Event, *, source: str) -> str:
+        if not is_event_type(type(event)):
+            raise BadArguments(f"{event!r} is no event. Derive its class from pavane.Event.")
+        id = new_run_id()
+        kind = type(event)
+        raw = self._checked(encode(event), f"Event {kind.event_type}")
+        body = pack(
+            Published(kind.event_type, kind.event_version, key_of(event), source, id, "", Raw(raw))
+        )
+        commit, future = self._commit()
+        commit.messages = [self._message("event", id, "", "", body)]
+        await self._write(commit, future)
+        return id
+
+    # -- looking -------------------------------------------------------------------------------
+
+    async def list(self, which: RunFilter) -> list[RunStatus]:
+        return [status_of(row) for row in await self.store.list_runs(which)]
+
+    async def history(self, id: str) -> RunHistory:
+        home = await self.home_row(id)
+        rows = [row for row in await self.store.run_rows(id) if row.no]
+        newest = max(rows, key=lambda row: (row.hop, row.service == row.home), default=home)
+        entries: list[Entry] = []
+        trail = decode_trail(newest.trail)
+        problem = ""
+        row = home
+        try:
+            if newest.no:
+                for chunk in (await self.store.journals([newest.no]))[newest.no]:
+                    entries += decode_chunk(chunk.body)
+            if home.status not in ENDED:
+                # Services that passed the baton on at once keep no row; the log has their batons.
+                marks = await self.store.inbox_of(id)
+                hops = [int(hop) for m in marks if (hop := m.id.rpartition("#h")[2]).isdigit()]
+                at = max([*hops, newest.hop])
+                last = None
+                for hop in (at + 1, at):
+                    last = last or await self.store.message(f"{id}#h{hop}")
+                if last is not None:
+                    baton = decode_baton(last.body)
+                    if baton.hop > newest.hop or baton.count > len(entries):
+                        entries = decode_chunk(bytes(baton.entries))
+                        trail = baton.trail
+                        home.hop, home.holder = baton.hop, last.to
+        except CorruptJournal as error:
+            problem = str(error)
+        if newest.status in ("running", "waiting", "stuck") and newest is not home:
+            row = newest
+        status = status_of(home, row)
+        mail = await self.store.mail_of(home.service, id)
+        parked: list[ParkedRow] = []
+        for service in dict.fromkeys([s.service for s in trail] + list(self.registry.services)):
+            if service in self.registry.services:
+                parked += await self.store.parked_of(service, id)
+        return RunHistory(status, entries, trail, mail, parked, problem)
+
+    def outcome(self, row: RunRow) -> Any:
+        """Return the result of an ended run, or raise RunFailed."""
+        raw = row.result or b"null"
+        if row.status == "completed":
+            try:
+                return self.registry.workflow(row.workflow, row.version).params.result(raw)
+            except UnknownName:
+                return _plain(raw)
+        failure = RunFailed(
+            f"Run {row.id!r} {'failed' if row.status == 'failed' else 'was ' + row.status}"
+            + (f": {row.reason}" if row.reason else "."),
+            status=row.status,
+        )
+        if row.status == "failed":
+            raise failure from decode_error(raw)
+        raise failure
+
+    async def wait_end(self, id: str) -> RunRow:
+        """Return the row of the run once it has ended, following its successors."""
+        while True:
+            row = await self._wait_one(id)
+            if row.status != "continued" or row.result is None:
+                return row
+            id = msgspec.json.decode(row.result, type=str)
+
+    async def _wait_one(self, id: str) -> RunRow:
+        future: asyncio.Future[RunRow] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(id, [])
+        waiters.append(future)
+        try:
+            row = await self.home_row(id)
+            if row.status in ENDED:
+                return row
+            if self._poller is None or self._poller.done():
+                self._poller = asyncio.get_running_loop().create_task(self._poll())
+            return await future
+        finally:
+            waiters.remove(future)
+            if not waiters:
+                self._waiters.pop(id, None)
+
+    def _ended(self, row: RunRow) -> None:
+        for future in self._waiters.get(row.id, ()):
+            if not future.done():
+                future.set_result(row)
+
+    async def _poll(self) -> None:
+        """Look for the ends of runs that other processes hold."""
+        pause_s = POLL_S
+        while self._waiters:
+            await asyncio.sleep(pause_s)
+            before = time.monotonic()
+            for id in list(self._waiters):
+                rows = await self.store.run_rows(id)
+                for row in rows:
+                    if row.service == row.home and row.status in ENDED:
+                        self._ended(row)
+                if time.monotonic() - before > POLL_S:
+                    await asyncio.sleep(0)
+                    before = time.monotonic()
+            pause_s = POLL_S + min(0.2, len(self._waiters) * 20e-6)
+
+
+class App:
+    """A named set of services.
+
+    ```python
+    app = App("shop", services=[orders, payments])
+
+    async with app:                       # works for all services, on shop.db
+        run = await app.start(fulfil, order, id="o-1")
+        print(await run.result())
+    ```
+
+    `store` is a file path or address; without it $PAVANE_STORE or `NAME.db` in this directory.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        services: Sequence[Service],
+        *,
+        store: str | Store | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        self.name = checked_name(name, "app")
+        for service in services:
+            if not isinstance(service, Service):  # pyright: ignore
+                raise BadDeclaration(f"services=[…] lists {service!r}, which is no Service.")
+        self.registry = Registry(services)
+        self.config = config or EngineConfig()
+        self._store = store
+        self._client: Client | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the app keeps its state."""
+        given = self._store if isinstance(self._store, str) else None
+        return store_address(given, self.name)
+
+    def _make_client(self, services: Sequence[str], store: str | None) -> Client:
+        chosen = self._store
+        if store is not None or chosen is None or isinstance(chosen, str):
+            chosen = make_store(store or self.address)
+        return Client(self.registry, chosen, services, self.config)
+
+    @asynccontextmanager
+    async def connect(self, *, store: str | None = None) -> AsyncIterator[Client]:
+        """Open a client that starts and steers runs but works for no service."""
+        async with self.worker([], store=store) as client:
+            yield client
+
+    @asynccontextmanager
+    async def worker(
+        self, services: Sequence[str] | None = None, *, store: str | None = None
+    ) -> AsyncIterator[Client]:
+        """Work for `services` (all by default) until the block ends, then drain."""
+        chosen = sorted(self.registry.services) if services is None else services
+        client = self._make_client(chosen, store)
+        await client.open()
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    async def __aenter__(self) -> Self:
+        if self._client is not None:
+            raise StoreError(f"App {self.name!r} is open already.")
+        client = self._make_client(sorted(self.registry.services), None)
+        await client.open()
+        self._client = client
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+    @property
+    def client(self) -> Client:
+        if self._client is None:
+            raise StoreError(
+                f"App {self.name!r} is not open. Write `async with app:` around it, or use "
+                f"`async with app.connect() as client:` to steer runs without working for them."
+            )
+        return self._client
+
+    async def start(
+        self,
+        workflow: Workflow[P, R] | Callable[P, Coroutine[Any, Any, R]],
+        *args: Any,
+        id: str | None = None,
+        mode: Mode | None = None,
+        timeout: Duration | None = None,
+        **kwargs: Any,
+    ) -> Run[R]:
+        """Start a run of `workflow`; durable when this returns.
+
+        `id` names it: starting an id again gives the same run, with other arguments RunConflict.
+        `mode` is "orchestration" or "choreography", the workflow's own by default; `timeout` bounds
+        the whole run. Arguments are checked against the signature (BadArguments).
+        """
+        if not isinstance(workflow, Workflow):
+            raise BadArguments(f"{workflow!r} is no workflow. Decorate it with @service.workflow.")
+        return await self.client.start(workflow, args, kwargs, id=id, mode=mode, timeout=timeout)
+
+    def get(self, id: str) -> Run[Any]:
+        """Return a handle on the run of this id, whether it exists or not."""
+        return Run(self.client, id)
+
+    async def runs(self, which: RunFilter | None = None) -> list[RunStatus]:
+        """List runs, newest first."""
+        return await self.client.list(which or RunFilter())
+
+    async def publish(self, event: Event) -> str:
+        """Publish `event`, durably; return its id."""
+        return await self.client.publish(event, source=self.name)
+
+    def run(self, main: Callable[[], Awaitable[R]]) -> R:
+        """Open the app, await `main()`, close it: for scripts."""
+
+        async def body() -> R:
+            async with self:
+                return await main()
+
+        return asyncio.run(body())
+
+
+def new_run_id() -> str:
+    """Return a random id that sorts by time."""
+    return f"{time.time_ns() // 1000:014x}{os.urandom(5).hex()}"
+
+
+def checked_run_id(id: str) -> str:
+    if not id or len(id) > RUN_ID_MAX or any(c in id for c in "#/~ ") or not id.isprintable():
+        raise BadArguments(
+            f"{id!r} is no run id: 1 to {RUN_ID_MAX} printable characters without spaces and without "
+            f"'#', '/' and '~', which Pavane uses."
+        )
+    return id
+
+
+def status_of(home: RunRow, at: RunRow | None = None) -> RunStatus:
+    """Return the status of a run from its home's row and the row where it is now."""
+    at = at or home
+    status = at.status
+    if status == "passed":
+        status = "running"
+        if at.reason:
+            status = "stuck" if at.reason.startswith("stuck") else "waiting"
+    attributes = msgspec.json.decode(at.attributes)
+    return RunStatus(
+        home.id, home.workflow, home.version, home.mode, status, at.reason, home.home, home.holder
+        if home.status == "passed" else at.holder, max(home.hop, at.hop), home.started_us,
+        home.ended_us, home.undone or at.undone, attributes,
+    )  # fmt: skip
+
+
+def _steps_of(entries: Sequence[Entry]) -> list[str]:
+    issued = [mark for entry in entries for mark in entry.issued if not mark.startswith("patch ")]
+    done = {entry.op for entry in entries if entry.what in ("done", "failed")}
+    return [mark.partition(" ")[2] for op, mark in enumerate(issued) if op in done]
+
+
+def _entry_of(entries: Sequence[Entry], at: str | int) -> int | None:
+    """Return the index of the entry that delivers the operation `at`."""
+    issued = [mark for entry in entries for mark in entry.issued if not mark.startswith("patch ")]
+    for index, entry in enumerate(entries):
+        if entry.what not in ("done", "failed", "fired", "received"):
+            continue
+        name = issued[entry.op].partition(" ")[2]
+        if entry.op == at or at in (name, name.rpartition(".")[2]):
+            return index
+    return None

@@ -1,0 +1,117 @@
+"""What the messages between services say: each kind one value, encoded as JSON."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Raw
+
+from pavane.core.baton import Header, Status
+from pavane.errors import CorruptJournal
+
+
+class Call(msgspec.Struct, array_like=True):
+    """A command: have `step` of `service` done for operation `op` of `run`.
+
+    `options` overrides the declared ones; `reply_to` is the service that holds the run. The
+    message id and the idempotency key derive from run and operation.
+    """
+
+    run: str
+    op: int
+    era: int
+    service: str
+    step: str
+    args: Raw
+    reply_to: str
+    conversation: str
+    undo: bool = False
+    options: Raw | None = None
+
+    @property
+    def id(self) -> str:
+        return operation_id(self.run, self.op, self.era)
+
+
+class Reply(msgspec.Struct, array_like=True):
+    """What became of an operation: a result, an error, or (`stuck`) why a person must look."""
+
+    run: str
+    op: int
+    era: int
+    fingerprint: str
+    ok: bool
+    value: Raw
+    service: str
+    attempts: int
+    began_us: int
+    stuck: str = ""
+
+
+class Start(msgspec.Struct, array_like=True):
+    """Start a run; `args` is the encoded array of its arguments."""
+
+    header: Header
+    args: Raw
+
+
+class Signal(msgspec.Struct, array_like=True):
+    """An event for the mailbox of a run."""
+
+    type: str
+    body: Raw
+
+
+class Request(msgspec.Struct, array_like=True):
+    """What a person asks of a run (cancel, kill, retry)."""
+
+    by: str = ""
+
+
+class Note(msgspec.Struct, array_like=True):
+    """Tells home where a travelling run waits."""
+
+    hop: int
+    holder: str
+    status: Status
+    reason: str
+
+
+class Published(msgspec.Struct, array_like=True):
+    """A published event."""
+
+    type: str
+    version: int
+    key: str
+    source: str
+    conversation: str
+    cause: str
+    body: Raw
+
+
+def operation_id(run: str, op: int, era: int) -> str:
+    """Return the id of what operation `op` sends; a later era is a retry asked for by a person."""
+    return f"{run}#{op}.{era}" if era else f"{run}#{op}"
+
+
+def hop_id(run: str, hop: int) -> str:
+    return f"{run}#h{hop}"
+
+
+T = TypeVar("T")
+_encoder = msgspec.json.Encoder()
+_decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
+
+
+def pack(value: msgspec.Struct) -> bytes:
+    return _encoder.encode(value)
+
+
+def unpack(kind: type[T], body: bytes) -> T:
+    """Return the value of a message body; raise CorruptJournal."""
+    decoder = _decoders.get(kind) or _decoders.setdefault(kind, msgspec.json.Decoder(kind))
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptJournal(f"A message cannot be read as {kind.__name__}: {error}.") from None

@@ -1,0 +1,335 @@
+"""Drives a workflow function against a journal: one entry in, new operations out.
+
+The same code runs live and on replay. Delivery order is the journal's order; after each entry the
+loop runs until idle, so what the workflow does depends on nothing but its code and its journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import random
+import uuid
+from collections.abc import Callable, Sequence
+from contextvars import Context, ContextVar
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from msgspec import Raw
+
+from pavane.core.baton import Header, Outcome
+from pavane.core.codec import Params, decode_error, encode, encode_error
+from pavane.core.journal import Entry
+from pavane.core.loop import DurableTimer, Runaway, WorkflowFuture, WorkflowLoop
+from pavane.core.operations import EXPIRY, Kind, Mode, Operation
+from pavane.errors import (
+    ContinueAsNew,
+    Discarded,
+    Mismatch,
+    NotDecodable,
+    NotEncodable,
+    OnlyInWorkflow,
+    PavaneError,
+    RunTimeout,
+    TooLarge,
+)
+
+PAYLOAD_MAX_BYTES = 1024 * 1024
+
+_current: ContextVar[Execution | None] = ContextVar("pavane_execution", default=None)
+section_mode: ContextVar[Mode | None] = ContextVar("pavane_section_mode", default=None)
+_PATCH = "patch "
+
+
+class WorkflowDefinition(Protocol):
+    """What the core needs to know of a workflow."""
+
+    @property
+    def fn(self) -> Callable[..., Any]: ...
+    @property
+    def params(self) -> Params: ...
+
+
+class OperationFuture(WorkflowFuture):
+    """The future of an operation; cancelling it gives the operation up."""
+
+    def __init__(self, *, loop: WorkflowLoop, execution: Execution, ordinal: int) -> None:
+        super().__init__(loop=loop)
+        self._execution = execution
+        self._of = ordinal
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        if not super().cancel(msg):
+            return False
+        self._execution.give_up(self._of)
+        return True
+
+
+def current() -> Execution | None:
+    """Return the execution whose workflow code is running, if any."""
+    return _current.get()
+
+
+def required(call: str) -> Execution:
+    """Return the running execution, or raise OnlyInWorkflow naming `call`."""
+    execution = _current.get()
+    if execution is None:
+        raise OnlyInWorkflow(
+            f"{call} works only inside a running workflow. Start one with app.start(…) and call it "
+            f"from the workflow function."
+        )
+    return execution
+
+
+class Execution:
+    """One workflow function being driven. Feed entries in order, then look at `pending`, `outcome`."""
+
+    def __init__(
+        self,
+        header: Header,
+        definition: WorkflowDefinition,
+        journal: Sequence[Entry] = (),
+        payload_max_bytes: int = PAYLOAD_MAX_BYTES,
+    ) -> None:
+        """Prepare for the entries of `journal`, which the caller then feeds by `replay`."""
+        self.header = header
+        self.definition = definition
+        self.payload_max_bytes = payload_max_bytes
+        self.loop = WorkflowLoop(header.run, self._on_timer, self._on_timer_cancelled)
+        self.pending: dict[int, Operation] = {}
+        self.new: list[Operation] = []
+        self.given_up: list[Operation] = []
+        self.outcome: Outcome | None = None
+        self.fed = 0
+        self._issued: list[str] = []
+        self._next_op = 0
+        self._main: asyncio.Task[Any] | None = None
+        self._random = random.Random(f"{header.seed or header.run}")
+        self._patches: dict[str, bool] = {}
+        self._recorded_patches = {
+            mark[len(_PATCH) :]
+            for entry in journal
+            for mark in entry.issued
+            if mark.startswith(_PATCH)
+        }
+        self._replaying = False
+        self._discarded = False
+        self._expired = False
+        self._driving = False
+
+    # -- driven by the engine ------------------------------------------------------------------
+
+    def feed(self, entry: Entry) -> None:
+        """Deliver one entry and run until idle; `entry.issued` is then what the workflow asked for.
+
+        Raises Mismatch when the entry does not fit what the workflow waits for. What is new since
+        is in `new` and `given_up` until the next call.
+        """
+        self.new, self.given_up, self._issued = [], [], []
+        self.loop.now_us = max(self.loop.now_us, entry.at_us)
+        self._driving = True
+        try:
+            self._deliver(entry)
+            self.loop.run_ready()
+        except Runaway as error:
+            self.outcome = Outcome("failed", Raw(encode_error(error)))
+        finally:
+            self._driving = False
+        self.fed += 1
+        if self._main is not None and self._main.done() and self.outcome is None:
+            self.outcome = self._conclude(self._main)
+        if not self._replaying:
+            entry.issued = self._issued
+
+    def replay(self, entries: Sequence[Entry]) -> None:
+        """Feed recorded entries, comparing what the workflow asks for with what it asked for then."""
+        self._replaying = True
+        try:
+            for entry in entries:
+                self.feed(entry)
+                if self._issued != entry.issued:
+                    raise Mismatch(self._diff(entry))
+        finally:
+            self._replaying = False
+        self.new = []
+
+    def discard(self) -> None:
+        """Put the execution away: its code can do nothing durable any more."""
+        self._discarded = True
+        self.loop.discard()
+
+    def _deliver(self, entry: Entry) -> None:
+        what = entry.what
+        if what == "done" or what == "received":
+            operation = self._take(entry)
+            future = operation.future
+            assert future is not None
+            raw = bytes(entry.value)
+            try:
+                value = operation.decode(raw) if operation.decode else None
+            except NotDecodable as error:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+        elif what == "failed":
+            operation = self._take(entry)
+            assert operation.future is not None
+            operation.future.set_exception(decode_error(bytes(entry.value)))
+        elif what == "fired":
+            operation = self._take(entry)
+            assert operation.handle is not None
+            self.loop.fire(operation.handle)
+        elif what == "start":
+            context = Context()
+            context.run(_current.set, self)
+            self._main = self.loop.create_task(self._body(bytes(entry.value)), context=context)
+        elif what == "cancel":
+            if self._main is not None:
+                self._main.cancel()
+        elif what == "fork":
+            self._random = random.Random(self.header.run)
+
+    def _take(self, entry: Entry) -> Operation:
+        operation = self.pending.pop(entry.op, None)
+        if operation is None:
+            raise Mismatch(
+                f"Entry {self.fed} of the journal is '{entry.what}' for operation {entry.op}, which "
+                f"the workflow does not wait for. It waits for: "
+                f"{', '.join(map(repr, self.pending.values())) or 'nothing'}. "
+                f"Was its code changed while the run was under way?"
+            )
+        return operation
+
+    def _diff(self, entry: Entry) -> str:
+        lines = difflib.unified_diff(
+            entry.issued, self._issued, "recorded in the journal", "asked for by the code now",
+            lineterm="", n=5,
+        )  # fmt: skip
+        after = f"'{entry.what}'" + (f" of operation {entry.op}" if entry.op >= 0 else "")
+        return (
+            f"The code of workflow {self.header.workflow} (version {self.header.version}) no longer "
+            f"fits this run: after entry {self.fed - 1} ({after}) it asked for something else.\n"
+            + "\n".join(lines)
+            + "\nDeploy the old code again, or guard the change with `if patched(…):`, and the run "
+            "goes on."
+        )
+
+    async def _body(self, raw: bytes) -> Any:
+        if self.header.timeout_us:
+            self.loop.call_at((self.header.started_us + self.header.timeout_us) / 1e6, self._expire)
+        args, kwargs = self.definition.params.decode(raw)
+        return await self.definition.fn(*args, **kwargs)
+
+    def _expire(self) -> None:
+        self._expired = True
+        if self._main is not None:
+            self._main.cancel()
+
+    def _conclude(self, main: asyncio.Task[Any]) -> Outcome:
+        if main.cancelled():
+            if not self._expired:
+                return Outcome("cancelled")
+            limit_s = self.header.timeout_us / 1e6
+            error = RunTimeout(f"The run took longer than its timeout of {limit_s:g} s.")
+            return Outcome("failed", Raw(encode_error(error)))
+        error = main.exception()
+        if isinstance(error, ContinueAsNew):
+            try:
+                params = self.definition.params
+                return Outcome("continued", Raw(params.encode(error.new_args, error.new_kwargs)))
+            except PavaneError as bad:
+                error = bad
+        if error is None:
+            try:
+                return Outcome("completed", Raw(self.encoded(main.result(), "the result")))
+            except (NotEncodable, TooLarge) as bad:
+                error = bad
+        return Outcome("failed", Raw(encode_error(error)))
+
+    # -- called by workflow code ---------------------------------------------------------------
+
+    def issue(
+        self,
+        kind: Kind,
+        name: str,
+        service: str,
+        *,
+        args: bytes = b"[]",
+        decode: Callable[[bytes], Any] | None = None,
+        detail: Any = None,
+        undo: bool = False,
+    ) -> OperationFuture:
+        """Ask for something that is awaited; return its future."""
+        operation = self._add(kind, name, service, args=args, detail=detail, undo=undo)
+        operation.decode = decode
+        future = OperationFuture(loop=self.loop, execution=self, ordinal=operation.ordinal)
+        operation.future = future
+        self.pending[operation.ordinal] = operation
+        return future
+
+    def announce(
+        self, kind: Kind, name: str, service: str, *, args: bytes = b"[]", detail: Any = None
+    ) -> Operation:
+        """Ask for something that takes effect with the next commit and has no result."""
+        return self._add(kind, name, service, args=args, detail=detail)
+
+    def _add(self, kind: Kind, name: str, service: str, **rest: Any) -> Operation:
+        if self._discarded or not self._driving:
+            raise Discarded("This execution was put away.")
+        operation = Operation(
+            self._next_op, kind, name, service, self.loop.now_us, mode=section_mode.get(), **rest
+        )
+        self._next_op += 1
+        self._issued.append(operation.fingerprint)
+        self.new.append(operation)
+        return operation
+
+    def give_up(self, ordinal: int) -> None:
+        operation = self.pending.pop(ordinal, None)
+        if operation is None:
+            return
+        if operation in self.new:
+            self.new.remove(operation)
+        self.given_up.append(operation)
+
+    def encoded(self, value: Any, what: str) -> bytes:
+        """Encode `value`; raise NotEncodable or TooLarge naming `what`."""
+        raw = encode(value)
+        return self.checked(raw, what)
+
+    def checked(self, raw: bytes, what: str) -> bytes:
+        if len(raw) > self.payload_max_bytes:
+            raise TooLarge(
+                f"{what} is {len(raw):,} bytes; the limit is {self.payload_max_bytes:,}. Store large "
+                f"data elsewhere and pass a reference."
+            )
+        return raw
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(self.loop.now_us / 1e6, UTC)
+
+    def random(self) -> float:
+        return self._random.random()
+
+    def uuid4(self) -> uuid.UUID:
+        return uuid.UUID(int=self._random.getrandbits(128), version=4)
+
+    def patched(self, mark: str) -> bool:
+        """Tell whether this run goes through the new code; recorded at the first call."""
+        known = self._patches.get(mark)
+        if known is None:
+            known = mark in self._recorded_patches or not self._replaying
+            self._patches[mark] = known
+            if known:
+                self._issued.append(_PATCH + mark)
+        return known
+
+    def _on_timer(self, handle: DurableTimer) -> None:
+        name = EXPIRY if handle._callback == self._expire else "timer"  # pyright: ignore
+        operation = self._add("timer", name, "", handle=handle)
+        operation.deadline_us = round(handle.when() * 1e6)
+        self.pending[operation.ordinal] = operation
+        handle.operation = operation.ordinal
+
+    def _on_timer_cancelled(self, handle: DurableTimer) -> None:
+        self.give_up(handle.operation)

@@ -1,0 +1,63 @@
+"""Refuses I/O, threads and subprocesses while workflow code runs.
+
+A workflow is replayed, so whatever it does besides awaiting durable operations happens again on
+every replay. The event loop of a workflow refuses asynchronous I/O by itself; this module refuses
+the blocking kind, through CPython's audit events, in the one thread that drives a workflow and
+only while it does. The hook costs one set look-up per audit event elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from threading import get_ident
+from typing import Any
+
+from pavane.errors import NotInWorkflow
+
+_REFUSED = frozenset({
+    "_thread.start_new_thread", "_thread.start_joinable_thread",
+    "open", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.startfile",
+    "socket.bind", "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto",
+    "sqlite3.connect", "subprocess.Popen", "time.sleep", "urllib.Request",
+})  # fmt: skip
+_NAMES = {
+    "_thread.start_new_thread": "starting a thread",
+    "_thread.start_joinable_thread": "starting a thread",
+    "subprocess.Popen": "subprocess",
+    "socket.getaddrinfo": "a name look-up (socket.getaddrinfo)",
+}
+_CODE = (".py", ".pyc", ".so", ".pyd")
+
+_driving = 0
+_installed = False
+
+
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if event not in _REFUSED or _driving != get_ident():
+        return
+    name = _NAMES.get(event, event)
+    if event == "open":
+        path = args[0]
+        if isinstance(path, int) or str(path).endswith(_CODE):
+            return  # a lazy import, or a traceback that reads its source
+        name = f"open({path!r})"
+    raise NotInWorkflow(
+        f"{name} is not possible in workflow code, which is replayed and must not do I/O. "
+        f"Move it to a step: a function with @service.step, called from the workflow."
+    )
+
+
+def enter() -> int:
+    """Refuse from now on in this thread; return what `leave` needs."""
+    global _driving, _installed
+    if not _installed:
+        _installed = True
+        sys.addaudithook(_hook)
+    before, _driving = _driving, get_ident()
+    return before
+
+
+def leave(before: int) -> None:
+    """End the refusal that `enter` began."""
+    global _driving
+    _driving = before

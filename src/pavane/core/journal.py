@@ -1,0 +1,75 @@
+"""The journal: the ordered record of every result that was delivered to a run.
+
+A journal only grows. A row of a store holds a chunk: a JSON array of entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import msgspec
+from msgspec import Raw
+
+from pavane.errors import CorruptJournal
+
+What = Literal[
+    "start", "done", "failed", "fired", "received", "cancel", "rewind", "fork", "hop", "home"
+]
+
+
+class Entry(msgspec.Struct, array_like=True):
+    """One delivery.
+
+    `what` happened at `at_us` (microseconds since the epoch) for operation `op`; `value` is the
+    encoded result, error or event; `service` did it in `attempts` attempts since `began_us`.
+    `issued` are the fingerprints of what the workflow asked for in response.
+    """
+
+    what: What
+    at_us: int
+    op: int = -1
+    value: Raw = Raw(b"null")
+    service: str = ""
+    attempts: int = 0
+    began_us: int = 0
+    issued: list[str] = []
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(list[Entry])
+
+
+def encode_entry(entry: Entry) -> bytes:
+    return _encoder.encode(entry)
+
+
+def join_entries(entries: Iterable[bytes]) -> bytes:
+    """Return the chunk of already encoded entries."""
+    return b"[" + b",".join(entries) + b"]"
+
+
+def decode_chunk(chunk: bytes) -> list[Entry]:
+    """Return the entries of a chunk; raise CorruptJournal."""
+    try:
+        return _decoder.decode(chunk)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptJournal(
+            f"A journal row cannot be read: {error}. Row: {chunk[:80]!r}"
+        ) from None
+
+
+def effective(entries: Sequence[Entry]) -> list[Entry]:
+    """Return what replay delivers: a `rewind` entry voids those from its `op` position on."""
+    kept: list[Entry] = []
+    for entry in entries:
+        if entry.what == "rewind":
+            del kept[entry.op :]
+        else:
+            kept.append(entry)
+    return kept
+
+
+def eras(entries: Iterable[Entry]) -> int:
+    """Return how often the run was rewound."""
+    return sum(entry.what == "rewind" for entry in entries)

@@ -1,0 +1,229 @@
+"""The event loop that workflow code runs on: deterministic, without a clock, never touching a socket.
+
+Time is the journal's; `call_at` becomes a durable timer operation; everything that would do I/O
+raises. Tasks and futures hash by their ordinal in the run, so that the sets inside `asyncio.wait`
+and `TaskGroup` iterate in the same order in every process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from asyncio import events
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import Any, NoReturn
+from zlib import crc32
+
+from pavane.core import guard
+from pavane.errors import NotInWorkflow, PavaneError
+
+log = logging.getLogger("pavane.workflow")
+
+CALLBACKS_MAX = 1_000_000
+"""Callbacks that one delivered entry may cause; more is a workflow that never waits."""
+
+
+class WorkflowFuture(asyncio.Future[Any]):
+    """A future that hashes by its ordinal."""
+
+    def __init__(self, *, loop: WorkflowLoop) -> None:
+        super().__init__(loop=loop)
+        self._ordinal = loop.next_ordinal()
+
+    def __hash__(self) -> int:
+        return self._ordinal
+
+
+class WorkflowTask(asyncio.Task[Any]):
+    """A task that hashes by its ordinal."""
+
+    def __init__(self, coro: Any, *, loop: WorkflowLoop, **options: Any) -> None:
+        self._ordinal = loop.next_ordinal()
+        super().__init__(coro, loop=loop, **options)
+
+    def __hash__(self) -> int:
+        return self._ordinal
+
+
+class DurableTimer(asyncio.TimerHandle):
+    """A timer handle that knows its operation."""
+
+    __slots__ = ("operation",)
+    operation: int
+
+
+class Runaway(PavaneError):
+    """Workflow code keeps running without ever waiting for anything durable."""
+
+    code = "runaway"
+
+
+class WorkflowLoop(asyncio.AbstractEventLoop):
+    """Runs the callbacks of one run in order, when told to; see the module's docstring.
+
+    `on_timer(handle)` is called for each `call_at`, `on_timer_cancelled(handle)` when one is given
+    up. The owner sets `now_us` and calls `run_ready`.
+    """
+
+    def __init__(
+        self,
+        salt: str,
+        on_timer: Callable[[DurableTimer], None],
+        on_timer_cancelled: Callable[[DurableTimer], None],
+    ) -> None:
+        # The high bits keep tasks of different runs apart in asyncio's own global sets.
+        self._ordinal = (crc32(salt.encode()) & 0xFFFFFFFF) << 24
+        self._ready: deque[asyncio.Handle] = deque()
+        self._on_timer = on_timer
+        self._on_timer_cancelled = on_timer_cancelled
+        self.tasks: list[WorkflowTask] = []
+        self._compact_at = 64
+        self.now_us = 0
+
+    def next_ordinal(self) -> int:
+        self._ordinal += 1
+        return self._ordinal
+
+    # -- running -------------------------------------------------------------------------------
+
+    def run_ready(self) -> None:
+        """Run callbacks until none is ready."""
+        ready = self._ready
+        if not ready:
+            return
+        outer = events._get_running_loop()
+        hooks = sys.get_asyncgen_hooks()
+        before = guard.enter()
+        events._set_running_loop(self)
+        sys.set_asyncgen_hooks(firstiter=None, finalizer=_ignore)
+        try:
+            left = CALLBACKS_MAX
+            while ready:
+                handle = ready.popleft()
+                if not handle._cancelled:  # pyright: ignore
+                    handle._run()
+                left -= 1
+                if not left:
+                    raise Runaway(
+                        f"The workflow ran {CALLBACKS_MAX:,} callbacks without waiting for a step, "
+                        f"a timer or an event. Does a loop poll with asyncio.sleep(0)?"
+                    )
+        finally:
+            sys.set_asyncgen_hooks(*hooks)
+            events._set_running_loop(outer)
+            guard.leave(before)
+
+    def discard(self) -> None:
+        """Close what still waits, without letting it do anything durable."""
+        self._ready.clear()
+        outer = events._get_running_loop()
+        before = guard.enter()
+        events._set_running_loop(self)
+        try:
+            for task in self.tasks:
+                if not task.done():
+                    task._log_destroy_pending = False  # pyright: ignore
+                    try:
+                        coro: Any = task.get_coro()
+                        coro.close()
+                    except BaseException as error:
+                        log.debug("clean-up of a discarded run raised %r", error)
+        finally:
+            events._set_running_loop(outer)
+            guard.leave(before)
+        self.tasks.clear()
+        self._ready.clear()
+
+    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> Any:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> DurableTimer:
+        return self.call_at(self.time() + delay, callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> DurableTimer:
+        handle = DurableTimer(when, callback, args, self, context)
+        self._on_timer(handle)
+        return handle
+
+    def fire(self, handle: DurableTimer) -> None:
+        """Let a due timer's callback run."""
+        self._ready.append(handle)
+
+    def _timer_handle_cancelled(self, handle: DurableTimer) -> None:
+        self._on_timer_cancelled(handle)
+
+    def time(self) -> float:
+        return self.now_us / 1e6
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return WorkflowFuture(loop=self)
+
+    def create_task(  # pyright: ignore
+        self,
+        coro: Coroutine[Any, Any, Any],
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+        **options: Any,
+    ) -> WorkflowTask:
+        task = WorkflowTask(coro, loop=self, name=name, context=context, **options)
+        if len(self.tasks) >= self._compact_at:
+            self.tasks = [known for known in self.tasks if not known.done()]
+            self._compact_at = max(64, 2 * len(self.tasks))
+        self.tasks.append(task)
+        return task
+
+    def is_running(self) -> bool:
+        return events._get_running_loop() is self
+
+    def is_closed(self) -> bool:
+        return False
+
+    def get_debug(self) -> bool:
+        return False
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        log.error("%s", context.get("message"), exc_info=error)
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        self.call_exception_handler(context)
+
+
+def _ignore(_: object) -> None:
+    """Leave an abandoned asynchronous generator to garbage collection."""
+
+
+def _refuse(name: str) -> Callable[..., NoReturn]:
+    def refused(self: WorkflowLoop, *_args: object, **_kwargs: object) -> NoReturn:
+        raise NotInWorkflow(
+            f"loop.{name} (I/O, a thread or a subprocess) is not possible in workflow code, which "
+            f"is replayed. Move it to a step: a function with @service.step, called from the "
+            f"workflow."
+        )
+
+    refused.__name__ = name
+    return refused
+
+
+for _name in (
+    "run_forever run_until_complete stop close shutdown_asyncgens shutdown_default_executor "
+    "call_soon_threadsafe run_in_executor set_default_executor getaddrinfo getnameinfo "
+    "create_connection create_server start_tls sendfile create_unix_connection create_unix_server "
+    "connect_accepted_socket create_datagram_endpoint connect_read_pipe connect_write_pipe "
+    "subprocess_shell subprocess_exec add_reader remove_reader add_writer remove_writer sock_recv "
+    "sock_recv_into sock_recvfrom sock_recvfrom_into sock_sendall sock_sendto sock_connect "
+    "sock_accept sock_sendfile add_signal_handler remove_signal_handler set_task_factory "
+    "set_debug set_exception_handler"
+).split():
+    setattr(WorkflowLoop, _name, _refuse(_name))
+WorkflowLoop.__abstractmethods__ = frozenset()  # pyright: ignore

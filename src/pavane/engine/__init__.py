@@ -1,0 +1,1 @@
+"""The engine: drives runs, executes steps, moves messages; one duty a file."""

@@ -1,0 +1,84 @@
+"""The committer: merges all pending commits of a node into one batch, one batch at a time.
+
+The next batch forms while the first is being written (group commit). A commit's `done` is called
+only after the batch that contains it is durable, in the order of submission.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.stores.port import Commit, Fence, Message, Store
+
+BATCH_MAX = 2000
+
+
+class Committer:
+    """Owns the way to the store for everything fenced by one lease.
+
+    `deliver` gets the messages of each durable commit; `failed` is told once when the store
+    refuses a whole batch, after which nothing is written any more.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        fence: Fence,
+        deliver: Callable[[Sequence[Message]], None],
+        failed: Callable[[PavaneError], None],
+    ) -> None:
+        self._store = store
+        self._fence = fence
+        self._deliver = deliver
+        self._failed = failed
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[Commit] = []
+        self._writing: list[Commit] = []
+        self._scheduled = False
+        self._idle: asyncio.Future[None] | None = None
+        self.closed: PavaneError | None = None
+        self.routed_tail = store.tail
+
+    def submit(self, commit: Commit) -> None:
+        """Queue `commit`; its `done` is called later, never from here."""
+        self._waiting.append(commit)
+        if not self._writing and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        if self._writing or not self._waiting:
+            return
+        batch = self._waiting[:BATCH_MAX]
+        del self._waiting[:BATCH_MAX]
+        self._writing = batch
+        if self.closed is not None:
+            self._finished([self.closed] * len(batch))
+        else:
+            self._store.submit(batch, self._fence, self._finished)
+
+    def _finished(self, results: Sequence[PavaneError | None]) -> None:
+        batch, self._writing = self._writing, []
+        for result in results:
+            if isinstance(result, (LeaseLost, StoreError)) and self.closed is None:
+                self.closed = result
+                self._failed(result)
+        for commit, result in zip(batch, results, strict=True):
+            commit.done(result)
+            if result is None and commit.messages:
+                self._deliver(commit.messages)
+        self.routed_tail = self._store.tail
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+        elif not self._waiting and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    async def flush(self) -> None:
+        """Return when everything submitted so far was written or refused."""
+        while self._waiting or self._writing:
+            self._idle = self._loop.create_future()
+            await self._idle

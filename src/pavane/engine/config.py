@@ -1,0 +1,28 @@
+"""The engine's limits and times, each with its unit."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pavane.core.execution import PAYLOAD_MAX_BYTES
+from pavane.core.policy import HOPS_MAX, JOURNAL_MAX_BYTES
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """How a node behaves; the defaults suit one machine and its embedded store."""
+
+    lease_s: float = 3.0
+    live_runs_max: int = 1000
+    """Runs that merely wait are kept in memory up to this many, then replayed when woken."""
+    payload_max_bytes: int = PAYLOAD_MAX_BYTES
+    journal_max_bytes: int = JOURNAL_MAX_BYTES
+    hops_max: int = HOPS_MAX
+    retention_s: float = 7 * 86400.0
+    """How long ended runs and consumed messages are kept."""
+    grace_s: float = 10.0
+    """How long a draining node waits for its running steps."""
+    step_threads: int = 16
+    custody_after_s: float = 1.0
+    """A command that runs longer is written to the store, so that it no longer holds back the log."""
+    deaths_max: int = 5
+    """A run that was under way in so many process deaths is quarantined."""

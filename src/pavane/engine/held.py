@@ -1,0 +1,114 @@
+"""A run that this node holds: its row, its execution, and what of it is not durable yet."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pavane.core.baton import Header, Outcome, Stop
+from pavane.core.execution import Execution
+from pavane.core.journal import Entry, encode_entry
+from pavane.stores.port import InboxRow, JournalRow, MailRow, Message, RunRow
+from pavane.workflow import Attribute
+
+_json = msgspec.json.Encoder()
+_trail = msgspec.json.Decoder(list[Stop])
+_attributes = msgspec.json.Decoder(dict[str, str | int | float | bool])
+_header = msgspec.json.Decoder(Header)
+
+
+class Held:
+    """The state of one run at one service of this node.
+
+    `entries` are all encoded journal entries while the baton may still be passed, else None;
+    `unwritten` those that no commit carries yet. `arrival` is the baton's inbox mark until the
+    first commit takes it. `local` are operations whose step runs here. `consuming` are log
+    messages to be acknowledged with the next commit. `dirty`: the row changed since it was written.
+    `suspect`: it was touched after a crash and has made no progress since.
+    """
+
+    __slots__ = (
+        "arrival", "attributes", "commits", "consuming", "count", "dead", "dirty", "entries",
+        "execution", "exists", "header", "home_row", "local", "mail", "row", "size_bytes", "suspect", "trail",
+        "undone", "unwritten",
+    )  # fmt: skip
+
+    def __init__(self, row: RunRow, header: Header, execution: Execution, exists: bool) -> None:
+        self.row = row
+        self.header = header
+        self.execution = execution
+        self.exists = exists
+        self.trail: list[Stop] = []
+        self.attributes: dict[str, Attribute] = {}
+        self.entries: list[bytes] | None = []
+        self.unwritten: list[bytes] = []
+        self.count = 0
+        self.size_bytes = 0
+        self.arrival: InboxRow | None = None
+        self.consuming: list[Message] = []
+        self.local: set[int] = set()
+        self.mail: list[MailRow] = []
+        self.commits = 0
+        self.dead = False
+        self.dirty = not exists
+        self.suspect = False
+        self.undone = row.undone
+        self.home_row: RunRow | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.row.service, self.row.id
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return self.execution.outcome
+
+    def record(self, entry: Entry, travel_max_bytes: int) -> None:
+        """Append a delivered entry."""
+        self.append(encode_entry(entry), travel_max_bytes)
+
+    def append(self, raw: bytes, travel_max_bytes: int) -> None:
+        """Append an encoded entry; at home a journal too large to travel is not kept in memory."""
+        self.unwritten.append(raw)
+        self.count += 1
+        self.size_bytes += len(raw) + 1
+        if self.entries is not None:
+            if self.size_bytes > travel_max_bytes and self.row.service == self.row.home:
+                self.entries = None
+            else:
+                self.entries.append(raw)
+
+    def take_journal(self) -> list[JournalRow]:
+        """Return what must be written of the journal, as one chunk."""
+        if not self.unwritten:
+            return []
+        seq = self.count - len(self.unwritten)
+        chunk = b"[" + b",".join(self.unwritten) + b"]"
+        self.unwritten = []
+        return [JournalRow(self.row.no, seq, chunk)]
+
+
+def blank_row(no: int, service: str, target: int, header: Header) -> RunRow:
+    """Return the row of a run that begins at `service`."""
+    return RunRow(
+        no=no, service=service, id=header.run, target=target, workflow=header.workflow,
+        version=header.version, mode=header.mode, home=header.home, status="running",
+        holder=service, hop=0, header=_json.encode(header), trail=b"[]", attributes=b"{}",
+        wake_us=None, reason="", deaths=0, started_us=header.started_us, ended_us=None,
+        result=None, undone=0, entries=0,
+    )  # fmt: skip
+
+
+def encode_plain(value: object) -> bytes:
+    return _json.encode(value)
+
+
+def decode_trail(raw: bytes) -> list[Stop]:
+    return _trail.decode(raw)
+
+
+def decode_attributes(raw: bytes) -> dict[str, Attribute]:
+    return _attributes.decode(raw)
+
+
+def decode_header(raw: bytes) -> Header:
+    return _header.decode(raw)

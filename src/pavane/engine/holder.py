@@ -1,0 +1,1289 @@
+"""The holder: drives the runs whose baton this node has.
+
+For each delivery it feeds the run's execution, asks the policy, and submits one commit with the
+journal entry, the changed row and everything that leaves. Steps are launched and messages handed
+over only after that commit is durable; feeding before it is safe, because workflow code is pure:
+should the commit fail, the execution is thrown away and rebuilt from the journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Raw
+
+from pavane.core.baton import (
+    ENDED,
+    Baton,
+    Header,
+    Outcome,
+    Parent,
+    Status,
+    Stop,
+    decode_baton,
+    encode_baton,
+)
+from pavane.core.codec import FORMAT, error_summary
+from pavane.core.envelope import (
+    Call,
+    Note,
+    Published,
+    Reply,
+    Request,
+    Signal,
+    Start,
+    hop_id,
+    operation_id,
+    pack,
+    unpack,
+)
+from pavane.core.execution import Execution
+from pavane.core.journal import Entry, decode_chunk, effective, encode_entry, eras
+from pavane.core.operations import EXPIRY, Operation
+from pavane.core.policy import Pass, decide
+from pavane.engine.held import (
+    Held,
+    blank_row,
+    decode_attributes,
+    decode_header,
+    decode_trail,
+    encode_plain,
+)
+from pavane.errors import CorruptJournal, Mismatch, PavaneError, UnknownName
+from pavane.event import Event, key_of
+from pavane.stores.port import (
+    Commit,
+    Conflict,
+    InboxRow,
+    JournalRow,
+    MailRow,
+    Message,
+    ParkedRow,
+    RunRow,
+)
+from pavane.workflow import Workflow, child_id
+
+if TYPE_CHECKING:
+    from pavane.engine.node import Session
+
+log = logging.getLogger("pavane.holder")
+
+Key = tuple[str, str]
+Action = Callable[[Held | None], None]
+HELD_BACK = "!"
+"""Mail of a type that begins so is a message kept for a stuck run, delivered when it goes on."""
+SUSPECT_DEATHS = 2
+
+
+class Holder:
+    """Owns the live runs of one session; see the module."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._store = session.store
+        self._config = session.config
+        self._registry = session.registry
+        self.held: OrderedDict[Key, Held] = OrderedDict()
+        self._loading: dict[Key, list[Action]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.replays = 0
+
+    # -- starting ------------------------------------------------------------------------------
+
+    def start(
+        self,
+        header: Header,
+        args: bytes,
+        *,
+        message: Message | None = None,
+        done: Callable[[PavaneError | None], None] | None = None,
+    ) -> None:
+        """Begin a run at its home, here, in one commit with whatever it asks for first."""
+        service = header.home
+        if self._is_known(service, header.run):
+            self._refuse_start(message, done)
+            return
+        row = blank_row(
+            self._session.take_run_number(), service,
+            self._store.target_of(service, header.run), header,
+        )  # fmt: skip
+        entry = Entry("start", header.started_us, value=Raw(args), service=service)
+        try:
+            definition = self._registry.workflow(header.workflow, header.version)
+        except UnknownName as error:
+            held = Held(row, header, _no_execution(header), exists=False)
+            held.record(entry, self._config.journal_max_bytes)
+            held.consuming += [message] if message else []
+            self._stick(held, str(error))
+            return
+        execution = Execution(header, definition, (), self._config.payload_max_bytes)
+        held = Held(row, header, execution, exists=False)
+        held.home_row = row
+        if message is None:
+            held.arrival = start_claim(header)
+        held.trail.append(Stop(service, header.started_us, 0))
+        if message is not None:
+            held.consuming.append(message)
+        self._add(held)
+        self._feed(held, entry, done=done)
+
+    def _is_known(self, service: str, run: str) -> bool:
+        return (service, run) in self.held or (service, run) in self._loading
+
+    def _refuse_start(
+        self, message: Message | None, done: Callable[[PavaneError | None], None] | None
+    ) -> None:
+        if message is not None:
+            self._session.consumed(message)
+        if done is not None:
+            done(Conflict("This run exists already."))
+
+    def start_message(self, message: Message) -> None:
+        start = unpack(Start, message.body)
+        self._spawn(self._start_if_new(message, start))
+
+    async def _start_if_new(self, message: Message, start: Start) -> None:
+        row = await self._store.run_row(message.to, start.header.run)
+        if row is None:
+            self.start(start.header, bytes(start.args), message=message)
+            return
+        if row.status == "running" and row.holder == row.service:
+            self.with_row(row, lambda held: None)
+        self._session.consumed(message)
+
+    # -- finding a run -------------------------------------------------------------------------
+
+    def with_run(self, service: str, run: str, action: Action) -> None:
+        """Call `action` with the live run, loading it if need be; with None if it is not here."""
+        key = (service, run)
+        held = self.held.get(key)
+        if held is not None:
+            self.held.move_to_end(key)
+            action(held)
+        elif key in self._loading:
+            self._loading[key].append(action)
+        else:
+            self._loading[key] = [action]
+            self._spawn(self._load(key, None))
+
+    def with_row(self, row: RunRow, action: Action) -> None:
+        """As `with_run`, for a row that was just read."""
+        key = (row.service, row.id)
+        if key in self.held or key in self._loading:
+            self.with_run(*key, action)
+        else:
+            self._loading[key] = [action]
+            self._spawn(self._load(key, row))
+
+    async def _load(self, key: Key, row: RunRow | None) -> None:
+        held: Held | None = None
+        try:
+            if row is None:
+                row = await self._store.run_row(*key)
+            if row is not None and row.status in ("running", "waiting") and row.holder == key[0]:
+                held = await self._activate(row)
+        finally:
+            actions = self._loading.pop(key, [])
+        for action in actions:
+            action(self.held.get(key) or held)
+
+    async def recover(self, rows: Sequence[RunRow]) -> None:
+        """Take up runs that were under way when their last holder stopped."""
+        journals = await self._store.journals([row.no for row in rows])
+        for row in rows:
+            key = (row.service, row.id)
+            if key not in self.held and key not in self._loading:
+                await self._activate(row, journals[row.no])
+
+    async def _activate(self, row: RunRow, journal: list[JournalRow] | None = None) -> Held | None:
+        """Rebuild a run from its journal; a run that cannot be rebuilt is stuck, alone."""
+        if journal is None:
+            journal = (await self._store.journals([row.no]))[row.no]
+        header = decode_header(row.header)
+        try:
+            raws = _split(journal)
+            entries = [entry for row_ in journal for entry in decode_chunk(row_.body)]
+            if not entries or len(entries) != len(raws):
+                raise CorruptJournal(f"The journal of run {row.id} has no beginning.")
+            header.era = eras(entries)
+            definition = self._registry.workflow(header.workflow, header.version)
+            delivered = effective(entries)
+            execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
+            execution.replay(delivered)
+        except (CorruptJournal, Mismatch, UnknownName) as error:
+            if row.status != "stuck" or row.reason != str(error):
+                held = Held(row, header, _no_execution(header), exists=True)
+                held.count = row.entries
+                self._stick(held, str(error), kept_journal=True)
+            return None
+        self.replays += 1
+        held = Held(row, header, execution, exists=True)
+        held.trail = decode_trail(row.trail)
+        held.attributes = decode_attributes(row.attributes)
+        for raw in raws:
+            held.append(raw, self._config.journal_max_bytes)
+        held.unwritten.clear()
+        held.suspect = row.deaths > 0
+        if row.service == row.home:
+            held.home_row = row
+        if row.status == "stuck":
+            row.status, row.reason = "running", ""
+        definition_receives = getattr(definition, "receives", ())
+        if row.service == row.home and definition_receives:
+            held.mail = await self._store.mail_of(row.service, row.id)
+        self._add(held)
+        parked = await self._parked_steps(held)
+        for op in execution.pending.values():
+            if op.kind == "child":
+                op.sent = entries[-1].what != "fork"
+            elif op.kind != "step":
+                op.sent = op.kind != "receive"
+            elif operation_id(row.id, op.ordinal, header.era) in parked:
+                op.sent = True  # its next attempt is due in the store's time
+                held.local.add(op.ordinal)
+        self._settle(held, replayed=True, recovered=True)
+        return held
+
+    async def _parked_steps(self, held: Held) -> set[str]:
+        if not any(op.kind == "step" for op in held.execution.pending.values()):
+            return set()
+        rows = await self._store.parked_of(*held.key)
+        return {row.id for row in rows}
+
+    def _add(self, held: Held) -> None:
+        self.held[held.key] = held
+        if len(self.held) > self._config.live_runs_max:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Put away the runs that waited longest, as long as too many are live."""
+        looked = 0
+        for key in list(self.held):
+            held = self.held[key]
+            looked += 1
+            if held.row.status == "waiting" and not held.commits and not held.local:
+                self._drop(held)
+                if len(self.held) <= self._config.live_runs_max:
+                    return
+            if looked >= 50:
+                return
+
+    def _drop(self, held: Held) -> None:
+        held.dead = True
+        self.held.pop(held.key, None)
+        held.execution.discard()
+
+    # -- delivering ----------------------------------------------------------------------------
+
+    def step_done(self, key: Key, reply: Reply, unparked: Sequence[tuple[str, str]] = ()) -> None:
+        """Deliver the result of a step that ran here for a run held here."""
+        self.with_run(*key, lambda held: self._reply(held, reply, None, unparked))
+
+    def reply_message(self, message: Message) -> None:
+        reply = unpack(Reply, message.body)
+
+        def deliver(held: Held | None) -> None:
+            if held is None:
+                self._not_here(message)
+            else:
+                self._reply(held, reply, message, ())
+
+        self.with_run(message.to, reply.run, deliver)
+
+    def _reply(
+        self,
+        held: Held | None,
+        reply: Reply,
+        message: Message | None,
+        unparked: Sequence[tuple[str, str]],
+    ) -> None:
+        if held is None or held.dead or held.outcome is not None:
+            self._consume_only(message, unparked)
+            return
+        operation = held.execution.pending.get(reply.op)
+        stale = operation is None or (operation.kind == "step" and reply.era != held.header.era)
+        if operation is None or stale:
+            self._consume_only(message, unparked)  # given up meanwhile
+            return
+        if reply.stuck:
+            held.consuming += [message] if message else []
+            self._stick(held, reply.stuck)
+            return
+        if operation.fingerprint != reply.fingerprint:
+            self._stick(held, _other_operation(reply, operation), message)
+            return
+        if not reply.ok and operation.undo:
+            held.consuming += [message] if message else []
+            held.local.discard(reply.op)
+            self._stick(
+                held,
+                f"The compensation {operation.service}.{operation.name} failed for good: "
+                f"{error_summary(bytes(reply.value))}. Repair the cause, then `pavane runs retry "
+                f"{held.row.id}`.",
+                unparked=unparked,
+            )
+            return
+        held.local.discard(reply.op)
+        if operation.undo:
+            held.undone += 1
+        entry = Entry(
+            "done" if reply.ok else "failed", self._session.now_us(), reply.op, reply.value,
+            reply.service, reply.attempts, reply.began_us,
+        )  # fmt: skip
+        self._feed(held, entry, message=message, unparked=unparked)
+
+    def _consume_only(
+        self, message: Message | None, unparked: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        if message is not None:
+            self._session.consumed(message)
+        if unparked:
+            commit = Commit(_ignore)
+            commit.unparked = unparked
+            self._session.submit(commit)
+
+    def _not_here(self, message: Message) -> None:
+        self._spawn(self._forward(message))
+
+    async def _forward(self, message: Message) -> None:
+        """Send a message after a run that left this service; keep it if the run is stuck here."""
+        row = await self._store.run_row(message.to, message.run)
+        commit = Commit(lambda error: self._session.consumed(message))
+        if row is not None and row.status == "stuck":
+            kind = f"{HELD_BACK}{message.kind}"
+            commit.mail = [
+                MailRow(row.service, row.id, message.id, kind, message.body, message.at_us)
+            ]
+        elif row is not None and row.status in ENDED:
+            self._session.consumed(message)
+            return
+        else:
+            to = row.holder if row is not None else ""
+            if row is None:
+                marks = [
+                    m for m in await self._store.inbox_of(message.run) if m.service == message.to
+                ]
+                hops = [(_hop_of(mark.id), mark.passed_to) for mark in marks if mark.passed_to]
+                to = max(hops)[1] if hops else ""
+            if not to or to == message.to:
+                self._session.consumed(message)
+                return
+            commit.messages = [
+                Message(
+                    message.kind, message.id, to, message.run, message.body, message.at_us,
+                    self._store.target_of(to, message.run),
+                )
+            ]  # fmt: skip
+        self._session.submit(commit)
+
+    def wake(self, key: Key, row: RunRow | None) -> None:
+        """Fire the timers of a run that are due."""
+        if row is not None:
+            self.with_row(row, self._fire_due)
+        else:
+            self.with_run(*key, self._fire_due)
+
+    def _fire_due(self, held: Held | None) -> None:
+        if held is None or held.dead:
+            return
+        fired = False
+        while held.outcome is None and not held.dead:
+            now = self._session.now_us()
+            due = [
+                op for op in held.execution.pending.values()
+                if op.kind == "timer" and op.deadline_us <= now
+            ]  # fmt: skip
+            if not due:
+                break
+            first = min(due, key=lambda op: (op.deadline_us, op.ordinal))
+            fired = True
+            self._feed(held, Entry("fired", now, first.ordinal))
+        if not fired and not held.dead:
+            self._settle(held, replayed=True)
+
+    def signal_message(self, message: Message) -> None:
+        """Take an event into the mailbox of its run, and deliver it if the run waits for it."""
+        signal = unpack(Signal, message.body)
+        key = (message.to, message.run)
+        mail = MailRow(
+            message.to, message.run, message.id, signal.type, bytes(signal.body), message.at_us
+        )
+        held = self.held.get(key)
+
+        def kept(error: PavaneError | None) -> None:
+            self._session.consumed(message)
+            if error is None:
+                self.with_run(*key, lambda live: self._got_mail(live, mail))
+
+        commit = Commit(kept)
+        commit.inbox = [InboxRow(message.to, message.id, message.at_us)]
+        commit.mail = [mail]
+        del held
+        self._session.submit(commit)
+
+    def _got_mail(self, held: Held | None, mail: MailRow) -> None:
+        if held is None or held.dead or held.outcome is not None:
+            return
+        if all(known.id != mail.id for known in held.mail):
+            held.mail.append(mail)
+        self._settle(held, replayed=True)
+
+    def request_message(self, message: Message) -> None:
+        """Cancel, kill or retry a run, wherever it is."""
+        if message.kind == "kill":
+            self._spawn(self._kill(message))
+        elif message.kind == "retry":
+            self._spawn(self._retry(message))
+        else:
+            self.with_run(message.to, message.run, lambda held: self._cancel(held, message))
+
+    def _cancel(self, held: Held | None, message: Message) -> None:
+        if held is None:
+            self._not_here(message)
+        elif held.dead or held.outcome is not None:
+            self._session.consumed(message)
+        else:
+            self._feed(held, Entry("cancel", self._session.now_us()), message=message)
+
+    async def _kill(self, message: Message) -> None:
+        row = await self._store.run_row(message.to, message.run)
+        held = self.held.get((message.to, message.run))
+        if held is not None:
+            row = held.row
+        if row is None or row.status == "passed":
+            self._not_here(message)
+            return
+        if row.status in ENDED:
+            self._session.consumed(message)
+            return
+        if held is None:
+            held = Held(row, decode_header(row.header), _no_execution(), exists=True)
+            held.trail = decode_trail(row.trail)
+            held.attributes = decode_attributes(row.attributes)
+            held.count = row.entries
+            if row.service != row.home:
+                journal = (await self._store.journals([row.no]))[row.no]
+                held.entries = _split(journal)
+        held.consuming.append(message)
+        held.execution.outcome = Outcome("killed")
+        self._end(held)
+
+    async def _retry(self, message: Message) -> None:
+        """Go on with a stuck run, or take a failed one back to before its failure."""
+        row = await self._store.run_row(message.to, message.run)
+        if row is None or row.status == "passed":
+            self._not_here(message)
+            return
+        if row.status not in ("stuck", "failed") or row.service != message.to:
+            self._session.consumed(message)
+            return
+        journal = (await self._store.journals([row.no]))[row.no]
+        try:
+            entries = [entry for chunk in journal for entry in decode_chunk(chunk.body)]
+        except CorruptJournal as error:
+            log.error("run %s cannot be retried: %s", row.id, error)
+            self._session.consumed(message)
+            return
+        delivered = effective(entries)
+        cut = len(delivered)
+        if row.status == "failed":
+            failures = [at for at, entry in enumerate(delivered) if entry.what == "failed"]
+            cut = failures[-1] if failures else len(delivered) - 1
+        rewind = encode_entry(Entry("rewind", self._session.now_us(), max(cut, 1)))
+        mail = await self._store.mail_of(row.service, row.id)
+        back = [m for m in mail if m.type.startswith(HELD_BACK)]
+        row.status, row.reason, row.deaths = "running", "", 0
+        row.ended_us = row.result = None
+        row.holder, row.entries = row.service, len(entries) + 1
+
+        def resumed(error: PavaneError | None) -> None:
+            self._session.consumed(message)
+            if error is None:
+                self.with_row(row, lambda held: None)
+
+        commit = Commit(resumed)
+        commit.runs = [row]
+        commit.journal = [JournalRow(row.no, len(entries), b"[" + rewind + b"]")]
+        commit.mail_taken = [(m.service, m.run, m.id) for m in back]
+        commit.messages = [
+            Message(m.type[1:], m.id, m.service, m.run, m.body, m.at_us, row.target) for m in back
+        ]
+        parked = await self._store.parked_of(row.service, row.id)
+        commit.unparked = [(p.service, p.id) for p in parked]
+        self._session.submit(commit)
+
+    def note_message(self, message: Message) -> None:
+        """Remember where a travelling run waits."""
+        self._spawn(self._note(message, unpack(Note, message.body)))
+
+    async def _note(self, message: Message, note: Note) -> None:
+        row = await self._store.run_row(message.to, message.run)
+        commit = Commit(lambda error: self._session.consumed(message))
+        if row is not None and row.status == "passed" and row.hop <= note.hop:
+            row.hop, row.holder = note.hop, note.holder
+            row.reason = note.reason
+            commit.runs = [row]
+        self._session.submit(commit)
+
+    # -- batons --------------------------------------------------------------------------------
+
+    def baton_message(self, message: Message, redelivered: bool) -> None:
+        """Take a passed baton: go on with the run here, or end it at home."""
+        passed = message.live
+        message.live = None
+        if isinstance(passed, Held) and not redelivered:
+            self._take_live(message, passed)
+        else:
+            self._spawn(self._take_baton(message, redelivered))
+
+    def _take_live(self, message: Message, passed: Held) -> None:
+        """Go on with an execution that was handed over inside this process."""
+        service, header = message.to, passed.header
+        key = (service, header.run)
+        if service == header.home and passed.home_row is not None:
+            row, exists = passed.home_row, True
+        elif service == header.home or key in self.held or key in self._loading:
+            passed.execution.discard()
+            self._spawn(self._take_baton(message, False))
+            return
+        else:
+            row = blank_row(0, service, message.target, header)
+            exists = False
+        held = Held(row, header, passed.execution, exists)
+        held.home_row = passed.home_row
+        held.entries, held.count = passed.entries, passed.count
+        held.size_bytes = passed.size_bytes
+        held.trail, held.attributes, held.undone = passed.trail, passed.attributes, passed.undone
+        if exists:
+            held.unwritten = (passed.entries or [])[row.entries :]
+        else:
+            held.unwritten = list(passed.entries or [])
+        self._arrived(held, message, held.trail[-1].hop)
+
+    async def _take_baton(self, message: Message, redelivered: bool) -> None:
+        try:
+            baton = decode_baton(message.body)
+        except CorruptJournal as error:
+            log.error("baton %s of run %s is unreadable: %s", message.id, message.run, error)
+            commit = Commit(lambda _: self._session.consumed(message))
+            commit.mail = [
+                MailRow(message.to, message.run, message.id, "!baton", message.body, message.at_us)
+            ]
+            self._session.submit(commit)
+            return
+        if message.id in await self._store.seen(message.to, [message.id]):
+            self._session.consumed(message)
+            return
+        header = baton.header
+        row = await self._store.run_row(message.to, header.run)
+        exists = row is not None
+        if row is None:
+            row = blank_row(0, message.to, message.target, header)
+        raws = _split([JournalRow(0, 0, bytes(baton.entries))])
+        held = Held(row, header, _no_execution(header), exists)
+        held.trail, held.attributes = baton.trail, baton.attributes
+        for raw in raws:
+            held.append(raw, self._config.journal_max_bytes)
+        held.entries = raws
+        held.unwritten = raws[row.entries :] if exists else list(raws)
+        held.home_row = row if message.to == header.home else None
+        if baton.outcome is not None:
+            held.execution.outcome = baton.outcome
+            held.undone = _undone(raws)
+            self._arrived(held, message, baton.hop)
+            return
+        try:
+            entries = decode_chunk(bytes(baton.entries))
+            definition = self._registry.workflow(header.workflow, header.version)
+            delivered = effective(entries)
+            execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
+            execution.replay(delivered)
+        except (CorruptJournal, Mismatch, UnknownName) as error:
+            held.arrival = InboxRow(message.to, message.id, self._session.now_us())
+            held.consuming.append(message)
+            held.row.hop, held.row.holder = baton.hop, message.to
+            self._stick(held, str(error))
+            return
+        held.undone = _undone(raws)
+        held.execution = execution
+        for op in execution.pending.values():
+            op.sent = op.kind == "timer" or (op.kind != "receive" and len(execution.pending) > 1)
+        if redelivered and not exists:
+            self._assign_number(held)
+            held.row.deaths = 1
+            held.suspect = True
+        self._arrived(held, message, baton.hop, redelivered)
+
+    def _arrived(self, held: Held, message: Message, hop: int, redelivered: bool = False) -> None:
+        row = held.row
+        row.hop, row.holder = hop, row.service
+        row.status = "running"
+        held.arrival = InboxRow(message.to, message.id, self._session.now_us())
+        held.consuming.append(message)
+        if held.outcome is not None:
+            self._end(held)
+            return
+        self._add(held)
+        if row.service == row.home and self._has_receive(held):
+            self._spawn(self._settle_with_mail(held))
+        else:
+            self._settle(held, replayed=True, custody=redelivered)
+
+    def _has_receive(self, held: Held) -> bool:
+        return bool(getattr(held.execution.definition, "receives", ()))
+
+    async def _settle_with_mail(self, held: Held) -> None:
+        held.mail = await self._store.mail_of(*held.key)
+        if not held.dead:
+            self._settle(held, replayed=True)
+
+    # -- progress ------------------------------------------------------------------------------
+
+    def _feed(
+        self,
+        held: Held,
+        entry: Entry,
+        *,
+        message: Message | None = None,
+        unparked: Sequence[tuple[str, str]] = (),
+        done: Callable[[PavaneError | None], None] | None = None,
+    ) -> None:
+        """Deliver one entry and commit it with everything that follows from it."""
+        execution = held.execution
+        try:
+            execution.feed(entry)
+        except Mismatch as error:
+            self._stick(held, str(error), message)
+            return
+        held.record(entry, self._config.journal_max_bytes)
+        held.suspect = False  # it made progress
+        if message is not None:
+            held.consuming.append(message)
+        self._settle(held, unparked=unparked, done=done)
+
+    def _settle(
+        self,
+        held: Held,
+        *,
+        replayed: bool = False,
+        recovered: bool = False,
+        custody: bool = False,
+        unparked: Sequence[tuple[str, str]] = (),
+        done: Callable[[PavaneError | None], None] | None = None,
+    ) -> None:
+        """Decide what happens next and commit.
+
+        `replayed`: no entry was delivered just now. `recovered`: what is pending may have been asked
+        for before; it is asked for again, by the same ids.
+        """
+        execution, row = held.execution, held.row
+        messages: list[Message] = []
+        taken: list[tuple[str, str, str]] = []
+        self._collect(held, messages)
+        while held.mail and execution.outcome is None and self._deliver_mail(held, taken):
+            self._collect(held, messages)
+        if execution.outcome is not None:
+            self._end(held, messages, unparked, taken, done)
+            return
+        header = held.header
+        decision = decide(
+            list(execution.pending.values()), here=row.service, home=header.home,
+            mode=header.mode, forced=header.forced, journal_bytes=held.size_bytes, hops=row.hop,
+            journal_max_bytes=self._config.journal_max_bytes, hops_max=self._config.hops_max,
+        )  # fmt: skip
+        if isinstance(decision, Pass) and not held.local and held.entries is not None:
+            self._pass(held, decision, messages, unparked, taken, done)
+            return
+        launch = self._dispatch(held, execution.pending.values(), messages, recovered)
+        if replayed and not (messages or taken or custody or unparked):
+            # Nothing was delivered. A baton whose step runs right here is marked with its result.
+            at_once = held.arrival is not None and len(launch) == len(
+                [op for op in execution.pending.values() if op.name != EXPIRY]
+            )
+            self._project(held, launch)
+            if at_once or (held.arrival is None and not held.dirty):
+                self._launch(held, launch)
+                return
+        self._commit(held, messages, unparked, taken, done, launch)
+
+    def _collect(self, held: Held, messages: list[Message]) -> None:
+        """Turn what has no result (publish, spawn, attributes, given-up work) into its effect."""
+        execution, run = held.execution, held.row.id
+        now = self._session.now_us()
+        for op in execution.new:
+            if op.kind == "publish":
+                messages.append(self._published(held, op, now))
+            elif op.kind == "spawn":
+                messages.append(self._start_child(held, op, None, now))
+            elif op.kind == "attributes":
+                held.attributes.update(op.detail)
+        for op in execution.given_up:
+            if not op.sent:
+                continue
+            if op.kind == "step" and op.ordinal in held.local:
+                held.local.discard(op.ordinal)
+                self._session.steps.revoke(
+                    held.row.service, operation_id(run, op.ordinal, held.header.era)
+                )
+            elif op.kind == "step":
+                id = operation_id(run, op.ordinal, held.header.era)
+                body = pack(Request(id))
+                messages.append(self._message("revoke", f"{id}r", op.service, run, body, now))
+            elif op.kind == "child":
+                child = child_id(run, op.ordinal)
+                body = pack(Request(f"parent {run}"))
+                messages.append(
+                    self._message("cancel", f"{child}#cancel", op.service, child, body, now)
+                )
+        execution.new, execution.given_up = [], []
+
+    def _message(
+        self, kind: str, id: str, to: str, run: str, body: bytes, at_us: int, live: Any = None
+    ) -> Message:
+        return Message(kind, id, to, run, body, at_us, self._store.target_of(to, run), 0, live)
+
+    def _published(self, held: Held, op: Operation, now: int) -> Message:
+        event: Event = op.detail
+        header = held.header
+        body = Published(
+            op.name, type(event).event_version, key_of(event), op.service, header.conversation,
+            header.run, Raw(op.args),
+        )  # fmt: skip
+        return Message("event", f"{header.run}#{op.ordinal}", "", header.run, pack(body), now)
+
+    def _start_child(self, held: Held, op: Operation, parent: Parent | None, now: int) -> Message:
+        workflow: Workflow[..., Any] = op.detail
+        child = child_id(held.row.id, op.ordinal)
+        header = Header(
+            run=child, workflow=workflow.name, version=workflow.version,
+            home=workflow.service.name, mode=op.mode or held.header.mode, started_us=now,
+            conversation=held.header.conversation, parent=parent,
+            timeout_us=round((workflow.timeout_s or 0) * 1e6),
+        )  # fmt: skip
+        return self._message(
+            "start", child, op.service, child, pack(Start(header, Raw(op.args))), now
+        )
+
+    def _deliver_mail(self, held: Held, taken: list[tuple[str, str, str]]) -> bool:
+        """Deliver the first event that a `receive` waits for; tell whether there was one."""
+        if held.row.service != held.header.home:
+            return False
+        waiting = {
+            op.name: op for op in reversed(held.execution.pending.values()) if op.kind == "receive"
+        }
+        for at, mail in enumerate(held.mail):
+            op = waiting.get(mail.type)
+            if op is not None:
+                del held.mail[at]
+                entry = Entry(
+                    "received", self._session.now_us(), op.ordinal, Raw(mail.body), mail.type,
+                    0, mail.at_us,
+                )  # fmt: skip
+                held.execution.feed(entry)
+                held.record(entry, self._config.journal_max_bytes)
+                taken.append((mail.service, mail.run, mail.id))
+                return True
+        return False
+
+    def _must_command(self, held: Held, op: Operation) -> bool:
+        """Away from home, a fork's steps travel as commands, so that the baton may go home."""
+        row = held.row
+        return row.service != row.home and len(held.execution.pending) > 1 and op.name != EXPIRY
+
+    def _dispatch(
+        self, held: Held, pending: Iterable[Operation], messages: list[Message], recovered: bool
+    ) -> list[Operation]:
+        """Ask for what is pending and not asked for yet; return the steps to launch here."""
+        launch: list[Operation] = []
+        row = held.row
+        now = self._session.now_us()
+        for op in pending:
+            if op.sent:
+                continue
+            if op.kind == "step":
+                op.sent = True
+                here = op.service == row.service or (
+                    not recovered and row.service == row.home and self._session.hosts(op.service)
+                )
+                if here and not self._must_command(held, op):
+                    held.local.add(op.ordinal)
+                    launch.append(op)
+                else:
+                    call = self._call(held, op)
+                    messages.append(
+                        self._message("command", call.id, op.service, row.id, pack(call), now)
+                    )
+            elif op.kind == "child":
+                op.sent = True
+                parent = Parent(row.id, op.ordinal, row.service, held.header.era)
+                messages.append(self._start_child(held, op, parent, now))
+            else:
+                op.sent = op.kind != "receive" or row.service == row.home
+        return launch
+
+    def _call(self, held: Held, op: Operation) -> Call:
+        header = held.header
+        return Call(
+            header.run, op.ordinal, header.era, op.service, op.name, Raw(op.args),
+            held.row.service, header.conversation, op.undo,
+            self._session.steps.encode_options(op.service, op.name, op.detail),
+        )  # fmt: skip
+
+    def _launch(self, held: Held, operations: Sequence[Operation]) -> None:
+        if held.row.target in self._session.draining:
+            return  # the next owner does it
+        for op in operations:
+            if op.ordinal in held.local:
+                self._session.steps.launch_local(held, self._call(held, op), op.detail)
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def _project(self, held: Held, launch: Sequence[Operation] = ()) -> None:
+        """Bring the row up to date with the run; it is `dirty` if it must be written."""
+        row, before = held.row, held.dirty
+        deadlines: list[int] = []
+        passive: list[str] = []
+        busy = bool(launch) or bool(held.local)
+        for op in held.execution.pending.values():
+            if op.kind == "timer":
+                deadlines.append(op.deadline_us)
+                if op.name != EXPIRY:
+                    passive.append("timer")
+            elif op.kind == "receive":
+                passive.append(f"event {op.name}")
+            elif op.kind == "child":
+                passive.append(f"run {child_id(row.id, op.ordinal)}")
+            else:
+                busy = True
+        changed = before
+        status: Status = "running" if busy or not passive else "waiting"
+        reason = "" if status == "running" else ", ".join(dict.fromkeys(passive))
+        if (row.status, row.reason) != (status, reason):
+            row.status, row.reason, changed = status, reason, True
+        if held.attributes and (attributes := encode_plain(held.attributes)) != row.attributes:
+            row.attributes, changed = attributes, True
+        if row.deaths and not held.suspect:
+            row.deaths, changed = 0, True
+        if held.undone != row.undone:
+            row.undone, changed = held.undone, True
+        wake, stored = min(deadlines, default=None), row.wake_us
+        if wake != stored:
+            # A stored time that is too early only wakes the run for nothing, once.
+            sooner = wake is not None and (stored is None or wake < stored)
+            overdue = stored is not None and stored <= self._session.now_us()
+            if changed or sooner or overdue:
+                row.wake_us, changed = wake, True
+        if wake is not None:
+            self._session.run_timers.schedule(held.key, wake)
+        held.dirty = changed
+
+    def _commit(
+        self,
+        held: Held,
+        messages: list[Message],
+        unparked: Sequence[tuple[str, str]] = (),
+        taken: Sequence[tuple[str, str, str]] = (),
+        done: Callable[[PavaneError | None], None] | None = None,
+        launch: Sequence[Operation] = (),
+        parked: Sequence[ParkedRow] = (),
+    ) -> None:
+        row = held.row
+        self._project(held, launch)
+        self._assign_number(held)
+        held.dirty = held.dirty or held.arrival is not None
+        if held.arrival is not None and row.service != row.home:
+            note = Note(row.hop, row.service, row.status, row.reason)
+            messages.append(
+                self._message(
+                    "note", f"{row.id}#n{row.hop}", row.home, row.id, pack(note),
+                    self._session.now_us(),
+                )
+            )  # fmt: skip
+        self._write(held, messages, unparked, taken, done, launch, parked, write_row=held.dirty)
+
+    def _assign_number(self, held: Held) -> None:
+        if held.row.no == 0:
+            held.row.no = self._session.take_run_number()
+
+    def _write(
+        self,
+        held: Held,
+        messages: Sequence[Message],
+        unparked: Sequence[tuple[str, str]],
+        taken: Sequence[tuple[str, str, str]],
+        done: Callable[[PavaneError | None], None] | None,
+        launch: Sequence[Operation] = (),
+        parked: Sequence[ParkedRow] = (),
+        write_row: bool = True,
+        keep_journal: bool = True,
+        passed_to: str = "",
+    ) -> None:
+        row = held.row
+        consuming, held.consuming = held.consuming, []
+        held.commits += 1
+
+        def written(error: PavaneError | None) -> None:
+            held.commits -= 1
+            if done is not None:
+                done(error)
+            if error is not None:
+                self._refused(held, error, consuming)
+                return
+            for message in consuming:
+                self._session.consumed(message)
+            if row.status in ENDED and row.service == row.home:
+                self._session.ended(row)
+            if launch and not held.dead:
+                self._launch(held, launch)
+
+        commit = Commit(written)
+        if keep_journal:
+            commit.journal = held.take_journal()
+        if write_row:
+            row.entries = held.count if keep_journal else row.entries
+            if held.trail and (not held.exists or held.arrival or passed_to):
+                row.trail = encode_plain(held.trail)
+            commit.runs = [_copy(row)]
+            held.exists, held.dirty = True, False
+        if held.arrival is not None:
+            arrival, held.arrival = held.arrival, None
+            commit.inbox = [InboxRow(arrival.service, arrival.id, arrival.at_us, passed_to)]
+        commit.messages = messages
+        commit.unparked = unparked
+        commit.mail_taken = taken
+        commit.parked = parked
+        self._session.submit(commit)
+
+    def _refused(self, held: Held, error: PavaneError, consuming: Sequence[Message]) -> None:
+        """A commit was not written: forget what was built on it."""
+        self._drop(held)
+        for message in consuming:
+            self._session.consumed(message)
+        if isinstance(error, Conflict):
+            log.info("run %s: %s", held.row.id, error)
+        elif self._session.open:
+            log.error("run %s: %s", held.row.id, error)
+            row = held.row
+            if held.exists and row.no:
+                self._spawn(self._poisoned(row, error))
+
+    async def _poisoned(self, row: RunRow, error: PavaneError) -> None:
+        stored = await self._store.run_row(row.service, row.id)
+        if stored is not None:
+            held = Held(stored, decode_header(stored.header), _no_execution(), exists=True)
+            self._stick(held, str(error), kept_journal=True)
+
+    def _pass(
+        self,
+        held: Held,
+        decision: Pass,
+        messages: list[Message],
+        unparked: Sequence[tuple[str, str]],
+        taken: Sequence[tuple[str, str, str]],
+        done: Callable[[PavaneError | None], None] | None,
+    ) -> None:
+        """Hand the baton on: one commit with the arrival's mark and the next baton."""
+        row, header = held.row, held.header
+        now = self._session.now_us()
+        header.forced = header.forced or decision.forced
+        hop = row.hop + 1
+        held.trail = [*held.trail, Stop(decision.to, now, hop)]
+        row.hop, row.holder, row.status, row.reason = hop, decision.to, "passed", ""
+        row.wake_us = None
+        held.dead = True
+        self.held.pop(held.key, None)
+        body = self._baton(held, hop, None)
+        messages.append(
+            self._message("baton", hop_id(row.id, hop), decision.to, row.id, body, now, held)
+        )
+        self._leave(held, messages, unparked, taken, done, decision.to)
+
+    def _leave(
+        self,
+        held: Held,
+        messages: Sequence[Message],
+        unparked: Sequence[tuple[str, str]],
+        taken: Sequence[tuple[str, str, str]],
+        done: Callable[[PavaneError | None], None] | None,
+        to: str,
+    ) -> None:
+        """Write that the run went on to service `to`; a guest that wrote nothing leaves no row."""
+        row = held.row
+        row.undone = held.undone
+        if held.attributes:
+            row.attributes = encode_plain(held.attributes)
+        keep = held.exists or row.service == row.home
+        if keep:
+            self._assign_number(held)
+            row.header = encode_plain(held.header)
+        self._write(
+            held, messages, unparked, taken, done, write_row=keep, keep_journal=keep, passed_to=to
+        )
+
+    def _baton(self, held: Held, hop: int, outcome: Outcome | None) -> bytes:
+        assert held.entries is not None
+        return encode_baton(
+            Baton(
+                FORMAT, held.header, hop, held.count, Raw(b"[" + b",".join(held.entries) + b"]"),
+                held.trail, held.attributes, outcome,
+            )
+        )  # fmt: skip
+
+    def _end(
+        self,
+        held: Held,
+        messages: list[Message] | None = None,
+        unparked: Sequence[tuple[str, str]] = (),
+        taken: Sequence[tuple[str, str, str]] = (),
+        done: Callable[[PavaneError | None], None] | None = None,
+    ) -> None:
+        """End the run: at home its row, elsewhere by a last hop home."""
+        outcome, row, header = held.outcome, held.row, held.header
+        assert outcome is not None
+        messages = messages if messages is not None else []
+        now = self._session.now_us()
+        for op in list(held.execution.pending.values()):
+            held.execution.give_up(op.ordinal)
+        self._collect(held, messages)
+        held.dead = True
+        self.held.pop(held.key, None)
+        held.execution.discard()
+        if row.service != header.home and held.entries is not None:
+            hop = row.hop + 1
+            held.trail = [*held.trail, Stop(header.home, now, hop)]
+            row.hop, row.holder, row.status, row.wake_us = hop, header.home, "passed", None
+            row.reason = ""
+            body = self._baton(held, hop, outcome)
+            live = held if not held.exists else None
+            messages.append(
+                self._message("baton", hop_id(row.id, hop), header.home, row.id, body, now, live)
+            )
+            self._leave(held, messages, unparked, taken, done, header.home)
+            return
+        row.status, row.reason, row.ended_us = outcome.status, "", now
+        row.result, row.wake_us, row.deaths = bytes(outcome.value), None, 0
+        row.holder = row.service
+        row.undone = held.undone
+        row.header = encode_plain(header)
+        if held.attributes:
+            row.attributes = encode_plain(held.attributes)
+        if outcome.status == "failed":
+            row.reason = error_summary(bytes(outcome.value))
+        if outcome.status == "continued":
+            messages.append(self._continued(held, outcome, now))
+        elif header.parent is not None:
+            messages.append(self._answer_parent(header, outcome, row, now))
+        self._assign_number(held)
+        self._write(held, messages, unparked, taken, done)
+
+    def _continued(self, held: Held, outcome: Outcome, now: int) -> Message:
+        header = held.header
+        successor = next_id(header.run)
+        definition = self._registry.workflow(header.workflow)
+        following = Header(
+            run=successor, workflow=header.workflow, version=definition.version,
+            home=header.home, mode=header.mode, started_us=now, conversation=header.conversation,
+            timeout_us=header.timeout_us, parent=header.parent,
+        )  # fmt: skip
+        held.row.result = encode_plain(successor)
+        body = pack(Start(following, outcome.value))
+        return self._message("start", successor, header.home, successor, body, now)
+
+    def _answer_parent(self, header: Header, outcome: Outcome, row: RunRow, now: int) -> Message:
+        parent = header.parent
+        assert parent is not None
+        ok = outcome.status == "completed"
+        value = outcome.value
+        if outcome.status in ("cancelled", "killed"):
+            from pavane.core.codec import encode_error
+            from pavane.errors import RunFailed
+
+            value = Raw(
+                encode_error(
+                    RunFailed(f"Run {row.id} was {outcome.status}.", status=outcome.status)
+                )
+            )
+        reply = Reply(
+            parent.run, parent.op, parent.era, f"child {row.home}.{row.workflow}", ok, value,
+            row.home, 1, row.started_us,
+        )  # fmt: skip
+        id = operation_id(parent.run, parent.op, parent.era)
+        return self._message("reply", id, parent.holder, parent.run, pack(reply), now)
+
+    # -- trouble -------------------------------------------------------------------------------
+
+    def _stick(
+        self,
+        held: Held,
+        reason: str,
+        message: Message | None = None,
+        *,
+        unparked: Sequence[tuple[str, str]] = (),
+        kept_journal: bool = False,
+    ) -> None:
+        """Park the run for a person, with the reason; keep a message it could not take."""
+        row = held.row
+        log.error("run %s is stuck: %s", row.id, reason)
+        row.status, row.reason, row.wake_us = "stuck", reason, None
+        row.undone = held.undone
+        mail: list[MailRow] = []
+        if message is not None:
+            kind = f"{HELD_BACK}{message.kind}"
+            mail.append(MailRow(row.service, row.id, message.id, kind, message.body, message.at_us))
+            held.consuming.append(message)
+        for op in held.execution.pending.values():
+            if op.ordinal in held.local:
+                self._session.steps.revoke(
+                    row.service, operation_id(row.id, op.ordinal, held.header.era)
+                )
+        self._drop(held)
+        self._assign_number(held)
+        consuming, held.consuming = held.consuming, []
+
+        def written(error: PavaneError | None) -> None:
+            for consumed in consuming:
+                self._session.consumed(consumed)
+
+        commit = Commit(written)
+        commit.journal = [] if kept_journal else held.take_journal()
+        if not kept_journal:
+            row.entries = held.count
+        commit.runs = [_copy(row)]
+        commit.mail = mail
+        commit.unparked = unparked
+        if held.arrival is not None:
+            commit.inbox = [held.arrival]
+        if row.service != row.home:
+            note = Note(row.hop, row.service, "stuck", reason)
+            commit.messages = [
+                self._message(
+                    "note", f"{row.id}#s{row.hop}", row.home, row.id, pack(note),
+                    self._session.now_us(),
+                )
+            ]  # fmt: skip
+        self._session.submit(commit)
+
+    def quarantine(self, row: RunRow) -> None:
+        """Set a run aside that was under way in too many process deaths."""
+        held = Held(row, decode_header(row.header), _no_execution(), exists=True)
+        held.trail = decode_trail(row.trail)
+        self._stick(
+            held,
+            f"Quarantined: {row.deaths} processes died while this run was under way. Find out why, "
+            f"then `pavane runs retry {row.id}`.",
+            kept_journal=True,
+        )
+
+    def custody(self, held: Held, parked: ParkedRow) -> None:
+        """Write a run together with a step of it that takes long or waits for its next attempt."""
+        if not held.dead:
+            self._commit(held, [], parked=[parked])
+
+    def is_busy(self, key: Key) -> bool:
+        """Tell whether a run is live and has made no progress since it was suspected."""
+        held = self.held.get(key)
+        return held is not None and held.suspect and held.row.status == "running"
+
+    # -- housekeeping --------------------------------------------------------------------------
+
+    def release(self, targets: set[int]) -> None:
+        """Put away all runs of these partitions; their commits were flushed before."""
+        for held in list(self.held.values()):
+            if held.row.target in targets:
+                self._drop(held)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a duty of the holder failed", exc_info=error)
+            if self._session.open and isinstance(error, PavaneError):
+                self._session.lost(error)
+
+    async def settle(self) -> None:
+        """Wait for loads and other short work."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
+
+    def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        for held in list(self.held.values()):
+            self._drop(held)
+
+
+def start_claim(header: Header) -> InboxRow:
+    """Return the mark that makes a run's id unique before its row is there."""
+    return InboxRow(header.home, f"{header.run}#start", header.started_us)
+
+
+def next_id(run: str) -> str:
+    """Return the id of the run that continues `run`."""
+    base, mark, number = run.rpartition("~")
+    return f"{base}~{int(number) + 1}" if mark and number.isdigit() else f"{run}~2"
+
+
+def _copy(row: RunRow) -> RunRow:
+    return RunRow(*(getattr(row, name) for name in RunRow.__struct_fields__))
+
+
+class _NoDefinition:
+    fn: Any = None
+    params: Any = None
+
+
+def _no_execution(header: Header | None = None) -> Execution:
+    """An execution of nothing, for rows that are changed without running their code."""
+    blank = Header("", "", 1, "", "orchestration", 0, "")
+    return Execution(header or blank, _NoDefinition())
+
+
+def _split(journal: Sequence[JournalRow]) -> list[bytes]:
+    import msgspec
+
+    try:
+        return [
+            bytes(raw)
+            for row in journal
+            for raw in msgspec.json.decode(row.body, type=list[msgspec.Raw])
+        ]
+    except msgspec.DecodeError as error:
+        raise CorruptJournal(f"A journal row cannot be read: {error}.") from None
+
+
+def _undone(raws: Sequence[bytes]) -> int:
+    entries = decode_chunk(b"[" + b",".join(raws) + b"]")
+    issued: list[str] = []
+    undone = 0
+    for entry in entries:
+        if entry.what == "done" and 0 <= entry.op < len(issued):
+            undone += issued[entry.op].startswith("undo ")
+        issued += [mark for mark in entry.issued if not mark.startswith("patch ")]
+    return undone
+
+
+def _hop_of(id: str) -> int:
+    tail = id.rpartition("#h")[2]
+    return int(tail) if tail.isdigit() else -1
+
+
+def _other_operation(reply: Reply, operation: Operation) -> str:
+    return (
+        f"A result of '{reply.fingerprint}' came for operation {reply.op}, but the code of the "
+        f"workflow now asks for '{operation.fingerprint}' there.\n"
+        f"--- recorded\n+++ asked for by the code now\n-{reply.fingerprint}\n"
+        f"+{operation.fingerprint}\nDeploy the old code again, or guard the change with "
+        f"`if patched(…):`, and the run goes on."
+    )
+
+
+def _ignore(_: PavaneError | None) -> None:
+    """Nothing waits for this commit."""

@@ -1,0 +1,522 @@
+"""A node: one process that hosts services, and its sessions, one per lease.
+
+A session owns partitions, reads the log for them, and drives their runs and steps. When its lease
+is lost it stops everything at once and the node joins again under a new nonce.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pavane.engine.committer import Committer
+from pavane.engine.config import EngineConfig
+from pavane.engine.holder import SUSPECT_DEATHS, Holder
+from pavane.engine.lease import LeaseKeeper, is_gone, this_host
+from pavane.engine.pruner import Pruner
+from pavane.engine.registry import Registry
+from pavane.engine.steps import Steps
+from pavane.engine.timers import DueQueue
+from pavane.errors import CorruptJournal, LeaseLost, PavaneError, StoreError
+from pavane.stores.port import (
+    Commit,
+    Fence,
+    Message,
+    ParkedRow,
+    PartitionRow,
+    RunRow,
+    Store,
+)
+
+log = logging.getLogger("pavane.node")
+
+POLL_MIN_S = 0.001
+POLL_MAX_S = 0.01
+PAGE = 500
+RUN_NUMBERS = 1000
+POSITIONS_EVERY_S = 2.0
+TICK_S = 0.5
+
+Key = tuple[str, str]
+
+
+class Session:
+    """Everything a node does under one lease."""
+
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry,
+        services: Sequence[str],
+        config: EngineConfig,
+        fence: Fence,
+        ended: Callable[[RunRow], None],
+    ) -> None:
+        self.store = store
+        self.registry = registry
+        self.config = config
+        self.fence = fence
+        self.open = True
+        self.ended = ended
+        self.draining: set[int] = set()
+        self.failure: asyncio.Future[PavaneError] = asyncio.get_running_loop().create_future()
+        self._services = frozenset(services)
+        self._floors: dict[int, int] = {}
+        self._flight: dict[int, dict[int, None]] = {}
+        self._written_positions: dict[int, int] = {}
+        self._numbers = iter(range(0))
+        self._next_numbers: range | None = None
+        self._refill: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._suspects: list[RunRow | ParkedRow] = []
+        self._lane: asyncio.Task[None] | None = None
+        self._held_back: set[Key] = set()
+        self._host = this_host()
+        self.now_us = store.now_us
+        self.committer = Committer(store, fence, self._route, self.lost)
+        self.submit = self.committer.submit
+        self.holder = Holder(self)
+        self.steps = Steps(self)
+        self.run_timers = DueQueue(self.now_us, self._due_runs, 0, self.holder.wake)
+        self.parked_timers = DueQueue(self.now_us, self._due_parked, "", self.steps.due)
+        self.lease = LeaseKeeper(store, fence, self._lease_lost)
+        self._pruner = Pruner(store, config.retention_s)
+
+    # -- what the duties ask -------------------------------------------------------------------
+
+    def hosts(self, service: str) -> bool:
+        return service in self._services
+
+    def owns(self, target: int) -> bool:
+        return target in self._floors and target not in self.draining
+
+    @property
+    def owned(self) -> list[int]:
+        return list(self._floors)
+
+    def take_run_number(self) -> int:
+        """Return a number for a new run, from a block reserved ahead."""
+        number = next(self._numbers, None)
+        if number is None:
+            if self._next_numbers is None:
+                raise StoreError("Run numbers ran out; the store does not answer.")
+            self._numbers, self._next_numbers = iter(self._next_numbers), None
+            number = next(self._numbers)
+        if self._next_numbers is None and self._refill is None:
+            self._refill = self.spawn(self._reserve_numbers())
+        return number
+
+    async def _reserve_numbers(self) -> None:
+        first = await self.store.take_run_numbers(RUN_NUMBERS)
+        self._next_numbers = range(first, first + RUN_NUMBERS)
+        self._refill = None
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run short work of the session; a failure of the store ends the session."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, PavaneError):
+            log.error("a duty of this node failed", exc_info=error)
+            error = StoreError(f"A duty of this node failed: {error!r}.")
+        self.lost(error)
+
+    def lost(self, error: PavaneError) -> None:
+        """End the session: its lease is lost or its store does not work."""
+        if self.open:
+            self.open = False
+            log.warning("node %d stops: %s", self.fence.node, error)
+        if not self.failure.done():
+            self.failure.set_result(error)
+
+    def _lease_lost(self) -> None:
+        self.lost(LeaseLost(f"Node {self.fence.node} lost its lease."))
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def _route(self, messages: Sequence[Message]) -> None:
+        """Hand over what was just written and belongs to a partition of this node."""
+        for message in messages:
+            floor = self._floors.get(message.target)
+            if floor is not None and message.pos > floor:
+                message.live = message.live or True
+                self._take(message, redelivered=False)
+
+    def _take(self, message: Message, *, redelivered: bool) -> None:
+        self._flight[message.target][message.pos] = None
+        if message.target not in self.draining:
+            self._handle(message, redelivered)
+
+    def _handle(self, message: Message, redelivered: bool) -> None:
+        kind = message.kind
+        try:
+            if kind == "baton":
+                self.holder.baton_message(message, redelivered)
+            elif kind == "command":
+                self.steps.command_message(message, redelivered)
+            elif kind == "reply":
+                self.holder.reply_message(message)
+            elif kind == "start":
+                self.holder.start_message(message)
+            elif kind == "signal":
+                self.holder.signal_message(message)
+            elif kind in ("cancel", "kill", "retry"):
+                self.holder.request_message(message)
+            elif kind == "note":
+                self.holder.note_message(message)
+            elif kind == "revoke":
+                self.steps.revoke_message(message)
+            else:
+                log.error("message %s has unknown kind %r", message.id, kind)
+                self.consumed(message)
+        except CorruptJournal as error:
+            log.error("message %s of run %s: %s", message.id, message.run, error)
+            self.consumed(message)
+
+    def consumed(self, message: Message) -> None:
+        """Note that a message took effect, durably."""
+        flight = self._flight.get(message.target)
+        if flight is not None:
+            flight.pop(message.pos, None)
+
+    def _position(self, target: int) -> int:
+        flight = self._flight[target]
+        return min(flight) - 1 if flight else max(self.committer.routed_tail, self._floors[target])
+
+    async def _poll_log(self) -> None:
+        """Read what other processes wrote, soon after they did."""
+        pause_s = POLL_MIN_S
+        while True:
+            if self.store.changed() and await self._read_tail():
+                pause_s = POLL_MIN_S
+            else:
+                pause_s = min(POLL_MAX_S, pause_s * 1.2)
+            await asyncio.sleep(pause_s)
+
+    async def _read_tail(self) -> bool:
+        head = await self.store.log_head()
+        found = False
+        while self.store.tail < head:
+            messages = await self.store.read_log(self.store.tail, head, None, PAGE, self.fence.node)
+            for message in messages:
+                floor = self._floors.get(message.target)
+                if floor is not None and message.pos > floor:
+                    found = True
+                    self._take(message, redelivered=False)
+            tail = messages[-1].pos if len(messages) == PAGE else head
+            self.store.tail = max(self.store.tail, tail)
+            if len(messages) == PAGE:
+                await asyncio.sleep(0)
+        return found
+
+    # -- partitions ----------------------------------------------------------------------------
+
+    async def balance(self) -> None:
+        """Own the share of partitions that is this node's, taking over from nodes that are gone."""
+        nodes = await self.store.nodes()
+        now = self.store.now_us()
+        gone = [n for n in nodes if n.no != self.fence.node and is_gone(n, now, self._host)]
+        if gone:
+            log.info("taking over from %s", ", ".join(n.name for n in gone))
+            await self.store.expire(gone)
+            nodes = await self.store.nodes()
+        give: list[int] = []
+        want: list[int] = []
+        hosts = {
+            service: sorted(n.no for n in nodes if service in n.services)
+            for service in self._services
+        }
+        for row in await self.store.partition_rows(sorted(self._services)):
+            candidates = hosts[row.service]
+            mine = candidates and candidates[row.partition % len(candidates)] == self.fence.node
+            if row.owner == self.fence.node and not mine:
+                give.append(row.target)
+            elif row.owner is None and mine:
+                want.append(row.target)
+        if give:
+            await self._give(give)
+        if want:
+            await self._own(await self.store.claim(self.fence, want))
+
+    async def _give(self, targets: Sequence[int]) -> None:
+        """Hand partitions over in order: let running steps end, write, forget, release."""
+        self.draining.update(targets)
+        leaving = set(targets)
+        ends = asyncio.get_running_loop().time() + self.config.grace_s
+        while self.steps.busy(leaving) and asyncio.get_running_loop().time() < ends:
+            await asyncio.sleep(0.005)
+        self.steps.abandon(leaving)
+        await self.committer.flush()
+        await self.holder.settle()
+        await self.committer.flush()
+        self.holder.release(leaving)
+        positions = [
+            (target, self._position(target)) for target in targets if target in self._flight
+        ]
+        await self.store.release(self.fence, positions)
+        for target in targets:
+            self._floors.pop(target, None)
+            self._flight.pop(target, None)
+            self._written_positions.pop(target, None)
+        self.draining.difference_update(targets)
+
+    async def _own(self, rows: Sequence[PartitionRow]) -> None:
+        """Take partitions up where they were left: messages, runs, parked steps, timers."""
+        if not rows:
+            return
+        head = await self.store.log_head()
+        position = {row.target: row.position for row in rows}
+        dirty = {row.target for row in rows if not row.clean}
+        for row in rows:
+            self._flight[row.target] = {}
+            self._floors[row.target] = head
+        targets = list(position)
+        if dirty:
+            await self._count_parked(sorted(dirty))
+        await self._recover_runs(targets, dirty)
+        at = min(position.values())
+        while at < head:
+            messages = await self.store.read_log(at, head, targets, PAGE, None)
+            for message in messages:
+                if message.pos > position[message.target]:
+                    self._take(message, redelivered=message.target in dirty)
+            if len(messages) < PAGE:
+                break
+            at = messages[-1].pos
+            await asyncio.sleep(0)
+        self.spawn(self.run_timers.catch_up(targets))
+        self.spawn(self.parked_timers.catch_up(targets))
+
+    async def _recover_runs(self, targets: Sequence[int], dirty: set[int]) -> None:
+        after = 0
+        while True:
+            rows = await self.store.live_runs(targets, after, PAGE)
+            if not rows:
+                return
+            after = rows[-1].no
+            touched: list[RunRow] = []
+            calm: list[RunRow] = []
+            for row in rows:
+                if row.status == "stuck":
+                    # Perhaps the code that fits it has been deployed again.
+                    if not row.reason.startswith(("Quarantined", "The compensation")):
+                        calm.append(row)
+                elif row.target not in dirty:
+                    calm.append(row)
+                elif row.deaths >= self.config.deaths_max:
+                    self.holder.quarantine(row)
+                elif row.deaths >= SUSPECT_DEATHS:
+                    self._suspect(row)
+                else:
+                    row.deaths += 1
+                    touched.append(row)
+            if touched:
+                await self.store.touch(self.fence, [row.no for row in touched], ())
+            await self.holder.recover(calm + touched)
+            await asyncio.sleep(0)
+
+    async def _count_parked(self, targets: Sequence[int]) -> None:
+        """Count a touch of each parked step that may have been running when a process died."""
+        at, until = (0, ""), self.now_us()
+        while True:
+            rows = await self.store.due_parked(targets, at, until, PAGE)
+            calm: list[ParkedRow] = []
+            for row in rows:
+                if row.deaths < SUSPECT_DEATHS:
+                    row.deaths += 1
+                    calm.append(row)
+                    continue
+                self._held_back.add((row.service, row.id))
+                if row.deaths >= self.config.deaths_max:
+                    self.steps.quarantine(row)
+                else:
+                    self._suspect(row)
+            if calm:
+                await self.store.touch(self.fence, (), calm)
+            if len(rows) < PAGE:
+                return
+            at = (rows[-1].due_us, rows[-1].id)
+
+    def _suspect(self, row: RunRow | ParkedRow) -> None:
+        """Queue what may have killed processes; it is touched alone, one at a time."""
+        self._suspects.append(row)
+        if self._lane is None or self._lane.done():
+            self._lane = self.spawn(self._try_suspects())
+
+    async def _try_suspects(self) -> None:
+        while self._suspects:
+            row = self._suspects.pop(0)
+            row.deaths += 1
+            if isinstance(row, RunRow):
+                await self.store.touch(self.fence, [row.no], ())
+                await self.holder.recover([row])
+                key = (row.service, row.id)
+            else:
+                await self.store.touch(self.fence, (), [row])
+                self._held_back.discard((row.service, row.id))
+                self.steps.resume(row)
+                key = (row.service, row.run)
+            for _ in range(500):
+                await asyncio.sleep(0.01)
+                if not self.holder.is_busy(key) and not self.steps.is_running(row.service, row.id):
+                    break
+
+    # -- timers --------------------------------------------------------------------------------
+
+    async def _due_runs(
+        self, targets: Sequence[int], after: tuple[int, Any], until_us: int, limit: int
+    ) -> list[tuple[int, Any, Key, Any]]:
+        rows = await self.store.due_runs(targets, after, until_us, limit)
+        return [(row.wake_us or 0, row.no, (row.service, row.id), row) for row in rows]
+
+    async def _due_parked(
+        self, targets: Sequence[int], after: tuple[int, Any], until_us: int, limit: int
+    ) -> list[tuple[int, Any, Key, Any]]:
+        rows = await self.store.due_parked(targets, after, until_us, limit)
+        return [
+            (row.due_us, row.id, (row.service, row.id), row)
+            for row in rows
+            if (row.service, row.id) not in self._held_back
+        ]
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        first = await self.store.take_run_numbers(RUN_NUMBERS)
+        self._numbers = iter(range(first, first + RUN_NUMBERS))
+        await self._reserve_numbers()
+        self.lease.start()
+        await self.balance()
+        self.spawn(self._poll_log())
+        self.spawn(self._tick())
+        self.spawn(self._pruner.run())
+
+    async def _tick(self) -> None:
+        positions_due = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(TICK_S)
+            await self.balance()
+            await self.run_timers.poll(self.owned)
+            await self.parked_timers.poll(self.owned)
+            self.steps.take_custody(self.now_us() - round(self.config.custody_after_s * 1e6))
+            if loop.time() >= positions_due:
+                positions_due = loop.time() + POSITIONS_EVERY_S
+                self._write_positions()
+
+    def _write_positions(self) -> None:
+        moved: list[tuple[int, int]] = []
+        for target in self._floors:
+            position = self._position(target)
+            if position > self._written_positions.get(target, -1):
+                moved.append((target, position))
+                self._written_positions[target] = position
+        if moved:
+            commit = Commit(lambda error: None)
+            commit.positions = moved
+            self.submit(commit)
+
+    async def drain(self) -> None:
+        """Stop in order: let steps end, write everything, release the partitions."""
+        self.draining.update(self._floors)
+        await self.steps.drain(self.config.grace_s)
+        await self.holder.settle()
+        await self.committer.flush()
+        positions = [(target, self._position(target)) for target in self._floors]
+        await self.close()
+        if self.open:
+            self.open = False
+            with suppress(PavaneError):
+                await self.store.release(self.fence, positions)
+                await self.store.leave(self.fence)
+
+    async def close(self) -> None:
+        """Stop at once."""
+        self.run_timers.close()
+        self.parked_timers.close()
+        await self.lease.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=5)
+        await self.steps.close()
+        self.holder.close()
+        await self.committer.flush()
+
+
+class Node:
+    """Hosts `services` until stopped; see the module."""
+
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry,
+        services: Sequence[str],
+        config: EngineConfig,
+        ended: Callable[[RunRow], None],
+    ) -> None:
+        for service in services:
+            registry.service(service)
+        self._store = store
+        self._registry = registry
+        self.services = list(services)
+        self._config = config
+        self._ended = ended
+        self.session: Session | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Join the store's other nodes and begin to work; raise if the store cannot be used."""
+        await self._store.register(sorted(self._registry.services))
+        await self._join()
+        self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
+
+    async def _join(self) -> None:
+        lease_us = round(self._config.lease_s * 1e6)
+        name = f"{'+'.join(self.services)}-{os.getpid()}"
+        row = await self._store.join(name, this_host(), os.getpid(), self.services, lease_us)
+        fence = Fence(row.no, row.nonce, lease_us)
+        session = Session(
+            self._store, self._registry, self.services, self._config, fence, self._ended
+        )
+        await session.start()
+        self.session = session
+
+    async def _supervise(self) -> None:
+        """Join again, with growing pauses, each time the session is lost."""
+        pause_s = 0.1
+        while not self._stopping:
+            session = self.session
+            if session is not None:
+                await asyncio.shield(session.failure)
+                self.session = None
+                await session.close()
+            try:
+                await self._join()
+                pause_s = 0.1
+            except PavaneError as error:
+                log.error("this node cannot join: %s", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(5.0, pause_s * 2)
+
+    async def stop(self) -> None:
+        """Drain and leave; runs go on at other nodes, or when one starts again."""
+        self._stopping = True
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._supervisor
+        if self.session is not None:
+            await self.session.drain()
+            self.session = None

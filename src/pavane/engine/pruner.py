@@ -1,0 +1,29 @@
+"""The pruner: deletes ended runs and consumed messages that are older than the retention."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pavane.stores.port import Store
+
+BATCH = 500
+
+
+class Pruner:
+    """Works in small batches, with pauses, so that it never holds the store for long."""
+
+    def __init__(self, store: Store, retention_s: float) -> None:
+        self._store = store
+        self._retention_s = retention_s
+
+    async def run(self) -> None:
+        every_s = max(1.0, min(60.0, self._retention_s / 10))
+        while True:
+            await asyncio.sleep(every_s)
+            while await self.run_once():
+                await asyncio.sleep(0.05)
+
+    async def run_once(self) -> bool:
+        """Delete one batch; tell whether there may be more."""
+        before_us = self._store.now_us() - round(self._retention_s * 1e6)
+        return await self._store.prune(before_us, BATCH) >= BATCH

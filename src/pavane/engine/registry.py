@@ -1,0 +1,82 @@
+"""What an app declares, by name: the engine's view of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pavane.errors import BadDeclaration, UnknownName
+from pavane.event import Event
+from pavane.service import Service, Step
+from pavane.workflow import Workflow
+
+
+class Registry:
+    """All services of an app, with their steps and workflows."""
+
+    def __init__(self, services: Sequence[Service]) -> None:
+        self.services: dict[str, Service] = {}
+        self.workflows: dict[tuple[str, int], Workflow[..., Any]] = {}
+        self.events: dict[str, type[Event]] = {}
+        for service in services:
+            if service.name in self.services:
+                raise BadDeclaration(
+                    f"Two services are called {service.name!r}; names must be unique in an app."
+                )
+            self.services[service.name] = service
+            for (name, version), workflow in service.workflows.items():
+                other = self.workflows.get((name, version))
+                if other is not None:
+                    raise BadDeclaration(
+                        f"Workflow {name!r} (version {version}) is declared by services "
+                        f"{other.service.name!r} and {service.name!r}. Give one another name: "
+                        f'@{service.name}.workflow(name="…").'
+                    )
+                self.workflows[name, version] = workflow
+                for event in workflow.receives:
+                    self._add_event(event)
+
+    def _add_event(self, event: type[Event]) -> None:
+        known = self.events.setdefault(event.event_type, event)
+        if known is not event:
+            raise BadDeclaration(
+                f"Two event classes are called {event.event_type!r}: {known.__module__} and "
+                f"{event.__module__}. Rename one, or give it type_name=."
+            )
+
+    def service(self, name: str) -> Service:
+        found = self.services.get(name)
+        if found is None:
+            raise UnknownName(_unknown("service", name, self.services))
+        return found
+
+    def step(self, service: str, name: str) -> Step[..., Any]:
+        """Return a step, or raise UnknownName."""
+        found = self.service(service).steps.get(name)
+        if found is None:
+            raise UnknownName(
+                _unknown(f"step of service {service!r}", name, self.service(service).steps)
+            )
+        return found
+
+    def workflow(self, name: str, version: int | None = None) -> Workflow[..., Any]:
+        """Return the workflow of this name; without `version`, the newest."""
+        versions = sorted(v for n, v in self.workflows if n == name)
+        if not versions:
+            raise UnknownName(_unknown("workflow", name, {n for n, _ in self.workflows}))
+        found = self.workflows.get((name, versions[-1] if version is None else version))
+        if found is None:
+            listed = ", ".join(map(str, versions))
+            raise UnknownName(
+                f"Workflow {name!r} has no version {version} here; it has: {listed}. Keep old versions "
+                f"declared (version={version}) until their runs have ended."
+            )
+        return found
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = get_close_matches(name, names, 1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"No {what} is called {name!r}.{hint} Known: {', '.join(names) or 'none'}."

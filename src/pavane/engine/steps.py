@@ -1,0 +1,559 @@
+"""Steps: executes attempts, retries them, and takes into custody what is not done at once.
+
+A step that succeeds at once costs no write of its own: its result is committed with the run's
+progress, or, for a command, with the inbox mark and the reply. One that fails and is retried, runs
+for long or sends heartbeats is first parked: written with its attempt number, so that retries,
+attempt counts and heartbeat details survive a crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Raw
+
+from pavane.core.codec import decoder, encode, encode_error, error_summary
+from pavane.core.envelope import Call, Reply, Request, operation_id, pack, unpack
+from pavane.engine.held import Held
+from pavane.errors import (
+    BadArguments,
+    HeartbeatTimeout,
+    NotDecodable,
+    NotEncodable,
+    PavaneError,
+    StepTimeout,
+    TooLarge,
+    UnknownName,
+)
+from pavane.policy import ONCE, PERSISTENT, Retry, StepOptions, seconds
+from pavane.service import Step, StepContext, StepInfo, current_step, deadline_from
+from pavane.stores.port import Commit, InboxRow, Message, ParkedRow
+
+if TYPE_CHECKING:
+    from pavane.engine.node import Session
+
+log = logging.getLogger("pavane.steps")
+
+BEAT_EVERY_S = 1.0
+_decode_any = decoder(Any)
+
+
+class _Options(msgspec.Struct, array_like=True):
+    """Options of a call that differ from the declared ones, as they travel."""
+
+    attempts: int
+    first_s: float
+    factor: float
+    most_s: float
+    jitter: float
+    within_s: float | None
+    timeout_s: float | None
+    heartbeat_s: float | None
+
+
+class Attempt:
+    """One step under way: which call, which attempt, for whom.
+
+    `held` is the run if it is held here and the step needs no command; `message` the command until
+    its inbox mark is written. `parked` is its custody row, once there is one. `owner` is the service
+    whose partition it belongs to: the command's receiver, or the service that holds the run.
+    """
+
+    __slots__ = (
+        "abandoned", "beat", "began_us", "call", "held", "message", "number", "options", "owner", "parked",
+        "pending_beat", "revoked", "started_us", "step", "task",
+    )  # fmt: skip
+
+    def __init__(
+        self, call: Call, step: Step[..., Any] | None, options: StepOptions, owner: str
+    ) -> None:
+        self.call = call
+        self.owner = owner
+        self.step = step
+        self.options = options
+        self.number = 1
+        self.began_us = 0
+        self.started_us = 0
+        self.beat = b"null"
+        self.pending_beat = False
+        self.held: Held | None = None
+        self.message: Message | None = None
+        self.parked: ParkedRow | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.revoked = False
+        self.abandoned = False
+
+
+class Steps:
+    """Owns the attempts of one session; see the module."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._store = session.store
+        self._config = session.config
+        self._loop = asyncio.get_running_loop()
+        self._running: dict[tuple[str, str], Attempt] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._done: asyncio.Event = asyncio.Event()
+        self.draining = False
+
+    # -- asking --------------------------------------------------------------------------------
+
+    def encode_options(self, service: str, name: str, options: Any) -> Raw | None:
+        """Return what a command must carry of options that were changed for one call."""
+        declared = self._session.registry.services[service].steps.get(name)
+        if declared is None or options is None or options == declared.options_:
+            return None
+        retry: Retry = options.retry
+        within_s = None if retry.within is None else seconds(retry.within)
+        return Raw(
+            pack(
+                _Options(
+                    retry.attempts, seconds(retry.first), retry.factor, seconds(retry.most),
+                    retry.jitter, within_s, options.timeout_s, options.heartbeat_s,
+                )
+            )
+        )  # fmt: skip
+
+    def launch_local(self, held: Held, call: Call, options: StepOptions) -> None:
+        """Run a step for a run held here; its result is delivered without a message."""
+        step = self._session.registry.services[call.service].steps.get(call.step)
+        attempt = Attempt(call, step, options, held.row.service)
+        attempt.held = held
+        self._begin(attempt)
+
+    def command_message(self, message: Message, redelivered: bool) -> None:
+        """Do a step that another service asks for, once."""
+        if redelivered or message.live is None:
+            self._session.spawn(self._command_unless_seen(message, redelivered))
+        else:
+            self._command(message)
+
+    async def _command_unless_seen(self, message: Message, redelivered: bool) -> None:
+        if message.id in await self._store.seen(message.to, [message.id]):
+            self._session.consumed(message)
+            return
+        if not redelivered:
+            self._command(message)
+            return
+        # It may have been under way when a process died: count that before touching it again.
+        call = unpack(Call, message.body)
+        now = self._session.now_us()
+        parked = ParkedRow(
+            message.to, call.run, message.id, message.target, message.body, 1, now, now, b"null",
+            b"null", 1,
+        )  # fmt: skip
+        self._park_command(message, parked, lambda: self.resume(parked))
+
+    def _park_command(
+        self, message: Message, parked: ParkedRow, then: Callable[[], None] | None
+    ) -> None:
+        def written(error: PavaneError | None) -> None:
+            self._session.consumed(message)
+            if error is None and then is not None:
+                then()
+
+        commit = Commit(written)
+        commit.inbox = [InboxRow(message.to, message.id, self._session.now_us())]
+        commit.parked = [parked]
+        self._session.submit(commit)
+
+    def _command(self, message: Message) -> None:
+        call = unpack(Call, message.body)
+        attempt = self._attempt(call, message.to)
+        attempt.message = message
+        self._begin(attempt)
+
+    def _attempt(self, call: Call, owner: str) -> Attempt:
+        service = self._session.registry.services.get(call.service)
+        step = service.steps.get(call.step) if service else None
+        options = step.options_ if step else StepOptions()
+        if call.options is not None:
+            o = unpack(_Options, bytes(call.options))
+            give_up = options.retry.give_up
+            retry = Retry(o.attempts, o.first_s, o.factor, o.most_s, o.jitter, give_up, o.within_s)
+            options = StepOptions(retry, o.timeout_s, o.heartbeat_s, options.undo)
+        return Attempt(call, step, options, owner)
+
+    def resume(self, parked: ParkedRow) -> None:
+        """Run the next attempt of a parked step, which is due."""
+        if (parked.service, parked.id) in self._running or self.draining:
+            return
+        attempt = self._attempt(unpack(Call, parked.call), parked.service)
+        attempt.parked = parked
+        attempt.number, attempt.began_us = parked.attempt, parked.began_us
+        attempt.beat = parked.beat
+        self._begin(attempt)
+
+    def due(self, key: tuple[str, str], row: ParkedRow | None) -> None:
+        """Resume a parked step by its key, reading it if need be."""
+        if row is not None:
+            self.resume(row)
+        else:
+            self._session.spawn(self._resume_from_store(key))
+
+    async def _resume_from_store(self, key: tuple[str, str]) -> None:
+        service, id = key
+        rows = await self._store.parked_of(service, id.rpartition("#")[0])
+        for row in rows:
+            if row.id == id:
+                self.resume(row)
+
+    def revoke(self, service: str, id: str) -> None:
+        """Stop a step whose result nobody waits for any more."""
+        attempt = self._running.get((service, id))
+        if attempt is not None:
+            attempt.revoked = True
+            if attempt.task is not None:
+                attempt.task.cancel()
+        self._session.parked_timers.forget((service, id))
+        if attempt is None or attempt.parked is not None:
+            commit = Commit(_ignore)
+            commit.unparked = [(service, id)]
+            self._session.submit(commit)
+
+    def revoke_message(self, message: Message) -> None:
+        self._session.spawn(self._revoke(message))
+
+    async def _revoke(self, message: Message) -> None:
+        id = unpack(Request, message.body).by
+        if (message.to, id) in self._running or await self._store.seen(message.to, [id]):
+            self.revoke(message.to, id)
+            self._session.consumed(message)
+            return
+        # The command has not come yet: a mark keeps it from being done when it does.
+        commit = Commit(lambda error: self._session.consumed(message))
+        commit.inbox = [InboxRow(message.to, id, self._session.now_us())]
+        self._session.submit(commit)
+
+    # -- doing ---------------------------------------------------------------------------------
+
+    def _begin(self, attempt: Attempt) -> None:
+        key = (attempt.owner, attempt.call.id)
+        if self.draining or key in self._running:
+            return
+        now = self._session.now_us()
+        attempt.began_us = attempt.began_us or now
+        attempt.started_us = now
+        if attempt.step is None:
+            error = UnknownName(
+                f"Service {attempt.call.service!r} has no step {attempt.call.step!r} here. Deploy "
+                f"code that declares it."
+            )
+            self._failed(attempt, error, final=True)
+            return
+        self._running[key] = attempt
+        attempt.task = self._loop.create_task(self._run(attempt))
+
+    async def _run(self, attempt: Attempt) -> None:
+        key = (attempt.owner, attempt.call.id)
+        step, options = attempt.step, attempt.options
+        assert step is not None
+        error: BaseException | None = None
+        raw = b""
+        try:
+            args, kwargs = step.params.decode(bytes(attempt.call.args))
+        except (BadArguments, NotDecodable) as bad:
+            del self._running[key]
+            self._failed(attempt, bad, final=True)
+            return
+        info = StepInfo(
+            attempt.call.run, attempt.call.service, attempt.call.step, attempt.number,
+            operation_id(attempt.call.run, attempt.call.op, 0),
+            deadline_from(options.timeout_s, attempt.started_us / 1e6),
+            None if attempt.beat == b"null" else _decode_any(attempt.beat),
+        )  # fmt: skip
+        beaten = asyncio.Event() if options.heartbeat_s is not None else None
+        context = StepContext(info, lambda details: self._beat(attempt, beaten, details))
+        current_step.set(context)
+        try:
+            if options.timeout_s is None and beaten is None:
+                result = await self._call(step, args, kwargs)
+            else:
+                result = await self._bounded(step, args, kwargs, options, beaten)
+            raw = b"null" if step.returns_none else encode(result)
+            if len(raw) > self._config.payload_max_bytes:
+                raise TooLarge(
+                    f"The result of {step} is {len(raw):,} bytes; the limit is "
+                    f"{self._config.payload_max_bytes:,}. Store large data elsewhere and return a "
+                    f"reference."
+                )
+            step.params.result(raw)
+        except (NotEncodable, TooLarge, NotDecodable) as bad:
+            error = bad
+        except asyncio.CancelledError as cancelled:
+            if attempt.revoked or attempt.abandoned or self.draining or not self._session.open:
+                del self._running[key]
+                self._finished_one(attempt)
+                return
+            error = cancelled
+        except Exception as failure:
+            error = failure
+        except BaseException as failure:
+            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
+                raise
+            error = failure
+        del self._running[key]
+        self._finished_one(attempt)
+        if attempt.revoked:
+            self._drop(attempt)
+        elif error is None:
+            self._succeeded(attempt, raw)
+        else:
+            final = isinstance(error, (NotEncodable, TooLarge, NotDecodable))
+            self._failed(attempt, error, final)
+
+    def _finished_one(self, attempt: Attempt) -> None:
+        if not self._running:
+            self._done.set()
+
+    def _drop(self, attempt: Attempt) -> None:
+        """Forget a revoked attempt; a command is marked as consumed."""
+        if attempt.message is not None:
+            message = attempt.message
+            commit = Commit(lambda error: self._session.consumed(message))
+            commit.inbox = [InboxRow(message.to, message.id, self._session.now_us())]
+            self._session.submit(commit)
+
+    async def _call(self, step: Step[..., Any], args: Any, kwargs: Any) -> Any:
+        if step.is_async:
+            return await step.fn(*args, **kwargs)
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._config.step_threads, "pavane-step")
+        context = copy_context()
+        return await self._loop.run_in_executor(
+            self._threads, lambda: context.run(step.fn, *args, **kwargs)
+        )
+
+    async def _bounded(
+        self,
+        step: Step[..., Any],
+        args: Any,
+        kwargs: Any,
+        options: StepOptions,
+        beaten: asyncio.Event | None,
+    ) -> Any:
+        """Await the step within its timeout and, if asked for, while its heart beats."""
+        work = self._loop.create_task(self._call(step, args, kwargs))
+        ends = None if options.timeout_s is None else self._loop.time() + options.timeout_s
+        try:
+            while True:
+                now = self._loop.time()
+                wait_s = None if ends is None else max(0.0, ends - now)
+                if options.heartbeat_s is not None:
+                    wait_s = min(options.heartbeat_s, wait_s or options.heartbeat_s)
+                waits: set[asyncio.Task[Any]] = {work}
+                pulse = self._loop.create_task(beaten.wait()) if beaten is not None else None
+                if pulse is not None:
+                    waits.add(pulse)
+                try:
+                    await asyncio.wait(waits, timeout=wait_s, return_when="FIRST_COMPLETED")
+                finally:
+                    if pulse is not None:
+                        pulse.cancel()
+                if work.done():
+                    return work.result()
+                if ends is not None and self._loop.time() >= ends:
+                    raise StepTimeout(
+                        f"{step} took longer than its timeout of {options.timeout_s:g} s; whether it "
+                        f"took effect is unknown."
+                    )
+                if beaten is not None and not beaten.is_set():
+                    raise HeartbeatTimeout(
+                        f"{step} sent no heartbeat for {options.heartbeat_s:g} s."
+                    )
+                if beaten is not None:
+                    beaten.clear()
+        finally:
+            if not work.done():
+                work.cancel()
+                if step.is_async:
+                    await asyncio.wait([work], timeout=1.0)
+
+    def _beat(self, attempt: Attempt, beaten: asyncio.Event | None, details: Any) -> None:
+        """Take a heartbeat, from the step's task or thread."""
+        raw = encode(details)
+
+        def take() -> None:
+            attempt.beat = raw
+            if beaten is not None:
+                beaten.set()
+            if not attempt.pending_beat:
+                attempt.pending_beat = True
+                self._loop.call_later(
+                    0 if attempt.parked is None else BEAT_EVERY_S, self._keep_beat, attempt
+                )
+
+        self._loop.call_soon_threadsafe(take)
+
+    def _keep_beat(self, attempt: Attempt) -> None:
+        attempt.pending_beat = False
+        if (attempt.owner, attempt.call.id) in self._running:
+            self._park(attempt, self._session.now_us())
+
+    def take_custody(self, before_us: int) -> None:
+        """Write commands that run since before `before_us`, so that the log can move on."""
+        for attempt in list(self._running.values()):
+            if attempt.started_us < before_us and attempt.parked is None:
+                held = attempt.held
+                if attempt.message is not None or (held is not None and held.arrival is not None):
+                    self._park(attempt, attempt.started_us)
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def _succeeded(self, attempt: Attempt, raw: bytes) -> None:
+        self._answer(attempt, True, raw)
+
+    def _failed(self, attempt: Attempt, error: BaseException, final: bool) -> None:
+        retry = attempt.options.retry
+        if attempt.call.undo and retry == ONCE:
+            retry = PERSISTENT
+        delay_s = None
+        if not final:
+            elapsed_s = (self._session.now_us() - attempt.began_us) / 1e6
+            delay_s = retry.delay_s(attempt.number, error, elapsed_s, random.random)
+        raw = encode_error(error)
+        if delay_s is None:
+            self._answer(attempt, False, raw)
+            return
+        log.info(
+            "%s.%s of run %s failed (attempt %d), next in %.2f s: %s", attempt.call.service,
+            attempt.call.step, attempt.call.run, attempt.number, delay_s, error_summary(raw),
+        )  # fmt: skip
+        attempt.number += 1
+        self._park(attempt, self._session.now_us() + round(delay_s * 1e6), raw)
+
+    def _park(self, attempt: Attempt, due_us: int, error: bytes = b"null") -> None:
+        call = attempt.call
+        deaths = attempt.parked.deaths if attempt.parked and error == b"null" else 0
+        parked = ParkedRow(
+            attempt.owner, call.run, call.id, self._store.target_of(attempt.owner, call.run),
+            pack(call), attempt.number, due_us, attempt.began_us, attempt.beat, error, deaths,
+        )  # fmt: skip
+        attempt.parked = parked
+        key = (parked.service, parked.id)
+        again = error != b"null"
+        then = (
+            (lambda: self._session.parked_timers.schedule(key, due_us, parked)) if again else None
+        )
+        if attempt.message is not None:
+            message, attempt.message = attempt.message, None
+            self._park_command(message, parked, then)
+            return
+        held = attempt.held
+        if held is not None and (held.arrival is not None or not held.exists):
+            self._session.holder.custody(held, parked)
+            if then is not None:
+                then()
+            return
+
+        def written(failure: PavaneError | None) -> None:
+            if failure is None and then is not None:
+                then()
+
+        commit = Commit(written)
+        commit.parked = [parked]
+        self._session.submit(commit)
+
+    def _answer(self, attempt: Attempt, ok: bool, raw: bytes) -> None:
+        call = attempt.call
+        kind = "undo" if call.undo else "step"
+        reply = Reply(
+            call.run, call.op, call.era, f"{kind} {call.service}.{call.step}", ok, Raw(raw),
+            call.service, attempt.number, attempt.started_us,
+        )  # fmt: skip
+        parked = attempt.parked
+        unparked = [(parked.service, parked.id)] if parked is not None else []
+        self.answer(call, reply, unparked, attempt.message, attempt.held)
+
+    def answer(
+        self,
+        call: Call,
+        reply: Reply,
+        unparked: Sequence[tuple[str, str]],
+        message: Message | None = None,
+        held: Held | None = None,
+    ) -> None:
+        """Deliver a reply: directly to a run held here, else by a message to its holder."""
+        direct = held is not None or (
+            message is None and (call.reply_to, call.run) in self._session.holder.held
+            and call.op in self._session.holder.held[call.reply_to, call.run].local
+        )  # fmt: skip
+        if direct:
+            self._session.holder.step_done((call.reply_to, call.run), reply, unparked)
+            return
+        now = self._session.now_us()
+        commit = Commit(_ignore if message is None else self._consume(message))
+        if message is not None:
+            commit.inbox = [InboxRow(message.to, message.id, now)]
+        commit.unparked = unparked
+        target = self._store.target_of(call.reply_to, call.run)
+        commit.messages = [
+            Message("reply", call.id, call.reply_to, call.run, pack(reply), now, target)
+        ]
+        self._session.submit(commit)
+
+    def _consume(self, message: Message) -> Callable[[PavaneError | None], None]:
+        return lambda error: self._session.consumed(message)
+
+    def quarantine(self, parked: ParkedRow) -> None:
+        """Give up a step that was under way in too many process deaths; its run gets stuck."""
+        call = unpack(Call, parked.call)
+        reply = Reply(
+            call.run, call.op, call.era, "", False, Raw(b"null"), call.service, parked.attempt,
+            parked.began_us,
+            f"Quarantined: {parked.deaths} processes died while step {call.service}.{call.step} of "
+            f"this run was under way. Find out why, then `pavane runs retry {call.run}`.",
+        )  # fmt: skip
+        self.answer(call, reply, [(parked.service, parked.id)])
+
+    def is_running(self, service: str, id: str) -> bool:
+        return (service, id) in self._running
+
+    def busy(self, targets: set[int]) -> bool:
+        """Tell whether an attempt of one of these partitions is running."""
+        return any(self._target(attempt) in targets for attempt in self._running.values())
+
+    def abandon(self, targets: set[int]) -> None:
+        """Cancel the attempts of these partitions; the next owner makes them again."""
+        for attempt in list(self._running.values()):
+            if self._target(attempt) in targets and attempt.task is not None:
+                attempt.abandoned = True
+                attempt.task.cancel()
+
+    def _target(self, attempt: Attempt) -> int:
+        return self._store.target_of(attempt.owner, attempt.call.run)
+
+    async def drain(self, grace_s: float) -> None:
+        """Let running attempts end within the grace period, then cancel the rest."""
+        self.draining = True
+        ends = self._loop.time() + grace_s
+        while self._running and self._loop.time() < ends:
+            self._done.clear()
+            try:
+                await asyncio.wait_for(self._done.wait(), max(0.01, ends - self._loop.time()))
+            except TimeoutError:
+                break
+        await self.close()
+
+    async def close(self) -> None:
+        self.draining = True
+        tasks = [a.task for a in self._running.values() if a.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+
+
+def _ignore(_: PavaneError | None) -> None:
+    """Nothing waits for this commit."""

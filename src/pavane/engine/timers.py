@@ -1,0 +1,124 @@
+"""Timers: what is due soon, in memory; the rest waits in the store.
+
+Two queues of one shape, runs that wake and parked steps that are due. Each reads the store ahead
+by a horizon, page by page, so that a million sleepers cost no memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from heapq import heappop, heappush
+from typing import Any
+
+HORIZON_US = 2_000_000
+PAGE = 1000
+HEAP_MAX = 5000
+
+Key = tuple[str, str]
+Reader = Callable[[Sequence[int], tuple[int, Any], int, int], Awaitable[Sequence[tuple[int, Any, Key, Any]]]]  # fmt: skip
+
+
+class DueQueue:
+    """Calls `fire(key, row)` when a key is due; `row` is what the store read, if it came from there.
+
+    `read` returns (due_us, tie, key, row) in order. A key has one due time; the earliest counts,
+    and firing early or twice is harmless by contract.
+    """
+
+    def __init__(
+        self,
+        now_us: Callable[[], int],
+        read: Reader,
+        first_tie: Any,
+        fire: Callable[[Key, Any], None],
+    ) -> None:
+        self._now_us = now_us
+        self._read = read
+        self._first_tie = first_tie
+        self._fire = fire
+        self._heap: list[tuple[int, int, Key]] = []
+        self._due: dict[Key, tuple[int, Any]] = {}
+        self._serial = 0
+        self._cursor: tuple[int, Any] = (0, first_tie)
+        self._handle: asyncio.TimerHandle | None = None
+        self._handle_at = 0
+        self._loop = asyncio.get_running_loop()
+        self.closed = False
+
+    def schedule(self, key: Key, due_us: int, row: Any = None) -> None:
+        """Fire `key` at `due_us`, if that is soon; later ones are found in the store in time."""
+        if due_us > self._cursor[0] and due_us > self._now_us() + HORIZON_US:
+            return
+        known = self._due.get(key)
+        if known is not None and known[0] <= due_us:
+            return
+        self._due[key] = (due_us, row)
+        self._serial += 1
+        heappush(self._heap, (due_us, self._serial, key))
+        self._arm()
+
+    def forget(self, key: Key) -> None:
+        self._due.pop(key, None)
+
+    def _arm(self) -> None:
+        if self.closed or not self._heap:
+            return
+        at = self._heap[0][0]
+        if self._handle is not None:
+            if self._handle_at <= at:
+                return
+            self._handle.cancel()
+        self._handle_at = at
+        delay_s = max(0.0, (at - self._now_us()) / 1e6)
+        self._handle = self._loop.call_later(delay_s, self._fire_due)
+
+    def _fire_due(self) -> None:
+        self._handle = None
+        now = self._now_us()
+        burst = 200
+        while self._heap and self._heap[0][0] <= now and burst:
+            due_us, _, key = heappop(self._heap)
+            known = self._due.get(key)
+            if known is not None and known[0] == due_us:
+                del self._due[key]
+                self._fire(key, known[1])
+                burst -= 1
+        self._arm()
+
+    async def poll(self, targets: Sequence[int]) -> None:
+        """Read ahead what becomes due within the horizon, in all owned partitions."""
+        until = self._now_us() + HORIZON_US
+        while len(self._heap) < HEAP_MAX:
+            rows = await self._read(targets, self._cursor, until, PAGE)
+            self._take(rows)
+            if len(rows) < PAGE:
+                self._cursor = (until, self._first_tie)
+                return
+            self._cursor = (rows[-1][0], rows[-1][1])
+            await asyncio.sleep(0)
+
+    async def catch_up(self, targets: Sequence[int]) -> None:
+        """Read everything that was due before the cursor, in newly owned partitions."""
+        at: tuple[int, Any] = (0, self._first_tie)
+        while True:
+            while len(self._heap) >= HEAP_MAX and not self.closed:
+                await asyncio.sleep(0.02)
+            rows = await self._read(targets, at, self._cursor[0], PAGE)
+            self._take(rows)
+            if len(rows) < PAGE or self.closed:
+                return
+            at = (rows[-1][0], rows[-1][1])
+
+    def _take(self, rows: Sequence[tuple[int, Any, Key, Any]]) -> None:
+        for due_us, _, key, row in rows:
+            if key not in self._due:
+                self._due[key] = (due_us, row)
+                self._serial += 1
+                heappush(self._heap, (due_us, self._serial, key))
+        self._arm()
+
+    def close(self) -> None:
+        self.closed = True
+        if self._handle is not None:
+            self._handle.cancel()

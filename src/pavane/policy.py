@@ -1,0 +1,105 @@
+"""What users decide about steps and runs: retries and durations, as values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+
+from pavane.errors import BadDeclaration
+
+Duration = str | int | float | timedelta
+
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_WORDS = {
+    "second": "s", "seconds": "s", "sec": "s", "minute": "m", "minutes": "m", "min": "m",
+    "hour": "h", "hours": "h", "day": "d", "days": "d", "week": "w", "weeks": "w",
+}  # fmt: skip
+_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zµ]+)\s*")
+
+
+def seconds(value: Duration) -> float:
+    """Return `value` in seconds: a number, a `timedelta`, or text such as "200ms" or "1h 30m"."""
+    if isinstance(value, timedelta):
+        result = value.total_seconds()
+    elif isinstance(value, str):
+        result = _parse(value)
+    else:
+        result = float(value)
+    if not 0 <= result < 1e11:
+        raise BadDeclaration(f"{value!r} is not a duration: it must be finite and not negative.")
+    return result
+
+
+def _parse(text: str) -> float:
+    total, at = 0.0, 0
+    lowered = text.lower()
+    while at < len(lowered):
+        part = _PART.match(lowered, at)
+        unit = part and _WORDS.get(part[2], part[2])
+        if not part or unit not in _UNITS:
+            break
+        total += float(part[1]) * _UNITS[unit]
+        at = part.end()
+    if not text.strip() or at < len(lowered):
+        raise BadDeclaration(
+            f'{text!r} is not a duration. Write a number of seconds, or text such as "200ms", '
+            f'"10s", "5m", "2h", "3 days".'
+        )
+    return total
+
+
+class Retry(msgspec.Struct, frozen=True):
+    """How often and when a failed step is tried again.
+
+    `attempts` counts the first one (0: without limit). The wait before attempt n is
+    `first * factor**(n-2)`, at most `most`, shortened at random by up to the share `jitter`.
+    An exception of a type in `give_up` is never retried; `within` bounds the total time.
+    """
+
+    attempts: int = 5
+    first: Duration = "200ms"
+    factor: float = 2.0
+    most: Duration = "1m"
+    jitter: float = 0.2
+    give_up: tuple[type[BaseException], ...] = ()
+    within: Duration | None = None
+
+    def __post_init__(self) -> None:
+        if self.attempts < 0 or self.factor < 1 or not 0 <= self.jitter <= 1:
+            raise BadDeclaration(
+                f"{self!r}: attempts must be 0 (without limit) or more, factor at least 1, "
+                f"jitter between 0 and 1."
+            )
+        seconds(self.first), seconds(self.most)
+        if self.within is not None:
+            seconds(self.within)
+
+    def delay_s(
+        self, attempt: int, error: BaseException, elapsed_s: float, random: Callable[[], float]
+    ) -> float | None:
+        """Return the wait in seconds after failed attempt number `attempt` (from 1), None: give up."""
+        if isinstance(error, self.give_up) or (self.attempts and attempt >= self.attempts):
+            return None
+        first_s, most_s = seconds(self.first), seconds(self.most)
+        grown = first_s * self.factor ** min(attempt - 1, 64)
+        delay = min(grown, most_s) * (1 - self.jitter * random())
+        if self.within is not None and elapsed_s + delay > seconds(self.within):
+            return None
+        return delay
+
+
+ONCE = Retry(attempts=1)
+PERSISTENT = Retry(attempts=10, first="200ms", most="1m")
+
+
+class StepOptions(msgspec.Struct, frozen=True):
+    """The declared behaviour of a step. Times are seconds here; None means none."""
+
+    retry: Retry = ONCE
+    timeout_s: float | None = None
+    heartbeat_s: float | None = None
+    undo: Any = None

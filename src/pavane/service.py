@@ -1,0 +1,323 @@
+"""Services and their steps: the names that a process is made of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+
+import msgspec
+
+from pavane.core.codec import Params
+from pavane.core.execution import Execution, current, required
+from pavane.core.operations import Mode
+from pavane.core.saga import current_saga
+from pavane.errors import BadDeclaration, OnlyInWorkflow
+from pavane.event import Event
+from pavane.policy import ONCE, Duration, Retry, StepOptions, seconds
+
+if TYPE_CHECKING:
+    from pavane.workflow import Workflow
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NAME_MAX = 200
+
+
+def checked_name(name: str, what: str) -> str:
+    """Return `name` if it can be used in ids and URLs, else raise BadDeclaration."""
+    if not name or len(name) > _NAME_MAX or not all(c.isalnum() or c in "_-" for c in name):
+        raise BadDeclaration(
+            f"{name!r} is no name for a {what}: use letters, digits, '_' and '-', at most "
+            f"{_NAME_MAX}."
+        )
+    return name
+
+
+class Step(Generic[P, R]):
+    """A function of a service, called from workflows like any function; its result is journalled.
+
+    Called outside a run it is just the function, so unit tests need no engine.
+    """
+
+    def __init__(
+        self, service: Service, fn: Callable[P, Any], name: str, options: StepOptions
+    ) -> None:
+        self.service = service
+        self.fn = fn
+        self.name = name
+        self.options_ = options
+        self.params = Params.of(fn)
+        self.returns_none = self.params.returns in (None, type(None))
+        _ = self.params.result  # a return type that cannot be stored is refused here
+        self.is_async = inspect.iscoroutinefunction(fn)
+        self.__name__ = name
+        self.__doc__ = fn.__doc__
+        self.__wrapped__ = fn
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        execution = current()
+        if execution is None:
+            return _plainly(self.fn, args, kwargs)
+        return self._durably(execution, args, kwargs)
+
+    def compensate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, R]:
+        """Call the step as a compensation (see `saga`)."""
+        return self._durably(required("a compensation"), args, kwargs, undo=True)
+
+    async def _durably(
+        self,
+        execution: Execution,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        undo: bool = False,
+    ) -> R:
+        what = f"The arguments of {self}"
+        raw = execution.checked(self.params.encode(args, kwargs), what)
+        declared = self.options_.undo
+        if declared is not None and not undo:
+            saga = current_saga.get()
+            if saga is not None:
+                saga(declared, *args, **kwargs)
+        return await execution.issue(
+            "step", self.name, self.service.name, args=raw, decode=self.params.result,
+            detail=self.options_, undo=undo,
+        )  # fmt: skip
+
+    def options(
+        self,
+        *,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        heartbeat: Duration | None = None,
+    ) -> Step[P, R]:
+        """Return the same step with other options for the calls made through it."""
+        changed = StepOptions(
+            retry=retry or self.options_.retry,
+            timeout_s=self.options_.timeout_s if timeout is None else seconds(timeout),
+            heartbeat_s=self.options_.heartbeat_s if heartbeat is None else seconds(heartbeat),
+            undo=self.options_.undo,
+        )
+        return Step(self.service, self.fn, self.name, changed)
+
+    def __repr__(self) -> str:
+        return f"{self.service.name}.{self.name}"
+
+
+async def _plainly(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    result = fn(*args, **kwargs)
+    return await result if inspect.isawaitable(result) else result
+
+
+class StepDecorator:
+    """What `@service.step(…)` returns."""
+
+    def __init__(self, service: Service, name: str | None, options: StepOptions) -> None:
+        self._service = service
+        self._name = name
+        self._options = options
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]]) -> Step[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R]) -> Step[P, R]: ...
+    def __call__(self, fn: Callable[P, Any]) -> Step[P, Any]:
+        return self._service.add_step(fn, self._name, self._options)
+
+
+class Service:
+    """A named participant that owns steps, workflows and handlers."""
+
+    def __init__(self, name: str) -> None:
+        self.name = checked_name(name, "service")
+        self.steps: dict[str, Step[..., Any]] = {}
+        self.workflows: dict[tuple[str, int], Workflow[..., Any]] = {}
+
+    @overload
+    def step(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Step[P, R]: ...
+    @overload
+    def step(self, fn: Callable[P, R], /) -> Step[P, R]: ...
+    @overload
+    def step(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        retry: Retry = ONCE,
+        timeout: Duration | None = None,
+        heartbeat: Duration | None = None,
+        undo: Callable[..., Awaitable[Any]] | None = None,
+    ) -> StepDecorator: ...
+    def step(
+        self,
+        fn: Any = None,
+        /,
+        *,
+        name: str | None = None,
+        retry: Retry = ONCE,
+        timeout: Duration | None = None,
+        heartbeat: Duration | None = None,
+        undo: Callable[..., Awaitable[Any]] | None = None,
+    ) -> Any:
+        """Declare a step: an ordinary function, async or not, that may do anything.
+
+        It is executed at least once, its journalled result never again. Without `retry` a failure
+        goes to the workflow at once. `timeout` bounds one attempt; with `heartbeat` an attempt that
+        does not call `heartbeat()` that often is given up. `undo` is a step with the same
+        parameters that a surrounding `saga()` calls, with the same arguments, if its block does not
+        complete; it is registered before this step starts, so it must tolerate that nothing
+        happened.
+        """
+        if undo is not None and not isinstance(undo, Step):
+            raise BadDeclaration(f"undo={undo!r} must be a step: decorate it with @service.step.")
+        options = StepOptions(
+            retry=retry,
+            timeout_s=None if timeout is None else seconds(timeout),
+            heartbeat_s=None if heartbeat is None else seconds(heartbeat),
+            undo=undo,
+        )
+        if fn is None:
+            return StepDecorator(self, name, options)
+        return self.add_step(fn, name, options)
+
+    def add_step(
+        self, fn: Callable[..., Any], name: str | None, options: StepOptions
+    ) -> Step[..., Any]:
+        if inspect.isasyncgenfunction(fn) or inspect.isgeneratorfunction(fn) or not callable(fn):
+            raise BadDeclaration(f"{fn!r} cannot be a step: it must be a function that returns.")
+        chosen = checked_name(name or getattr(fn, "__name__", ""), "step")
+        if chosen in self.steps:
+            raise BadDeclaration(
+                f"Service {self.name!r} has a step {chosen!r} already. Give one another name: "
+                f'@{self.name}.step(name="…").'
+            )
+        step: Step[..., Any] = Step(self, fn, chosen, options)
+        self.steps[chosen] = step
+        return step
+
+    @overload
+    def workflow(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Workflow[P, R]: ...
+    @overload
+    def workflow(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        mode: Mode = "orchestration",
+        receives: list[type[Event]] | None = None,
+        timeout: Duration | None = None,
+    ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Workflow[P, R]]: ...
+    def workflow(
+        self,
+        fn: Any = None,
+        /,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        mode: Mode = "orchestration",
+        receives: list[type[Event]] | None = None,
+        timeout: Duration | None = None,
+    ) -> Any:
+        """Declare a workflow: a deterministic `async` function that describes a process.
+
+        `mode` is how its runs are driven unless a start says otherwise. `receives` lists the event
+        types that may be sent to a run. A run goes on with the `version` it started with; keep old
+        versions declared until their runs have ended. `timeout` bounds a whole run.
+        """
+
+        def declare(function: Callable[..., Any]) -> Workflow[..., Any]:
+            from pavane.workflow import Workflow
+
+            if not inspect.iscoroutinefunction(function):
+                raise BadDeclaration(
+                    f"{getattr(function, '__name__', function)} cannot be a workflow: write it as "
+                    f"`async def`."
+                )
+            if mode not in ("orchestration", "choreography"):
+                raise BadDeclaration(
+                    f"mode={mode!r} is unknown. Write 'orchestration' or 'choreography'."
+                )
+            chosen = checked_name(name or function.__name__, "workflow")
+            if (chosen, version) in self.workflows:
+                raise BadDeclaration(
+                    f"Service {self.name!r} has a workflow {chosen!r} of version {version} already. "
+                    f"Give this one another name= or version=."
+                )
+            workflow: Workflow[..., Any] = Workflow(
+                self, function, chosen, version, mode, tuple(receives or ()),
+                None if timeout is None else seconds(timeout),
+            )  # fmt: skip
+            self.workflows[chosen, version] = workflow
+            return workflow
+
+        return declare if fn is None else declare(fn)
+
+    async def publish(self, event: Event) -> str:
+        """Publish `event` from a workflow, with the next commit; return its id.
+
+        The id is derived from the run and the operation: a replay publishes nothing twice.
+        """
+        execution = required(f"{self.name}.publish(…)")
+        raw = execution.encoded(event, f"Event {type(event).__name__}")
+        operation = execution.announce(
+            "publish", type(event).event_type, self.name, args=raw, detail=event
+        )
+        return f"{execution.header.run}#{operation.ordinal}"
+
+    def __repr__(self) -> str:
+        return f"Service({self.name!r})"
+
+
+# -- inside a running step ---------------------------------------------------------------------
+
+
+class StepInfo(msgspec.Struct, frozen=True):
+    """What a running step can know of itself.
+
+    `idempotency_key` is the same on every attempt: give it to payment providers and the like.
+    `attempt` counts from 1. `heartbeat_details` is what the last attempt reported, or None.
+    """
+
+    run: str
+    service: str
+    step: str
+    attempt: int
+    idempotency_key: str
+    deadline: datetime | None
+    heartbeat_details: Any
+
+
+class StepContext:
+    """The engine's side of a running attempt."""
+
+    def __init__(self, info: StepInfo, beat: Callable[[Any], None]) -> None:
+        self.info = info
+        self.beat = beat
+
+
+current_step: ContextVar[StepContext | None] = ContextVar("pavane_step", default=None)
+
+
+def step_info() -> StepInfo:
+    """Return what the running step can know of itself; outside a run, a first attempt of nothing."""
+    context = current_step.get()
+    if context is None:
+        if current() is not None:
+            raise OnlyInWorkflow("step_info() belongs into a step, not into workflow code.")
+        return StepInfo("", "", "", 1, "outside-a-run", None, None)
+    return context.info
+
+
+def heartbeat(details: Any = None) -> None:
+    """Report that the running step is alive; the next attempt finds `details`, also after a crash."""
+    context = current_step.get()
+    if context is not None:
+        context.beat(details)
+
+
+def deadline_from(timeout_s: float | None, now_s: float) -> datetime | None:
+    return None if timeout_s is None else datetime.fromtimestamp(now_s + timeout_s, UTC)

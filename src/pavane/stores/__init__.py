@@ -1,0 +1,1 @@
+"""Where services keep journals, inboxes, timers and the log."""

@@ -1,0 +1,344 @@
+"""The store port: what the engine asks of a store, as small values and one protocol.
+
+A store keeps, per service: runs and their journals, the inbox, mailboxes, parked work, and the
+log of messages; for all: nodes with their leases, and partitions with their owners. Everything
+that one piece of progress changes is one `Commit`, written atomically, or refused with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from pavane.core.baton import Status
+from pavane.errors import PavaneError
+
+LAST_US = 2**62
+"""Later than any time; the end of an open range."""
+
+
+class Conflict(PavaneError):
+    """A commit repeats something that is there already (a run, an inbox mark, a journal entry)."""
+
+    code = "conflict"
+
+
+class Message:
+    """Anything that crosses between services.
+
+    `id` is derived from what caused it, so that a repetition is recognised; `to` is a service,
+    empty for a published event; `target` is its partition; `pos` its place in the log once it is
+    written. `live` never leaves the process: an execution that travels along, to spare a replay.
+    """
+
+    __slots__ = ("at_us", "body", "id", "kind", "live", "pos", "run", "target", "to")
+
+    def __init__(
+        self, kind: str, id: str, to: str, run: str, body: bytes, at_us: int,
+        target: int = 0, pos: int = 0, live: Any = None,
+    ) -> None:  # fmt: skip
+        self.kind = kind
+        self.id = id
+        self.to = to
+        self.run = run
+        self.body = body
+        self.at_us = at_us
+        self.target = target
+        self.pos = pos
+        self.live = live
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.id} to {self.to or 'all'} at {self.pos}>"
+
+
+class RunRow(msgspec.Struct):
+    """One run at one service: its state as a projection of its journal.
+
+    `no` is the store's number of it. The row at `service == home` is the run itself; another
+    service has one while it holds the baton for longer than a step, or did. `wake_us` is when its
+    earliest timer is due; `reason` says what it waits for or why it is stuck; `deaths` counts how
+    often it was touched after a crash without progress since; `entries` is the journal's length
+    here. `header`, `trail` and `attributes` are JSON.
+    """
+
+    no: int
+    service: str
+    id: str
+    target: int
+    workflow: str
+    version: int
+    mode: str
+    home: str
+    status: Status
+    holder: str
+    hop: int
+    header: bytes
+    trail: bytes
+    attributes: bytes
+    wake_us: int | None
+    reason: str
+    deaths: int
+    started_us: int
+    ended_us: int | None
+    result: bytes | None
+    undone: int
+    entries: int
+
+
+class JournalRow(msgspec.Struct):
+    """A chunk of a journal: entries from number `seq` on, as one JSON array."""
+
+    run: int
+    seq: int
+    body: bytes
+
+
+class InboxRow(msgspec.Struct):
+    """Message `id` took effect at `service`; `passed_to` is where a baton went from there."""
+
+    service: str
+    id: str
+    at_us: int
+    passed_to: str = ""
+
+
+class MailRow(msgspec.Struct):
+    """An event sent to a run that does not wait for it yet (or, with `run` ended, came late)."""
+
+    service: str
+    run: str
+    id: str
+    type: str
+    body: bytes
+    at_us: int
+
+
+class ParkedRow(msgspec.Struct):
+    """A step in custody: running for long, or waiting for its next attempt at `due_us`.
+
+    `call` is the command's JSON; `beat` the last heartbeat's details; `deaths` as for runs.
+    """
+
+    service: str
+    run: str
+    id: str
+    target: int
+    call: bytes
+    attempt: int
+    due_us: int
+    began_us: int
+    beat: bytes
+    error: bytes
+    deaths: int
+
+
+class NodeRow(msgspec.Struct):
+    """A process that hosts services, with its lease."""
+
+    no: int
+    nonce: str
+    name: str
+    host: str
+    pid: int
+    services: list[str]
+    expires_us: int
+
+
+class PartitionRow(msgspec.Struct):
+    """A slice of a service: who owns it, up to where its messages are consumed.
+
+    `clean` tells that its last owner released it in order, so nothing in it was cut short.
+    """
+
+    target: int
+    service: str
+    partition: int
+    owner: int | None
+    clean: bool
+    position: int
+
+
+class RunFilter(msgspec.Struct, frozen=True):
+    """Which runs to list; unset fields do not restrict."""
+
+    service: str | None = None
+    workflow: str | None = None
+    status: tuple[str, ...] = ()
+    id_prefix: str = ""
+    attributes: tuple[tuple[str, str | int | float | bool], ...] = ()
+    before: int | None = None
+    limit: int = 100
+
+
+class Fence(msgspec.Struct, frozen=True):
+    """Proof of a node's lease; a commit under a lost one is refused whole."""
+
+    node: int
+    nonce: str
+    lease_us: int
+
+
+Done = Callable[[PavaneError | None], None]
+
+
+class Commit:
+    """Everything that one piece of progress changes. Written whole or not at all.
+
+    `done` is called once, on the event loop: with None after it is durable, or with why not.
+    """
+
+    __slots__ = (
+        "done", "inbox", "journal", "mail", "mail_taken", "messages", "parked", "positions",
+        "runs", "unparked",
+    )  # fmt: skip
+
+    def __init__(self, done: Done) -> None:
+        self.done = done
+        self.runs: Sequence[RunRow] = ()
+        self.journal: Sequence[JournalRow] = ()
+        self.messages: Sequence[Message] = ()
+        self.inbox: Sequence[InboxRow] = ()
+        self.mail: Sequence[MailRow] = ()
+        self.mail_taken: Sequence[tuple[str, str, str]] = ()
+        """(service, run, id) of mail that was delivered; id "*" takes all of a run's."""
+        self.parked: Sequence[ParkedRow] = ()
+        self.unparked: Sequence[tuple[str, str]] = ()
+        """(service, id) of parked work that is finished."""
+        self.positions: Sequence[tuple[int, int]] = ()
+        """(target, position) up to which messages are consumed."""
+
+
+class Features(msgspec.Struct, frozen=True):
+    """What a store can do."""
+
+    durable: bool
+    shared: bool
+    """Other processes may use it at the same time."""
+
+
+class Store(Protocol):
+    """See the module. Reads see everything committed before they began."""
+
+    features: Features
+    partitions: int
+    """Partitions per service, fixed when the store is made."""
+    tail: int
+    """Log position up to which this process has seen every message."""
+
+    async def open(self) -> None:
+        """Open or create it; raise StoreError with reason and remedy."""
+        ...
+
+    async def close(self) -> None: ...
+
+    def now_us(self) -> int:
+        """The store's clock, in microseconds since the epoch; the only one that decides leases."""
+        ...
+
+    def target_of(self, service: str, run: str) -> int:
+        """The partition of `run` at `service`; the service must be registered."""
+        ...
+
+    async def register(self, services: Sequence[str]) -> None:
+        """Make services and their partitions known."""
+        ...
+
+    def submit(
+        self,
+        batch: Sequence[Commit],
+        fence: Fence | None,
+        done: Callable[[Sequence[PavaneError | None]], None],
+    ) -> None:
+        """Write `batch` in one transaction, then call `done` on the event loop, perhaps at once.
+
+        Each commit gets None or the reason of its refusal; one bad commit does not harm the others.
+        LeaseLost and StoreError refuse all. Messages get their `pos`.
+        """
+        ...
+
+    async def take_run_numbers(self, count: int) -> int:
+        """Reserve `count` run numbers; return the first."""
+        ...
+
+    # reading
+    async def run_rows(self, id: str) -> list[RunRow]: ...
+    async def run_row(self, service: str, id: str) -> RunRow | None: ...
+    async def list_runs(self, which: RunFilter) -> list[RunRow]: ...
+    async def journals(self, runs: Sequence[int]) -> dict[int, list[JournalRow]]: ...
+    async def live_runs(self, targets: Sequence[int], after: int, limit: int) -> list[RunRow]:
+        """Runs with status running here, or stuck by a mismatch, numbered above `after`."""
+        ...
+
+    async def due_runs(
+        self, targets: Sequence[int], after: tuple[int, int], until_us: int, limit: int
+    ) -> list[RunRow]:
+        """Runs whose (wake_us, no) is above `after`, up to `until_us`, earliest first."""
+        ...
+
+    async def due_parked(
+        self, targets: Sequence[int], after: tuple[int, str], until_us: int, limit: int
+    ) -> list[ParkedRow]:
+        """Parked work whose (due_us, id) is above `after`, up to `until_us`, earliest first."""
+        ...
+
+    async def parked_of(self, service: str, run: str) -> list[ParkedRow]: ...
+    async def mail_of(self, service: str, run: str) -> list[MailRow]: ...
+    async def inbox_of(self, run: str) -> list[InboxRow]:
+        """All marks of messages of `run`, at every service."""
+        ...
+
+    async def seen(self, service: str, ids: Sequence[str]) -> set[str]:
+        """Those of `ids` that are in the inbox of `service`."""
+        ...
+
+    async def message(self, id: str) -> Message | None:
+        """The newest message of this id that the log still has."""
+        ...
+
+    async def read_log(
+        self, after: int, until: int | None, targets: Sequence[int] | None, limit: int,
+        skip_node: int | None,
+    ) -> list[Message]: ...  # fmt: skip
+    async def log_head(self) -> int: ...
+    def changed(self) -> bool:
+        """Whether anyone has written since the last call; cheap."""
+        ...
+
+    # membership
+    async def join(self, name: str, host: str, pid: int, services: Sequence[str], lease_us: int) -> NodeRow: ...  # fmt: skip
+    def renew(self, fence: Fence) -> bool:
+        """Prolong the lease; False if it is lost. Called from a thread of its own."""
+        ...
+
+    async def leave(self, fence: Fence) -> None:
+        """Give the lease back and release all partitions as clean."""
+        ...
+
+    async def nodes(self) -> list[NodeRow]: ...
+    async def partition_rows(self, services: Sequence[str]) -> list[PartitionRow]: ...
+    async def expire(self, nodes: Sequence[NodeRow]) -> None:
+        """Delete these nodes unless renewed meanwhile; their partitions become free, not clean."""
+        ...
+
+    async def claim(self, fence: Fence, targets: Sequence[int]) -> list[PartitionRow]:
+        """Own those of `targets` that are free; return them as they were left."""
+        ...
+
+    async def release(self, fence: Fence, positions: Sequence[tuple[int, int]]) -> None:
+        """Give (target, consumed position) back, clean."""
+        ...
+
+    # upkeep
+    async def touch(self, fence: Fence, runs: Sequence[int], parked: Sequence[ParkedRow]) -> None:
+        """Count one more touch after a crash, durably."""
+        ...
+
+    async def prune(self, before_us: int, limit: int) -> int:
+        """Delete up to `limit` ended runs and consumed records older than `before_us`."""
+        ...
+
+    async def describe(self) -> dict[str, str | int | float]:
+        """Facts for people: kind, place, versions, sizes."""
+        ...

@@ -1,0 +1,179 @@
+"""Workflows, and what may be called inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from contextvars import Token
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
+from uuid import UUID
+
+from pavane.core.codec import Params, decoder
+from pavane.core.execution import Execution, current, required, section_mode
+from pavane.core.operations import Mode
+from pavane.errors import BadArguments, BadDeclaration, ContinueAsNew, UndeclaredReceive
+from pavane.event import Event, is_event_type
+
+if TYPE_CHECKING:
+    from pavane.service import Service
+
+P = ParamSpec("P")
+R = TypeVar("R")
+E = TypeVar("E", bound=Event)
+
+Attribute = str | int | float | bool
+
+
+class Workflow(Generic[P, R]):
+    """A process as an `async` function. Called inside another workflow it is a child run, awaited;
+    outside of a run it is just the function."""
+
+    def __init__(
+        self,
+        service: Service,
+        fn: Callable[P, Coroutine[Any, Any, R]],
+        name: str,
+        version: int,
+        mode: Mode,
+        receives: tuple[type[Event], ...],
+        timeout_s: float | None,
+    ) -> None:
+        for event in receives:
+            if not is_event_type(event):
+                raise BadDeclaration(f"receives=[{event!r}] must list Event classes.")
+        self.service = service
+        self.fn = fn
+        self.name = name
+        self.version = version
+        self.mode: Mode = mode
+        self.receives = receives
+        self.timeout_s = timeout_s
+        self.params = Params.of(fn)
+        _ = self.params.result  # a return type that cannot be stored is refused here
+        self.__name__ = name
+        self.__doc__ = fn.__doc__
+        self.__wrapped__ = fn
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        execution = current()
+        if execution is None:
+            return self.fn(*args, **kwargs)
+        return self._child(execution, args, kwargs)
+
+    async def _child(
+        self, execution: Execution, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> R:
+        raw = execution.checked(self.params.encode(args, kwargs), f"The arguments of {self}")
+        return await execution.issue(
+            "child", self.name, self.service.name, args=raw, decode=self.params.result, detail=self
+        )
+
+    async def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """Start a child run from workflow code and leave it to itself; return its id."""
+        execution = required(f"{self.name}.start(…)")
+        raw = execution.checked(self.params.encode(args, kwargs), f"The arguments of {self}")
+        operation = execution.announce("spawn", self.name, self.service.name, args=raw, detail=self)
+        return child_id(execution.header.run, operation.ordinal)
+
+    def __repr__(self) -> str:
+        return f"{self.service.name}.{self.name}"
+
+
+def child_id(run: str, ordinal: int) -> str:
+    """Return the id of the child run that operation `ordinal` of `run` starts."""
+    return f"{run}/{ordinal}"
+
+
+async def receive(event_type: type[E]) -> E:
+    """Await an event of this type that is sent to this run; early ones wait in its mailbox."""
+    execution = required("receive(…)")
+    declared: tuple[type[Event], ...] = getattr(execution.definition, "receives", ())
+    if event_type not in declared:
+        name = getattr(event_type, "__name__", repr(event_type))
+        raise UndeclaredReceive(
+            f"Workflow {execution.header.workflow!r} waits for {name} without declaring it, so an "
+            f"event that comes early could not be kept. Write "
+            f"@service.workflow(receives=[{name}])."
+        )
+    return await execution.issue(
+        "receive", event_type.event_type, execution.header.home, decode=decoder(event_type)
+    )
+
+
+def now() -> datetime:
+    """Return the time of the last delivery to this run, in UTC; the same on every replay."""
+    return required("now()").now()
+
+
+def random() -> float:
+    """Return a number from 0 to 1, the same on every replay."""
+    return required("random()").random()
+
+
+def uuid4() -> UUID:
+    """Return a random id, the same on every replay."""
+    return required("uuid4()").uuid4()
+
+
+def patched(mark: str) -> bool:
+    """Tell whether this run takes the new way at a change called `mark`.
+
+    True for runs that reach this call for the first time live, False for runs that passed here
+    before the change was made.
+    """
+    return required("patched(…)").patched(mark)
+
+
+def run_id() -> str:
+    """Return the id of the running workflow's run."""
+    return required("run_id()").header.run
+
+
+def set_attributes(**attributes: Attribute) -> None:
+    """Set searchable attributes of this run (`pavane runs list --where name=value`)."""
+    execution = required("set_attributes(…)")
+    for name, value in attributes.items():
+        if not isinstance(value, (str, int, float, bool)):  # pyright: ignore
+            raise BadArguments(f"Attribute {name}={value!r} must be text, a number or a bool.")
+    execution.announce(
+        "attributes", ",".join(sorted(attributes)), "", detail=attributes,
+        args=execution.encoded(attributes, "Attributes"),
+    )  # fmt: skip
+
+
+def continue_as_new(*args: Any, **kwargs: Any) -> NoReturn:
+    """End this run and continue it as a new one with these arguments and a fresh journal."""
+    required("continue_as_new(…)")
+    raise ContinueAsNew(args, kwargs)
+
+
+class Section:
+    """An `async with` block whose operations are driven in one mode."""
+
+    def __init__(self, mode: Mode) -> None:
+        self._mode: Mode = mode
+        self._token: Token[Mode | None] | None = None
+
+    async def __aenter__(self) -> None:
+        required(f"a section in {self._mode}")
+        self._token = section_mode.set(self._mode)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._token is not None and not isinstance(error, GeneratorExit):
+            section_mode.reset(self._token)
+
+
+def orchestrated() -> Section:
+    """Drive the block's operations from where the baton is, whatever the run's mode."""
+    return Section("orchestration")
+
+
+def choreographed() -> Section:
+    """Pass the baton in this block, whatever the run's mode."""
+    return Section("choreography")
