@@ -491,9 +491,10 @@ class Client:
         waiters = self._waiters.setdefault(id, [])
         waiters.append(future)
         try:
-            row = await self.home_row(id)
-            if row.status in ENDED:
-                return row
+            if not self._is_live(id):
+                row = await self.home_row(id)
+                if row.status in ENDED:
+                    return row
             if self._poller is None or self._poller.done():
                 self._poller = asyncio.get_running_loop().create_task(self._poll())
             return await future
@@ -501,6 +502,11 @@ class Client:
             waiters.remove(future)
             if not waiters:
                 self._waiters.pop(id, None)
+
+    def _is_live(self, id: str) -> bool:
+        """Tell whether this process holds the run at its home, so that its end is told by itself."""
+        session = self.node.session if self.node is not None else None
+        return session is not None and session.open and session.holder.is_live(id)
 
     def _ended(self, row: RunRow) -> None:
         for future in self._waiters.get(row.id, ()):
@@ -514,6 +520,8 @@ class Client:
             await asyncio.sleep(pause_s)
             before = time.monotonic()
             for id in list(self._waiters):
+                if self._is_live(id):
+                    continue
                 rows = await self.store.run_rows(id)
                 for row in rows:
                     if row.service == row.home and row.status in ENDED:

@@ -294,7 +294,9 @@ class StepInfo(msgspec.Struct, frozen=True):
 class StepContext:
     """The engine's side of a running attempt."""
 
-    def __init__(self, info: StepInfo, beat: Callable[[Any], None]) -> None:
+    __slots__ = ("beat", "info")
+
+    def __init__(self, info: Callable[[], StepInfo], beat: Callable[[Any], None]) -> None:
         self.info = info
         self.beat = beat
 
@@ -309,7 +311,7 @@ def step_info() -> StepInfo:
         if current() is not None:
             raise OnlyInWorkflow("step_info() belongs into a step, not into workflow code.")
         return StepInfo("", "", "", 1, "outside-a-run", None, None)
-    return context.info
+    return context.info()
 
 
 def heartbeat(details: Any = None) -> None:

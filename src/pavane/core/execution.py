@@ -104,7 +104,7 @@ class Execution:
         self._issued: list[str] = []
         self._next_op = 0
         self._main: asyncio.Task[Any] | None = None
-        self._random = random.Random(f"{header.seed or header.run}")
+        self._random: random.Random | None = None
         self._patches: dict[str, bool] = {}
         self._recorded_patches = {
             mark[len(_PATCH) :]
@@ -157,6 +157,12 @@ class Execution:
         """Put the execution away: its code can do nothing durable any more."""
         self._discarded = True
         self.loop.discard()
+        # Break the cycles, so that nothing waits for the garbage collector.
+        for operation in self.pending.values():
+            operation.future = operation.handle = None
+        self.pending.clear()
+        self._main = None
+        self.loop.close_up()
 
     def _deliver(self, entry: Entry) -> None:
         what = entry.what
@@ -187,7 +193,7 @@ class Execution:
             if self._main is not None:
                 self._main.cancel()
         elif what == "fork":
-            self._random = random.Random(self.header.run)
+            self._random = random.Random(self.header.run)  # what was drawn before stays as it was
 
     def _take(self, entry: Entry) -> Operation:
         operation = self.pending.pop(entry.op, None)
@@ -308,11 +314,18 @@ class Execution:
     def now(self) -> datetime:
         return datetime.fromtimestamp(self.loop.now_us / 1e6, UTC)
 
+    @property
+    def chance(self) -> random.Random:
+        """The run's own source of randomness, the same on every replay."""
+        if self._random is None:
+            self._random = random.Random(self.header.seed or self.header.run)
+        return self._random
+
     def random(self) -> float:
-        return self._random.random()
+        return self.chance.random()
 
     def uuid4(self) -> uuid.UUID:
-        return uuid.UUID(int=self._random.getrandbits(128), version=4)
+        return uuid.UUID(int=self.chance.getrandbits(128), version=4)
 
     def patched(self, mark: str) -> bool:
         """Tell whether this run goes through the new code; recorded at the first call."""

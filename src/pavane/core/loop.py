@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from zlib import crc32
 
 from pavane.core import guard
-from pavane.errors import NotInWorkflow, PavaneError
+from pavane.errors import Discarded, NotInWorkflow, PavaneError
 
 log = logging.getLogger("pavane.workflow")
 
@@ -137,6 +137,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self.tasks.clear()
         self._ready.clear()
 
+    def close_up(self) -> None:
+        """Let go of the owner; the loop is not used any more."""
+        self._on_timer = self._on_timer_cancelled = _refuse_timer
+
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> Any:
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
@@ -197,6 +201,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
     def default_exception_handler(self, context: dict[str, Any]) -> None:
         self.call_exception_handler(context)
+
+
+def _refuse_timer(_: DurableTimer) -> None:
+    raise Discarded("This execution was put away.")
 
 
 def _ignore(_: object) -> None:

@@ -19,12 +19,13 @@ class Operation:
     """One durable request of a workflow.
 
     `args` are encoded when it is issued, so that later changes of the arguments do not count.
+    `fingerprint` (kind, service, name) is what replay must ask for again at this ordinal.
     `decode` turns the journalled result into the declared type. `sent` is set by the engine once
     someone was asked to do it.
     """
 
     __slots__ = (
-        "args", "deadline_us", "decode", "detail", "future", "handle", "issued_us", "kind", "mode",
+        "args", "deadline_us", "decode", "detail", "fingerprint", "future", "handle", "issued_us", "kind", "mode",
         "name", "ordinal", "sent", "service", "undo",
     )  # fmt: skip
 
@@ -59,12 +60,8 @@ class Operation:
         self.mode: Mode | None = mode
         self.undo = undo
         self.sent = False
-
-    @property
-    def fingerprint(self) -> str:
-        """What replay must ask for again at this ordinal: kind, service and name."""
-        where = f"{self.service}." if self.service else ""
-        return f"{'undo' if self.undo else self.kind} {where}{self.name}"
+        where = f"{service}." if service else ""
+        self.fingerprint = f"{'undo' if undo else kind} {where}{name}"
 
     def __repr__(self) -> str:
         return f"<{self.ordinal}: {self.fingerprint}>"

@@ -13,9 +13,7 @@ HOPS_MAX = 200
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """Keep the baton and have `unsent` done from here."""
-
-    unsent: tuple[Operation, ...]
+    """Keep the baton and have what is pending done from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +25,7 @@ class Pass:
 
 
 Decision = Stay | Pass
+STAY = Stay()
 
 
 def decide(
@@ -48,17 +47,16 @@ def decide(
     command was sent is awaited, never passed. A journal or a number of hops above the caps brings
     the run home for good.
     """
-    unsent = tuple(op for op in pending if not op.sent)
-    if here != home and any(op.kind == "receive" for op in unsent):
+    if here != home and any(op.kind == "receive" and not op.sent for op in pending):
         return Pass(home)
-    counted = [op for op in pending if op.name != EXPIRY]
-    if len(counted) != 1 or counted[0].sent or counted[0].kind != "step":
-        return Stay(unsent)
-    step = counted[0]
+    counted = pending if len(pending) == 1 else [op for op in pending if op.name != EXPIRY]
+    step = counted[0] if len(counted) == 1 else None
+    if step is None or step.sent or step.kind != "step":
+        return STAY
     if (step.mode or mode) == "orchestration" or forced:
-        return Pass(home) if here != home and step.service != here else Stay(unsent)
+        return Pass(home) if here != home and step.service != here else STAY
     if step.service == here:
-        return Stay(unsent)
+        return STAY
     reason = ""
     if journal_bytes > journal_max_bytes:
         reason = f"the journal grew to {journal_bytes:,} bytes (cap {journal_max_bytes:,})"
@@ -66,4 +64,4 @@ def decide(
         reason = f"the baton made {hops} hops (cap {hops_max})"
     if not reason:
         return Pass(step.service)
-    return Pass(home, reason) if here != home else Stay(unsent)
+    return Pass(home, reason) if here != home else STAY

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
@@ -130,6 +131,10 @@ class Holder:
             held.consuming.append(message)
         self._add(held)
         self._feed(held, entry, done=done)
+
+    def is_live(self, run: str) -> bool:
+        """Tell whether this run is held here, at whatever service."""
+        return any((service, run) in self.held for service in self._session.services)
 
     def _is_known(self, service: str, run: str) -> bool:
         return (service, run) in self.held or (service, run) in self._loading
@@ -281,7 +286,11 @@ class Holder:
 
     def step_done(self, key: Key, reply: Reply, unparked: Sequence[tuple[str, str]] = ()) -> None:
         """Deliver the result of a step that ran here for a run held here."""
-        self.with_run(*key, lambda held: self._reply(held, reply, None, unparked))
+        held = self.held.get(key)
+        if held is not None:
+            self._reply(held, reply, None, unparked)
+        else:
+            self.with_run(*key, lambda held: self._reply(held, reply, None, unparked))
 
     def reply_message(self, message: Message) -> None:
         reply = unpack(Reply, message.body)
@@ -713,6 +722,8 @@ class Holder:
     def _collect(self, held: Held, messages: list[Message]) -> None:
         """Turn what has no result (publish, spawn, attributes, given-up work) into its effect."""
         execution, run = held.execution, held.row.id
+        if not execution.given_up and all(op.future is not None for op in execution.new):
+            return
         now = self._session.now_us()
         for op in execution.new:
             if op.kind == "publish":
@@ -947,7 +958,7 @@ class Holder:
             row.entries = held.count if keep_journal else row.entries
             if held.trail and (not held.exists or held.arrival or passed_to):
                 row.trail = encode_plain(held.trail)
-            commit.runs = [_copy(row)]
+            commit.runs = [copy(row)]
             held.exists, held.dirty = True, False
         if held.arrival is not None:
             arrival, held.arrival = held.arrival, None
@@ -1152,7 +1163,7 @@ class Holder:
         commit.journal = [] if kept_journal else held.take_journal()
         if not kept_journal:
             row.entries = held.count
-        commit.runs = [_copy(row)]
+        commit.runs = [copy(row)]
         commit.mail = mail
         commit.unparked = unparked
         if held.arrival is not None:
@@ -1229,10 +1240,6 @@ def next_id(run: str) -> str:
     """Return the id of the run that continues `run`."""
     base, mark, number = run.rpartition("~")
     return f"{base}~{int(number) + 1}" if mark and number.isdigit() else f"{run}~2"
-
-
-def _copy(row: RunRow) -> RunRow:
-    return RunRow(*(getattr(row, name) for name in RunRow.__struct_fields__))
 
 
 class _NoDefinition:

@@ -67,7 +67,7 @@ class Attempt:
     """
 
     __slots__ = (
-        "abandoned", "beat", "began_us", "call", "held", "message", "number", "options", "owner", "parked",
+        "abandoned", "beat", "began_us", "call", "held", "key", "message", "number", "options", "owner", "parked",
         "pending_beat", "revoked", "started_us", "step", "task",
     )  # fmt: skip
 
@@ -76,6 +76,7 @@ class Attempt:
     ) -> None:
         self.call = call
         self.owner = owner
+        self.key = (owner, call.id)
         self.step = step
         self.options = options
         self.number = 1
@@ -109,7 +110,7 @@ class Steps:
     def encode_options(self, service: str, name: str, options: Any) -> Raw | None:
         """Return what a command must carry of options that were changed for one call."""
         declared = self._session.registry.services[service].steps.get(name)
-        if declared is None or options is None or options == declared.options_:
+        if declared is None or options is None or options is declared.options_:
             return None
         retry: Retry = options.retry
         within_s = None if retry.within is None else seconds(retry.within)
@@ -236,7 +237,7 @@ class Steps:
     # -- doing ---------------------------------------------------------------------------------
 
     def _begin(self, attempt: Attempt) -> None:
-        key = (attempt.owner, attempt.call.id)
+        key = attempt.key
         if self.draining or key in self._running:
             return
         now = self._session.now_us()
@@ -250,69 +251,60 @@ class Steps:
             self._failed(attempt, error, final=True)
             return
         self._running[key] = attempt
-        attempt.task = self._loop.create_task(self._run(attempt))
+        attempt.task = self._loop.create_task(self._run(attempt, attempt.step))
 
-    async def _run(self, attempt: Attempt) -> None:
-        key = (attempt.owner, attempt.call.id)
-        step, options = attempt.step, attempt.options
-        assert step is not None
+    async def _run(self, attempt: Attempt, step: Step[..., Any]) -> None:
+        """Make one attempt and hand on what became of it."""
         error: BaseException | None = None
-        raw = b""
+        final = False
+        raw = b"null"
         try:
             args, kwargs = step.params.decode(bytes(attempt.call.args))
-        except (BadArguments, NotDecodable) as bad:
-            del self._running[key]
-            self._failed(attempt, bad, final=True)
-            return
-        info = StepInfo(
-            attempt.call.run, attempt.call.service, attempt.call.step, attempt.number,
-            operation_id(attempt.call.run, attempt.call.op, 0),
-            deadline_from(options.timeout_s, attempt.started_us / 1e6),
-            None if attempt.beat == b"null" else _decode_any(attempt.beat),
-        )  # fmt: skip
-        beaten = asyncio.Event() if options.heartbeat_s is not None else None
-        context = StepContext(info, lambda details: self._beat(attempt, beaten, details))
-        current_step.set(context)
-        try:
-            if options.timeout_s is None and beaten is None:
-                result = await self._call(step, args, kwargs)
+            beaten = None if attempt.options.heartbeat_s is None else asyncio.Event()
+            current_step.set(self._context(attempt, beaten))
+            if attempt.options.timeout_s is not None or beaten is not None:
+                result = await self._bounded(step, args, kwargs, attempt.options, beaten)
+            elif step.is_async:
+                result = await step.fn(*args, **kwargs)
             else:
-                result = await self._bounded(step, args, kwargs, options, beaten)
-            raw = b"null" if step.returns_none else encode(result)
-            if len(raw) > self._config.payload_max_bytes:
-                raise TooLarge(
-                    f"The result of {step} is {len(raw):,} bytes; the limit is "
-                    f"{self._config.payload_max_bytes:,}. Store large data elsewhere and return a "
-                    f"reference."
-                )
-            step.params.result(raw)
-        except (NotEncodable, TooLarge, NotDecodable) as bad:
-            error = bad
-        except asyncio.CancelledError as cancelled:
-            if attempt.revoked or attempt.abandoned or self.draining or not self._session.open:
-                del self._running[key]
-                self._finished_one(attempt)
-                return
-            error = cancelled
-        except Exception as failure:
-            error = failure
+                result = await self._call(step, args, kwargs)
+            if not step.returns_none:
+                raw = encode(result)
+                if len(raw) > self._config.payload_max_bytes:
+                    raise TooLarge(
+                        f"The result of {step} is {len(raw):,} bytes; the limit is "
+                        f"{self._config.payload_max_bytes:,}. Store large data elsewhere and return "
+                        f"a reference."
+                    )
+        except (BadArguments, NotEncodable, TooLarge, NotDecodable) as bad:
+            error, final = bad, True
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException as failure:
-            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
-                raise
             error = failure
-        del self._running[key]
-        self._finished_one(attempt)
+        del self._running[attempt.key]
+        attempt.task = None  # breaks the cycle, to spare the garbage collector
+        if not self._running:
+            self._done.set()
+        stopped = attempt.abandoned or self.draining or not self._session.open
         if attempt.revoked:
             self._drop(attempt)
         elif error is None:
-            self._succeeded(attempt, raw)
-        else:
-            final = isinstance(error, (NotEncodable, TooLarge, NotDecodable))
+            self._answer(attempt, True, raw)
+        elif not (stopped and isinstance(error, asyncio.CancelledError)):
             self._failed(attempt, error, final)
 
-    def _finished_one(self, attempt: Attempt) -> None:
-        if not self._running:
-            self._done.set()
+    def _context(self, attempt: Attempt, beaten: asyncio.Event | None) -> StepContext:
+        def info() -> StepInfo:
+            call = attempt.call
+            return StepInfo(
+                call.run, call.service, call.step, attempt.number,
+                operation_id(call.run, call.op, 0),
+                deadline_from(attempt.options.timeout_s, attempt.started_us / 1e6),
+                None if attempt.beat == b"null" else _decode_any(attempt.beat),
+            )  # fmt: skip
+
+        return StepContext(info, lambda details: self._beat(attempt, beaten, details))
 
     def _drop(self, attempt: Attempt) -> None:
         """Forget a revoked attempt; a command is marked as consumed."""
@@ -395,7 +387,7 @@ class Steps:
 
     def _keep_beat(self, attempt: Attempt) -> None:
         attempt.pending_beat = False
-        if (attempt.owner, attempt.call.id) in self._running:
+        if attempt.key in self._running:
             self._park(attempt, self._session.now_us())
 
     def take_custody(self, before_us: int) -> None:
@@ -407,9 +399,6 @@ class Steps:
                     self._park(attempt, attempt.started_us)
 
     # -- ending --------------------------------------------------------------------------------
-
-    def _succeeded(self, attempt: Attempt, raw: bytes) -> None:
-        self._answer(attempt, True, raw)
 
     def _failed(self, attempt: Attempt, error: BaseException, final: bool) -> None:
         retry = attempt.options.retry

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints figures with a reference measured in the same run."""

@@ -1,0 +1,69 @@
+"""The processes that are measured: five services, steps that do nothing, results of 100 bytes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pavane import App, EngineConfig, Event, Service, receive
+
+PAYLOAD = "x" * 100
+
+home = Service("home")
+others = [Service(f"s{number}") for number in range(5)]
+
+
+class Go(Event):
+    """Lets a waiting run go on."""
+
+
+@home.step
+async def step() -> str:
+    return PAYLOAD
+
+
+remote = [service.step(name="step")(step.fn) for service in others]
+
+
+@home.workflow
+async def five() -> str:
+    """Five steps of the home service."""
+    for _ in range(5):
+        result = await step()
+    return result
+
+
+@home.workflow
+async def tour() -> str:
+    """Five steps, each of another service."""
+    for visit in remote:
+        result = await visit()
+    return result
+
+
+@home.workflow
+async def long(steps: int) -> int:
+    for _ in range(steps):
+        await step()
+    return steps
+
+
+@home.workflow
+async def sleeper(delay_s: float) -> str:
+    await asyncio.sleep(delay_s)
+    return "awake"
+
+
+@home.workflow(receives=[Go])
+async def waiter() -> str:
+    await receive(Go)
+    return "gone"
+
+
+@home.workflow
+async def nothing() -> None:
+    """End at once."""
+
+
+def make_app(store: str, **config: float) -> App:
+    settings = EngineConfig(**config)  # type: ignore[arg-type]
+    return App("bench", [home, *others], store=store, config=settings)

@@ -1,0 +1,72 @@
+"""Throughput and latency of runs: `steps`, `latency`, `start`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from bench.figures import Figure, against, p50
+from bench.processes import five, make_app, nothing, tour
+from bench.raw import commit_s, rows_per_s
+
+AT_ONCE = 500
+ROW_BYTES = 190
+BATCH = 200
+
+
+async def _many(work: Callable[[], Awaitable[object]], count: int, at_once: int) -> float:
+    """Do `work` `count` times, `at_once` at a time; return the seconds."""
+    left = count
+
+    async def one() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            await work()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(one() for _ in range(at_once)))
+    return time.perf_counter() - began
+
+
+async def steps(folder: Path) -> list[Figure]:
+    """Journalled steps/s orchestrated, and hops/s when the baton is passed at every step."""
+    raw = rows_per_s(folder, BATCH, ROW_BYTES)
+    async with make_app(str(folder / "steps.db")) as app:
+
+        async def orchestrated() -> None:
+            await (await app.start(five)).result()
+
+        async def passed() -> None:
+            await (await app.start(tour, mode="choreography")).result()
+
+        await _many(orchestrated, 500, AT_ONCE)
+        took = min([await _many(orchestrated, 5000, AT_ONCE) for _ in range(3)])
+        figures = [against("steps, orchestrated", 25_000 / took, "steps/s", raw, "≥ 30,000")]
+        await _many(passed, 500, AT_ONCE)
+        took = min([await _many(passed, 3000, AT_ONCE) for _ in range(3)])
+        figures.append(against("steps, baton passed", 15_000 / took, "hops/s", raw, "≥ 15,000"))
+    return figures
+
+
+async def latency(folder: Path) -> list[Figure]:
+    """p50 of one run of five steps at a time, against five raw one-row commits."""
+    raw_ms = commit_s(folder, ROW_BYTES) * 5e3
+    async with make_app(str(folder / "latency.db")) as app:
+        times: list[float] = []
+        for _ in range(500):
+            began = time.perf_counter()
+            await (await app.start(five)).result()
+            times.append((time.perf_counter() - began) * 1e3)
+    return [against("latency, five steps p50", p50(times[50:]), "ms", raw_ms, "ratio ≤ 2.5")]
+
+
+async def start(folder: Path) -> list[Figure]:
+    """Durable starts per second, from 500 callers."""
+    raw = rows_per_s(folder, BATCH, ROW_BYTES)
+    async with make_app(str(folder / "start.db")) as app:
+        await _many(lambda: app.start(nothing), 500, AT_ONCE)
+        took = min([await _many(lambda: app.start(nothing), 8000, AT_ONCE) for _ in range(3)])
+    return [against("start, durable", 8000 / took, "starts/s", raw, "≥ 10,000")]
