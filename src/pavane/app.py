@@ -95,8 +95,9 @@ class RunHistory(msgspec.Struct, frozen=True):
 class Run(Generic[R]):
     """A handle on a run."""
 
-    def __init__(self, client: Client, id: str) -> None:
+    def __init__(self, client: Client, id: str, home: str = "") -> None:
         self._client = client
+        self._home = home
         self.id = id
 
     async def result(self, timeout: Duration | None = None) -> R:
@@ -106,7 +107,7 @@ class Run(Generic[R]):
         cancelled or killed; TimeoutError when `timeout` passes first (the run goes on).
         """
         async with asyncio.timeout(None if timeout is None else seconds(timeout)):
-            row = await self._client.wait_end(self.id)
+            row = await self._client.wait_end(self.id, self._home)
         return self._client.outcome(row)
 
     async def status(self) -> RunStatus:
@@ -157,7 +158,8 @@ class Client:
         self.store = store
         self._config = config
         self.node = Node(store, registry, services, config, self._ended) if services else None
-        self._waiters: dict[str, list[asyncio.Future[RunRow]]] = {}
+        self._waiting: dict[str, list[asyncio.Future[RunRow]]] = {}
+        self._homes: dict[str, str] = {}
         self._poller: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -216,7 +218,7 @@ class Client:
             await self._compare(header, raw)
         elif error is not None:
             raise error
-        return Run(self, run)
+        return Run(self, run, header.home)
 
     async def _begin(self, header: Header, raw: bytes) -> PavaneError | None:
         future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()
@@ -478,58 +480,59 @@ class Client:
             raise failure from decode_error(raw)
         raise failure
 
-    async def wait_end(self, id: str) -> RunRow:
+    async def wait_end(self, id: str, home: str = "") -> RunRow:
         """Return the row of the run once it has ended, following its successors."""
         while True:
-            row = await self._wait_one(id)
+            row = await self._wait_one(id, home)
             if row.status != "continued" or row.result is None:
                 return row
             id = msgspec.json.decode(row.result, type=str)
 
-    async def _wait_one(self, id: str) -> RunRow:
+    async def _wait_one(self, id: str, home: str) -> RunRow:
         future: asyncio.Future[RunRow] = asyncio.get_running_loop().create_future()
-        waiters = self._waiters.setdefault(id, [])
-        waiters.append(future)
+        waiting = self._waiting.setdefault(id, [])
+        waiting.append(future)
         try:
-            if not self._is_live(id):
+            if not home or not self._is_live(home, id):
                 row = await self.home_row(id)
+                home = row.home
                 if row.status in ENDED:
                     return row
+            self._homes[id] = home
             if self._poller is None or self._poller.done():
                 self._poller = asyncio.get_running_loop().create_task(self._poll())
             return await future
         finally:
-            waiters.remove(future)
-            if not waiters:
-                self._waiters.pop(id, None)
+            waiting.remove(future)
+            if not waiting:
+                del self._waiting[id]
+                self._homes.pop(id, None)
 
-    def _is_live(self, id: str) -> bool:
-        """Tell whether this process holds the run at its home, so that its end is told by itself."""
-        session = self.node.session if self.node is not None else None
-        return session is not None and session.open and session.holder.is_live(id)
+    def _is_live(self, home: str, id: str) -> bool:
+        session = self._owner(home, id)
+        return session is not None and (home, id) in session.holder.held
 
     def _ended(self, row: RunRow) -> None:
-        for future in self._waiters.get(row.id, ()):
+        for future in self._waiting.get(row.id, ()):
             if not future.done():
                 future.set_result(row)
 
     async def _poll(self) -> None:
-        """Look for the ends of runs that other processes hold."""
+        """Look for the ends of runs whose home is in another process."""
         pause_s = POLL_S
-        while self._waiters:
+        while self._waiting:
             await asyncio.sleep(pause_s)
-            before = time.monotonic()
-            for id in list(self._waiters):
-                if self._is_live(id):
-                    continue
-                rows = await self.store.run_rows(id)
-                for row in rows:
-                    if row.service == row.home and row.status in ENDED:
-                        self._ended(row)
-                if time.monotonic() - before > POLL_S:
+            looked = 0
+            for id, home in list(self._homes.items()):
+                if self._owner(home, id) is not None:
+                    continue  # its end is told when it is durable
+                row = await self.store.run_row(home, id)
+                if row is not None and row.status in ENDED:
+                    self._ended(row)
+                looked += 1
+                if looked % 50 == 0:
                     await asyncio.sleep(0)
-                    before = time.monotonic()
-            pause_s = POLL_S + min(0.2, len(self._waiters) * 20e-6)
+            pause_s = POLL_S + min(0.2, looked * 50e-6)
 
 
 class App:

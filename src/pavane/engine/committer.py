@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pavane.errors import LeaseLost, PavaneError, StoreError
 from pavane.stores.port import Commit, Fence, Message, Store
 
-BATCH_MAX = 2000
+BATCH_MAX = 1000
 
 
 class Committer:

@@ -132,10 +132,6 @@ class Holder:
         self._add(held)
         self._feed(held, entry, done=done)
 
-    def is_live(self, run: str) -> bool:
-        """Tell whether this run is held here, at whatever service."""
-        return any((service, run) in self.held for service in self._session.services)
-
     def _is_known(self, service: str, run: str) -> bool:
         return (service, run) in self.held or (service, run) in self._loading
 

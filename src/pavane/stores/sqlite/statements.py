@@ -11,6 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from pavane.stores.sqlite.connection import Connection
+
 _CHUNKS = (256, 64, 16, 4, 1)
 
 
@@ -38,7 +40,7 @@ def _widened(name: str, rows: int) -> tuple[str, int]:
     return f"{head}{values[:-1]}{', '.join([one] * rows)}{rest}", one.count("?")
 
 
-def insert_all(connection: Any, name: str, rows: Sequence[Iterable[Any]]) -> None:
+def insert_all(connection: Connection, name: str, rows: Sequence[Iterable[Any]]) -> None:
     """Insert `rows` by statement `name`, as many rows a statement as are there, up to 256."""
     at, count = 0, len(rows)
     for size in _CHUNKS:

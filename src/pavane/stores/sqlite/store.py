@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -39,6 +40,7 @@ from pavane.stores.port import (
     RunFilter,
     RunRow,
 )
+from pavane.stores.sqlite.connection import Connection, connect
 from pavane.stores.sqlite.statements import insert_all, migrations, statement
 
 APPLICATION_ID = 0x50415641  # "PAVA"
@@ -50,7 +52,15 @@ BUSY_MS = 20_000
 SWITCH_INTERVAL_S = 0.0001
 NOW = "CAST(unixepoch('subsec') * 1000000 AS INTEGER)"
 
+LOG_HEAD = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'log'"
+OF_ONE_COMMIT = (apsw.ConstraintError, apsw.TooBigError, apsw.MismatchError)
+"""Errors for which one commit is to blame; any other of APSW's is about the file or the disk."""
+REPEATED = {apsw.SQLITE_CONSTRAINT_UNIQUE, apsw.SQLITE_CONSTRAINT_PRIMARYKEY}
+
 _RUN_COLUMNS = ", ".join(RunRow.__struct_fields__)
+_RUN_TEXTS = [
+    RunRow.__struct_fields__.index(name) for name in ("header", "trail", "attributes", "result")
+]
 _PARKED_COLUMNS = ", ".join(ParkedRow.__struct_fields__)
 
 Results = Sequence[PavaneError | None]
@@ -74,34 +84,42 @@ class SqliteStore:
         self._version = -1
         self._appended = (-1, -1)
         self._pid = 0
-        self._opened: list[apsw.Connection] = []
+        self._opened: list[Connection] = []
 
     # -- opening -------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        self._pid = os.getpid()
+        if self._opened:
+            raise StoreError(
+                f"{self.path} is open already. Give each client a store of its own: the file is "
+                f"what they share."
+            )
         self._loop = asyncio.get_running_loop()
+        self._services.clear()
+        self._version = -1
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         try:
             self._write_to = self._connect()
             self._prepare(self._write_to)
             self._read_from = self._connect()
             self._lease_by = self._connect()
-            self.tail = self._one("SELECT coalesce(max(pos), 0) FROM log")
+            self.tail = self._read_from.execute(LOG_HEAD).get
         except apsw.Error as error:
             self._close_all()
             raise self._explained(error) from error
-        except StoreError:
+        except BaseException:
             self._close_all()
             raise
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._write_jobs, name="pavane-writer", daemon=True)
         self._thread.start()
 
-    def _connect(self) -> apsw.Connection:
-        connection = apsw.Connection(str(self.path))
+    def _connect(self) -> Connection:
+        connection = connect(str(self.path))
         self._opened.append(connection)
         connection.set_busy_timeout(BUSY_MS)
         connection.setlk_timeout(BUSY_MS, 0)
+        self._check_owner(connection)
         for pragma, wanted in (("journal_mode", "wal"), ("synchronous", 2)):
             connection.execute(f"PRAGMA {pragma} = {wanted}")
             got = connection.execute(f"PRAGMA {pragma}").get
@@ -116,23 +134,30 @@ class SqliteStore:
         )
         return connection
 
-    def _prepare(self, connection: apsw.Connection) -> None:
-        """Create the schema, or check that the file is ours and not newer than this code."""
+    def _check_owner(self, connection: Connection) -> None:
+        """Refuse a file that is not ours or newer than this code, before anything changes in it."""
+        application = connection.execute("PRAGMA application_id").get
+        version = connection.execute("PRAGMA user_version").get
+        newest = migrations()[-1][0]
+        if application != APPLICATION_ID:
+            if connection.execute("SELECT count(*) FROM sqlite_schema").get:
+                raise StoreError(
+                    f"{self.path} is an SQLite file of another program. Choose another path; "
+                    f"nothing was changed."
+                )
+        elif version > newest:
+            raise StoreError(
+                f"{self.path} was written by a newer Pavane (schema {version}, this one knows "
+                f"{newest}). Upgrade Pavane here; nothing was changed."
+            )
+
+    def _prepare(self, connection: Connection) -> None:
+        """Create the schema, or bring an older one up to date."""
         newest = migrations()[-1][0]
         connection.execute("BEGIN IMMEDIATE")
         try:
-            application = connection.execute("PRAGMA application_id").get
             version = connection.execute("PRAGMA user_version").get
             empty = not connection.execute("SELECT count(*) FROM sqlite_schema").get
-            if application != APPLICATION_ID and not empty:
-                raise StoreError(
-                    f"{self.path} is an SQLite file of another program. Choose another path."
-                )
-            if version > newest:
-                raise StoreError(
-                    f"{self.path} was written by a newer Pavane (schema {version}, this one knows "
-                    f"{newest}). Upgrade Pavane here; nothing was changed."
-                )
             for number, sql in migrations():
                 if number > version:
                     connection.execute(sql)
@@ -160,16 +185,26 @@ class SqliteStore:
         elif isinstance(error, apsw.ReadOnlyError):
             text = f"{path} is read-only for this process. Make it and its directory writable."
         elif isinstance(error, apsw.CantOpenError):
-            reason = "is a directory" if path.is_dir() else "cannot be opened or created"
-            if not path.parent.is_dir():
-                reason = f"cannot be created: the directory {path.parent} does not exist"
-            text = f"{path} {reason}."
+            if path.is_dir():
+                text = f"{path} is a directory. Name a file in it."
+            elif not path.parent.is_dir():
+                text = f"{path} cannot be created: the directory {path.parent} does not exist."
+            else:
+                text = (
+                    f"{path} cannot be opened or created. This process must be allowed to write it "
+                    f"and its directory."
+                )
         elif isinstance(error, apsw.FullError):
             text = (
                 f"The disk of {path} is full. Nothing of the refused writes was kept; free space."
             )
         elif isinstance(error, apsw.CorruptError):
             text = f"{path} is damaged ({error}). Restore it from a backup."
+        elif isinstance(error, apsw.IOError):
+            text = (
+                f"The disk of {path} failed ({error}). Nothing of the refused writes was kept; "
+                f"look after the disk, then restart."
+            )
         elif isinstance(error, apsw.BusyError):
             text = f"{path} was locked by another process for {BUSY_MS / 1000:g} s."
         else:
@@ -183,8 +218,17 @@ class SqliteStore:
             self._thread = None
         self._close_all()
 
+    def _unusable(self) -> StoreError:
+        """Say why this store, in this process, takes no work."""
+        if self._pid:
+            return StoreError(
+                f"{self.path} was opened by another process; open it again after a fork."
+            )
+        return StoreError(f"{self.path} is closed; open the store before using it.")
+
     def _close_all(self) -> None:
         with self._lock, self._lease_lock:
+            self._pid = 0
             for connection in self._opened:
                 connection.close()
             self._opened.clear()
@@ -207,10 +251,10 @@ class SqliteStore:
             assert number is not None
             self._services[name] = number[0]
 
-    def _add_service(self, connection: apsw.Connection, name: str) -> None:
+    def _add_service(self, connection: Connection, name: str) -> None:
         connection.execute("INSERT OR IGNORE INTO services (name) VALUES (?)", (name,))
         number = connection.execute("SELECT no FROM services WHERE name = ?", (name,)).get
-        head = connection.execute("SELECT coalesce(max(pos), 0) FROM log").get
+        head = connection.execute(LOG_HEAD).get
         connection.executemany(
             "INSERT OR IGNORE INTO partitions (target, service, partition, position)"
             " VALUES (?, ?, ?, ?)",
@@ -222,6 +266,9 @@ class SqliteStore:
     def submit(
         self, batch: Sequence[Commit], fence: Fence | None, done: Callable[[Results], None]
     ) -> None:
+        if self._pid != os.getpid():
+            done([self._unusable()] * len(batch))
+            return
         rows = sum(
             len(c.runs) + len(c.journal) + len(c.messages) + len(c.inbox) + len(c.parked)
             for c in batch
@@ -259,6 +306,8 @@ class SqliteStore:
                 self._write_to.execute("BEGIN IMMEDIATE")
             except apsw.BusyError:
                 return None
+            except apsw.Error as error:
+                return [self._explained(error)] * len(batch)
             finally:
                 self._write_to.set_busy_timeout(BUSY_MS)
                 self._write_to.setlk_timeout(BUSY_MS, 0)
@@ -292,17 +341,13 @@ class SqliteStore:
         except LeaseLost as lost:
             self._roll_back()
             return [lost] * len(batch)
-        except (apsw.ConstraintError, apsw.TooBigError, apsw.MismatchError, TypeError, ValueError,
-                UnicodeError, OverflowError) as error:  # fmt: skip
-            # ValueError and its like come from binding: a bad value, not a bad store.
+        except Exception as error:
             self._roll_back()
+            if isinstance(error, apsw.Error) and not isinstance(error, OF_ONE_COMMIT):
+                return [self._explained(error)] * len(batch)
+            # What is not APSW's comes from making rows and binding: a bad value, not a bad store.
             if len(batch) == 1:
-                if isinstance(error, apsw.ConstraintError):
-                    return [Conflict(f"This was written before: {error}.")]
-                return [PavaneError(f"A value cannot be stored: {error!r}.")]
-        except apsw.Error as error:
-            self._roll_back()
-            return [self._explained(error)] * len(batch)
+                return [_refusal(error)]
         # One bad commit: halve until it is alone, keeping the order.
         results: list[PavaneError | None] = []
         middle = len(batch) // 2
@@ -317,9 +362,10 @@ class SqliteStore:
 
     def _roll_back(self) -> None:
         if self._write_to.in_transaction:
-            self._write_to.execute("ROLLBACK")
+            with suppress(apsw.Error):  # if it stays open, the next BEGIN says so
+                self._write_to.execute("ROLLBACK")
 
-    def _prove(self, connection: apsw.Connection, fence: Fence) -> None:
+    def _prove(self, connection: Connection, fence: Fence) -> None:
         connection.execute(statement("prove_lease"), (fence.node, fence.nonce, fence.lease_us))
         if not connection.changes():
             raise LeaseLost(
@@ -327,7 +373,7 @@ class SqliteStore:
                 f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
             )
 
-    def _write_rows(self, c: apsw.Connection, batch: Sequence[Commit], fence: Fence | None) -> None:
+    def _write_rows(self, c: Connection, batch: Sequence[Commit], fence: Fence | None) -> None:
         messages = [message for commit in batch for message in commit.messages]
         if messages:
             self._write_messages(c, messages, fence)
@@ -358,9 +404,9 @@ class SqliteStore:
                 c.executemany(statement("set_position"), commit.positions)
 
     def _write_messages(
-        self, c: apsw.Connection, messages: Sequence[Message], fence: Fence | None
+        self, c: Connection, messages: Sequence[Message], fence: Fence | None
     ) -> None:
-        head = c.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'log'").get
+        head = c.execute(LOG_HEAD).get
         origin = fence.node if fence else None
         rows: list[tuple[Any, ...]] = []
         for pos, m in enumerate(messages, head + 1):
@@ -371,8 +417,10 @@ class SqliteStore:
         insert_all(c, "add_message", rows)
         self._appended = (head, head + len(rows))
 
-    def _execute_now(self, work: Callable[[apsw.Connection], Any]) -> Any:
+    def _execute_now(self, work: Callable[[Connection], Any]) -> Any:
         """Run `work` in a transaction of its own, on this thread."""
+        if self._pid != os.getpid():
+            raise self._unusable()
         with self._lock:
             connection = self._write_to
             try:
@@ -387,8 +435,10 @@ class SqliteStore:
                 self._roll_back()
                 raise
 
-    async def _execute(self, work: Callable[[apsw.Connection], Any]) -> Any:
+    async def _execute(self, work: Callable[[Connection], Any]) -> Any:
         """Run `work` in a transaction of its own, on the writer thread."""
+        if self._pid != os.getpid():
+            raise self._unusable()
         future: asyncio.Future[Any] = self._loop.create_future()
 
         def job() -> None:
@@ -410,7 +460,7 @@ class SqliteStore:
         return await future
 
     async def take_run_numbers(self, count: int) -> int:
-        def take(c: apsw.Connection) -> int:
+        def take(c: Connection) -> int:
             first = int(c.execute("SELECT value FROM meta WHERE key = 'next_run'").get)
             c.execute("UPDATE meta SET value = ? WHERE key = 'next_run'", (str(first + count),))
             return first
@@ -421,9 +471,7 @@ class SqliteStore:
 
     def _rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[Any]:
         if self._pid != os.getpid():
-            raise StoreError(
-                f"{self.path} was opened by another process; open it again after a fork."
-            )
+            raise self._unusable()
         try:
             return self._read_from.execute(sql, bindings).fetchall()
         except apsw.Error as error:
@@ -459,7 +507,7 @@ class SqliteStore:
             values += [len(which.id_prefix), which.id_prefix]
         for name, value in which.attributes:
             where.append("json_extract(attributes, ?) = ?")
-            values += [f'$."{name}"', value]
+            values += [f"$.{msgspec.json.encode(name).decode()}", value]
         if which.before is not None:
             where.append("no < ?")
             values.append(which.before)
@@ -474,7 +522,7 @@ class SqliteStore:
             "SELECT run, seq, body FROM journal WHERE run IN (SELECT value FROM json_each(?))"
             " ORDER BY run, seq"
         )
-        for run, seq, body in self._rows(sql, (msgspec.json.encode(list(runs)).decode(),)):
+        for run, seq, body in self._rows(sql, (_json(list(runs)),)):
             found[run].append(JournalRow(run, seq, _bytes(body)))
         return found
 
@@ -484,7 +532,7 @@ class SqliteStore:
             f" WHERE status IN ('running', 'stuck')"
             f" AND target IN (SELECT value FROM json_each(?)) AND no > ? ORDER BY no LIMIT ?"
         )
-        wanted = msgspec.json.encode(list(targets)).decode()
+        wanted = _json(list(targets))
         return [_run(row) for row in self._rows(sql, (wanted, after, limit))]
 
     async def due_runs(
@@ -495,7 +543,7 @@ class SqliteStore:
             f" AND wake_us <= ?3 AND target IN (SELECT value FROM json_each(?4))"
             f" ORDER BY wake_us, no LIMIT ?5"
         )
-        values = (*after, until_us, msgspec.json.encode(list(targets)).decode(), limit)
+        values = (*after, until_us, _json(list(targets)), limit)
         return [_run(row) for row in self._rows(sql, values)]
 
     async def due_parked(
@@ -506,7 +554,7 @@ class SqliteStore:
             f" AND due_us <= ?3 AND target IN (SELECT value FROM json_each(?4))"
             f" ORDER BY due_us, id LIMIT ?5"
         )
-        values = (*after, until_us, msgspec.json.encode(list(targets)).decode(), limit)
+        values = (*after, until_us, _json(list(targets)), limit)
         return [_parked(row) for row in self._rows(sql, values)]
 
     async def parked_of(self, service: str, run: str) -> list[ParkedRow]:
@@ -527,7 +575,7 @@ class SqliteStore:
 
     async def seen(self, service: str, ids: Sequence[str]) -> set[str]:
         sql = "SELECT id FROM inbox WHERE service = ? AND id IN (SELECT value FROM json_each(?))"
-        return {row[0] for row in self._rows(sql, (service, msgspec.json.encode(ids).decode()))}
+        return {row[0] for row in self._rows(sql, (service, _json(ids)))}
 
     async def message(self, id: str) -> Message | None:
         rows = self._rows(
@@ -551,12 +599,12 @@ class SqliteStore:
             values.append(skip_node)
         if targets is not None:
             sql += " AND target IN (SELECT value FROM json_each(?))"
-            values.append(msgspec.json.encode(list(targets)).decode())
+            values.append(_json(list(targets)))
         rows = self._rows(f"{sql} ORDER BY pos LIMIT ?", [*values, limit])
         return [_message(row) for row in rows]
 
     async def log_head(self) -> int:
-        return self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'log'")
+        return self._one(LOG_HEAD)
 
     def changed(self) -> bool:
         version = self._one("PRAGMA data_version")
@@ -570,18 +618,20 @@ class SqliteStore:
     ) -> NodeRow:
         nonce = os.urandom(12).hex()
 
-        def insert(c: apsw.Connection) -> NodeRow:
+        def insert(c: Connection) -> NodeRow:
             sql = (
                 f"INSERT INTO nodes (nonce, name, host, pid, services, expires_us)"
                 f" VALUES (?, ?, ?, ?, ?, {NOW} + ?) RETURNING no, expires_us"
             )
-            hosted = msgspec.json.encode(services).decode()
+            hosted = _json(list(services))
             no, expires = next(iter(c.execute(sql, (nonce, name, host, pid, hosted, lease_us))))
             return NodeRow(no, nonce, name, host, pid, list(services), expires)
 
         return await self._execute(insert)
 
     def renew(self, fence: Fence) -> bool:
+        if self._pid != os.getpid():
+            raise self._unusable()
         with self._lease_lock:
             try:
                 connection = self._lease_by
@@ -593,7 +643,7 @@ class SqliteStore:
                 raise self._explained(error) from error
 
     async def leave(self, fence: Fence) -> None:
-        def delete(c: apsw.Connection) -> None:
+        def delete(c: Connection) -> None:
             c.execute("DELETE FROM nodes WHERE no = ? AND nonce = ?", (fence.node, fence.nonce))
             if c.changes():
                 c.execute(
@@ -615,14 +665,14 @@ class SqliteStore:
         rows = self._rows(
             "SELECT target, service, partition, owner, clean, position FROM partitions"
             " WHERE service IN (SELECT value FROM json_each(?)) ORDER BY target",
-            (msgspec.json.encode(list(services)).decode(),),
+            (_json(list(services)),),
         )
         return [
             PartitionRow(t, s, p, owner, bool(clean), pos) for t, s, p, owner, clean, pos in rows
         ]
 
     async def expire(self, nodes: Sequence[NodeRow]) -> None:
-        def delete(c: apsw.Connection) -> None:
+        def delete(c: Connection) -> None:
             for node in nodes:
                 c.execute(
                     "DELETE FROM nodes WHERE no = ? AND nonce = ? AND expires_us = ?",
@@ -636,9 +686,9 @@ class SqliteStore:
         await self._execute(delete)
 
     async def claim(self, fence: Fence, targets: Sequence[int]) -> list[PartitionRow]:
-        def take(c: apsw.Connection) -> list[PartitionRow]:
+        def take(c: Connection) -> list[PartitionRow]:
             self._prove(c, fence)
-            wanted = msgspec.json.encode(list(targets)).decode()
+            wanted = _json(list(targets))
             rows = c.execute(
                 "SELECT target, service, partition, owner, clean, position FROM partitions"
                 " WHERE owner IS NULL AND target IN (SELECT value FROM json_each(?))",
@@ -654,7 +704,7 @@ class SqliteStore:
         return await self._execute(take)
 
     async def release(self, fence: Fence, positions: Sequence[tuple[int, int]]) -> None:
-        def give(c: apsw.Connection) -> None:
+        def give(c: Connection) -> None:
             self._prove(c, fence)
             c.executemany(statement("set_position"), positions)
             c.executemany(
@@ -667,7 +717,7 @@ class SqliteStore:
     # -- upkeep --------------------------------------------------------------------------------
 
     async def touch(self, fence: Fence, runs: Sequence[int], parked: Sequence[ParkedRow]) -> None:
-        def count(c: apsw.Connection) -> None:
+        def count(c: Connection) -> None:
             self._prove(c, fence)
             c.executemany(
                 "UPDATE runs SET deaths = deaths + 1 WHERE no = ?", [(no,) for no in runs]
@@ -678,26 +728,56 @@ class SqliteStore:
         await self._execute(count)
 
     async def prune(self, before_us: int, limit: int) -> int:
-        def delete(c: apsw.Connection) -> int:
-            old = c.execute(
-                "SELECT no, id, service FROM runs WHERE ended_us < ? ORDER BY ended_us LIMIT ?",
-                (before_us, limit),
-            ).fetchall()
-            for no, id, service in old:
+        def delete(c: Connection) -> int:
+            runs = self._prune_runs(c, before_us, limit)
+            return runs + self._prune_log(c, before_us, limit)
+
+        return await self._execute(delete)
+
+    def _prune_runs(self, c: Connection, before_us: int, limit: int) -> int:
+        """Delete what is left, at every service, of runs that ended at home."""
+        old = c.execute(
+            "SELECT id FROM runs WHERE ended_us < ? AND service = home ORDER BY ended_us LIMIT ?",
+            (before_us, limit),
+        ).fetchall()
+        ids = _json([id for (id,) in old])
+        # Marks of messages that someone has still to consume stay, or they would count twice.
+        pending = c.execute(
+            "SELECT id FROM log WHERE pos > (SELECT min(position) FROM partitions)"
+            " AND run IN (SELECT value FROM json_each(?))",
+            (ids if old else "[]",),
+        ).fetchall()
+        kept = _json([id for (id,) in pending])
+        for (id,) in old:
+            for no, service in c.execute(
+                "SELECT no, service FROM runs WHERE id = ?", (id,)
+            ).fetchall():
                 c.execute("DELETE FROM journal WHERE run = ?", (no,))
                 c.execute("DELETE FROM runs WHERE no = ?", (no,))
                 c.execute(statement("take_mail"), (service, id, "*"))
-            consumed = c.execute("SELECT min(position) FROM partitions").get or 0
-            stale = c.execute(
-                "SELECT pos, id, receiver FROM log WHERE pos <= ? AND at_us < ? ORDER BY pos LIMIT ?",
-                (consumed, before_us, limit),
-            ).fetchall()
-            for pos, id, receiver in stale:
-                c.execute("DELETE FROM inbox WHERE id = ? AND service = ?", (id, receiver))
-                c.execute("DELETE FROM log WHERE pos = ?", (pos,))
-            return len(old) + len(stale)
+            c.execute(
+                "DELETE FROM inbox WHERE (id = ?1 OR id > ?1 || '#' AND id < ?1 || '$')"
+                " AND id NOT IN (SELECT value FROM json_each(?2))",
+                (id, kept),
+            )
+        return len(old)
 
-        return await self._execute(delete)
+    def _prune_log(self, c: Connection, before_us: int, limit: int) -> int:
+        """Delete consumed messages from the log's beginning up to the first that is not old."""
+        stale: list[tuple[int, str, str, str]] = []
+        cursor = c.execute(
+            "SELECT pos, id, receiver, run, at_us FROM log LEFT JOIN partitions USING (target)"
+            " WHERE pos <= coalesce(position, (SELECT min(position) FROM partitions)) ORDER BY pos"
+        )
+        for pos, id, receiver, run, at_us in cursor:
+            if at_us >= before_us or len(stale) == limit:
+                break
+            stale.append((pos, id, receiver, run))
+        cursor.close(True)
+        for pos, id, receiver, run in stale:
+            c.execute("DELETE FROM log WHERE pos = ?", (pos,))
+            c.execute(statement("drop_mark"), (id, receiver, run))
+        return len(stale)
 
     async def describe(self) -> dict[str, str | int | float]:
         wal = Path(f"{self.path}-wal")
@@ -714,6 +794,16 @@ class SqliteStore:
         }
 
 
+def _refusal(error: Exception) -> PavaneError:
+    if isinstance(error, apsw.ConstraintError) and error.extendedresult in REPEATED:
+        return Conflict(f"This was written before: {error}.")
+    return PavaneError(f"A value cannot be stored: {error!r}.")
+
+
+def _json(values: Sequence[Any]) -> str:
+    return msgspec.json.encode(values).decode()
+
+
 def _bytes(text: Any) -> bytes:
     return text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass")
 
@@ -728,12 +818,11 @@ def _run_values(r: RunRow) -> tuple[Any, ...]:
 
 
 def _run(row: Sequence[Any]) -> RunRow:
-    (*before, header, trail, attributes, wake, reason, deaths, started, ended, result, undone,
-     entries) = row  # fmt: skip
-    return RunRow(
-        *before, _bytes(header), _bytes(trail), _bytes(attributes), wake, reason, deaths, started,
-        ended, None if result is None else _bytes(result), undone, entries,
-    )  # fmt: skip
+    values = list(row)
+    for at in _RUN_TEXTS:
+        if values[at] is not None:
+            values[at] = _bytes(values[at])
+    return RunRow(*values)
 
 
 def _parked_values(r: ParkedRow) -> tuple[Any, ...]:
