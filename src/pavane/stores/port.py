@@ -225,13 +225,19 @@ class Store(Protocol):
     partitions: int
     """Partitions per service, fixed when the store is made."""
     tail: int
-    """Log position up to which this process has seen every message."""
+    """Log position up to which the user of this object has seen every message.
+
+    The user sets it after `read_log`. The store moves it over messages that were submitted here
+    under a fence, if they directly follow it: there is nothing to read.
+    """
 
     async def open(self) -> None:
-        """Open or create it; raise StoreError with reason and remedy."""
+        """Open or create it, and set `tail` to the log's end; raise StoreError with a remedy."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Write what was submitted, then close; what is asked for afterwards gets a StoreError."""
+        ...
 
     def now_us(self) -> int:
         """The store's clock, in microseconds since the epoch; the only one that decides leases."""
@@ -253,8 +259,17 @@ class Store(Protocol):
     ) -> None:
         """Write `batch` in one transaction, then call `done` on the event loop, perhaps at once.
 
-        Each commit gets None or the reason of its refusal; one bad commit does not harm the others.
-        LeaseLost and StoreError refuse all. Messages get their `pos`.
+        Commits take effect in the order of the batch, batches in the order of submission, and other
+        writes after the batches that were submitted before. Each commit gets None or the reason of
+        its refusal: Conflict for what is there already (a run of this id at the service, an inbox
+        mark, a journal entry), a plain PavaneError for values that cannot be stored, such as text
+        with lone surrogates. One bad commit does not harm the others. LeaseLost and StoreError
+        refuse all that is left. Messages get their `pos`; that of a refused one means nothing.
+        Rows are copied: changing them afterwards changes nothing here.
+
+        A run whose `no` is known is replaced, except for its number, service, id, target, workflow,
+        version, home and start. Mail that is there already stays as it is.
+        Parked work that is there keeps its run, target, call and beginning.
         """
         ...
 
@@ -263,12 +278,21 @@ class Store(Protocol):
         ...
 
     # reading
-    async def run_rows(self, id: str) -> list[RunRow]: ...
+    async def run_rows(self, id: str) -> list[RunRow]:
+        """The run's rows at all services."""
+        ...
+
     async def run_row(self, service: str, id: str) -> RunRow | None: ...
-    async def list_runs(self, which: RunFilter) -> list[RunRow]: ...
-    async def journals(self, runs: Sequence[int]) -> dict[int, list[JournalRow]]: ...
+    async def list_runs(self, which: RunFilter) -> list[RunRow]:
+        """Rows of runs at their homes, newest number first."""
+        ...
+
+    async def journals(self, runs: Sequence[int]) -> dict[int, list[JournalRow]]:
+        """The journals of these run numbers, in order of `seq`; empty for unknown ones."""
+        ...
+
     async def live_runs(self, targets: Sequence[int], after: int, limit: int) -> list[RunRow]:
-        """Runs with status running here, or stuck by a mismatch, numbered above `after`."""
+        """Runs with status running or stuck, numbered above `after`, in order of number."""
         ...
 
     async def due_runs(
@@ -284,9 +308,12 @@ class Store(Protocol):
         ...
 
     async def parked_of(self, service: str, run: str) -> list[ParkedRow]: ...
-    async def mail_of(self, service: str, run: str) -> list[MailRow]: ...
+    async def mail_of(self, service: str, run: str) -> list[MailRow]:
+        """Mail in the order in which it was written."""
+        ...
+
     async def inbox_of(self, run: str) -> list[InboxRow]:
-        """All marks of messages of `run`, at every service."""
+        """All marks whose id begins with `run` and "#", at every service, in order of id."""
         ...
 
     async def seen(self, service: str, ids: Sequence[str]) -> set[str]:
@@ -300,14 +327,29 @@ class Store(Protocol):
     async def read_log(
         self, after: int, until: int | None, targets: Sequence[int] | None, limit: int,
         skip_node: int | None,
-    ) -> list[Message]: ...  # fmt: skip
-    async def log_head(self) -> int: ...
+    ) -> list[Message]:  # fmt: skip
+        """Messages above `after` up to `until`, in log order, which is commit order.
+
+        `targets` restricts to partitions; `skip_node` leaves out what was written under the fence
+        of that node. A message never appears below one that a reader has seen before.
+        """
+        ...
+
+    async def log_head(self) -> int:
+        """The newest position ever given, also if its message was deleted."""
+        ...
+
     def changed(self) -> bool:
         """Whether anyone has written since the last call; cheap."""
         ...
 
     # membership
-    async def join(self, name: str, host: str, pid: int, services: Sequence[str], lease_us: int) -> NodeRow: ...  # fmt: skip
+    async def join(
+        self, name: str, host: str, pid: int, services: Sequence[str], lease_us: int
+    ) -> NodeRow:
+        """Become a node, with a number and a nonce that no node before had."""
+        ...
+
     def renew(self, fence: Fence) -> bool:
         """Prolong the lease; False if it is lost. Called from a thread of its own."""
         ...
@@ -323,20 +365,26 @@ class Store(Protocol):
         ...
 
     async def claim(self, fence: Fence, targets: Sequence[int]) -> list[PartitionRow]:
-        """Own those of `targets` that are free; return them as they were left."""
+        """Own those of `targets` that are free; return them as they were left, or LeaseLost."""
         ...
 
     async def release(self, fence: Fence, positions: Sequence[tuple[int, int]]) -> None:
-        """Give (target, consumed position) back, clean."""
+        """Give (target, consumed position) back, clean; what others own stays theirs."""
         ...
 
     # upkeep
     async def touch(self, fence: Fence, runs: Sequence[int], parked: Sequence[ParkedRow]) -> None:
-        """Count one more touch after a crash, durably."""
+        """Count one more touch after a crash, durably: adds one to `deaths` of `runs`, and writes
+        `parked`, whose `deaths` the caller has counted already."""
         ...
 
     async def prune(self, before_us: int, limit: int) -> int:
-        """Delete up to `limit` ended runs and consumed records older than `before_us`."""
+        """Delete up to `limit` runs that ended before `before_us`, and as many consumed messages
+        older than that; return how many of both.
+
+        A run goes with all its rows, journals, mail and marks. A message goes when its partition
+        has consumed it (a published event when all have), its mark when its run is over too.
+        """
         ...
 
     async def describe(self) -> dict[str, str | int | float]:

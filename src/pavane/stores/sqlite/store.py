@@ -212,6 +212,9 @@ class SqliteStore:
         return StoreError(text)
 
     async def close(self) -> None:
+        if self._pid not in (0, os.getpid()):
+            return  # closing what was inherited by a fork could harm the parent's file
+        self._pid = 0
         if self._thread is not None:
             self._jobs.put(None)
             await asyncio.to_thread(self._thread.join)
@@ -228,7 +231,6 @@ class SqliteStore:
 
     def _close_all(self) -> None:
         with self._lock, self._lease_lock:
-            self._pid = 0
             for connection in self._opened:
                 connection.close()
             self._opened.clear()
@@ -419,8 +421,6 @@ class SqliteStore:
 
     def _execute_now(self, work: Callable[[Connection], Any]) -> Any:
         """Run `work` in a transaction of its own, on this thread."""
-        if self._pid != os.getpid():
-            raise self._unusable()
         with self._lock:
             connection = self._write_to
             try:
@@ -795,7 +795,7 @@ class SqliteStore:
 
 
 def _refusal(error: Exception) -> PavaneError:
-    if isinstance(error, apsw.ConstraintError) and error.extendedresult in REPEATED:
+    if isinstance(error, apsw.ConstraintError) and getattr(error, "extendedresult", 0) in REPEATED:
         return Conflict(f"This was written before: {error}.")
     return PavaneError(f"A value cannot be stored: {error!r}.")
 
