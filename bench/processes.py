@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from pavane import App, EngineConfig, Event, Service, receive
 
 PAYLOAD = "x" * 100
+RECOVERED = "PAVANE_BENCH_RECOVERED"
 
 home = Service("home")
 others = [Service(f"s{number}") for number in range(5)]
@@ -62,6 +64,20 @@ async def waiter() -> str:
 @home.workflow
 async def nothing() -> None:
     """End at once."""
+
+
+@home.step
+async def hang_before_the_crash() -> str:
+    """Never return in the process that will be killed."""
+    while RECOVERED not in os.environ:
+        await asyncio.sleep(60)
+    return PAYLOAD
+
+
+@home.workflow
+async def two_part() -> str:
+    await step()
+    return await hang_before_the_crash()
 
 
 def make_app(store: str, **config: float) -> App:

@@ -153,7 +153,7 @@ class Holder:
             self.start(start.header, bytes(start.args), message=message)
             return
         if row.status == "running" and row.holder == row.service:
-            self.with_row(row, lambda held: None)
+            self.with_run(row.service, row.id, _nothing)
         self._session.consumed(message)
 
     # -- finding a run -------------------------------------------------------------------------
@@ -169,41 +169,56 @@ class Holder:
             self._loading[key].append(action)
         else:
             self._loading[key] = [action]
-            self._spawn(self._load(key, None))
+            self._spawn(self._load(key))
 
-    def with_row(self, row: RunRow, action: Action) -> None:
-        """As `with_run`, for a row that was just read."""
-        key = (row.service, row.id)
-        if key in self.held or key in self._loading:
-            self.with_run(*key, action)
-        else:
-            self._loading[key] = [action]
-            self._spawn(self._load(key, row))
+    async def _load(self, key: Key) -> None:
+        row = await self._store.run_row(*key)
+        await self._load_rows([key], [row] if row is not None else [])
 
-    async def _load(self, key: Key, row: RunRow | None) -> None:
-        held: Held | None = None
+    async def _load_numbered(self, numbers: dict[Key, int], stuck_too: bool = False) -> None:
+        """Load runs by their numbers. Their keys are in `_loading`, so nothing else touches them."""
         try:
-            if row is None:
-                row = await self._store.run_row(*key)
-            if row is not None and row.status in ("running", "waiting") and row.holder == key[0]:
-                held = await self._activate(row)
+            rows = await self._store.rows_of(list(numbers.values()))
+        except BaseException:
+            for key in numbers:
+                self._loading.pop(key, None)
+            raise
+        await self._load_rows(list(numbers), rows, stuck_too)
+
+    async def _load_rows(
+        self, keys: Sequence[Key], rows: Sequence[RunRow], stuck_too: bool = False
+    ) -> None:
+        """Activate those that are held here, and do what was asked for meanwhile."""
+        try:
+            here = [
+                row for row in rows
+                if row.holder == row.service
+                and (row.status in ("running", "waiting") or (stuck_too and row.status == "stuck"))
+            ]  # fmt: skip
+            journals = await self._store.journals([row.no for row in here]) if here else {}
+            for row in here:
+                held = await self._activate(row, journals[row.no])
+                self._act((row.service, row.id), held)
         finally:
-            actions = self._loading.pop(key, [])
-        for action in actions:
+            for key in keys:
+                self._act(key, None)
+
+    def _act(self, key: Key, held: Held | None) -> None:
+        for action in self._loading.pop(key, ()):
             action(self.held.get(key) or held)
 
     async def recover(self, rows: Sequence[RunRow]) -> None:
         """Take up runs that were under way when their last holder stopped."""
-        journals = await self._store.journals([row.no for row in rows])
+        numbers: dict[Key, int] = {}
         for row in rows:
             key = (row.service, row.id)
             if key not in self.held and key not in self._loading:
-                await self._activate(row, journals[row.no])
+                self._loading[key] = []
+                numbers[key] = row.no
+        await self._load_numbered(numbers, stuck_too=True)
 
-    async def _activate(self, row: RunRow, journal: list[JournalRow] | None = None) -> Held | None:
+    async def _activate(self, row: RunRow, journal: list[JournalRow]) -> Held | None:
         """Rebuild a run from its journal; a run that cannot be rebuilt is stuck, alone."""
-        if journal is None:
-            journal = (await self._store.journals([row.no]))[row.no]
         header = decode_header(row.header)
         try:
             raws = _split(journal)
@@ -385,12 +400,17 @@ class Holder:
             ]  # fmt: skip
         self._session.submit(commit)
 
-    def wake(self, key: Key, row: RunRow | None) -> None:
-        """Fire the timers of a run that are due."""
-        if row is not None:
-            self.with_row(row, self._fire_due)
-        else:
-            self.with_run(*key, self._fire_due)
+    def wake(self, due: Sequence[tuple[Key, Any]]) -> None:
+        """Fire the timers of runs that are due; each comes with its number, if that is known."""
+        numbers: dict[Key, int] = {}
+        for key, number in due:
+            if number is None or key in self.held or key in self._loading:
+                self.with_run(*key, self._fire_due)
+            else:
+                self._loading[key] = [self._fire_due]
+                numbers[key] = number
+        if numbers:
+            self._spawn(self._load_numbered(numbers))
 
     def _fire_due(self, held: Held | None) -> None:
         if held is None or held.dead:
@@ -508,7 +528,7 @@ class Holder:
         def resumed(error: PavaneError | None) -> None:
             self._session.consumed(message)
             if error is None:
-                self.with_row(row, lambda held: None)
+                self.with_run(row.service, row.id, _nothing)
 
         commit = Commit(resumed)
         commit.runs = [row]
@@ -1290,3 +1310,7 @@ def _other_operation(reply: Reply, operation: Operation) -> str:
 
 def _ignore(_: PavaneError | None) -> None:
     """Nothing waits for this commit."""
+
+
+def _nothing(_: Held | None) -> None:
+    """Loading the run was all that was wanted."""

@@ -21,7 +21,7 @@ from pavane.engine.lease import LeaseKeeper, is_gone, this_host
 from pavane.engine.pruner import Pruner
 from pavane.engine.registry import Registry
 from pavane.engine.steps import Steps
-from pavane.engine.timers import DueQueue
+from pavane.engine.timers import DueQueue, Found
 from pavane.errors import CorruptJournal, LeaseLost, PavaneError, StoreError
 from pavane.stores.port import (
     Commit,
@@ -377,16 +377,16 @@ class Session:
 
     async def _due_runs(
         self, targets: Sequence[int], after: tuple[int, Any], until_us: int, limit: int
-    ) -> list[tuple[int, Any, Key, Any]]:
+    ) -> list[Found]:
         rows = await self.store.due_runs(targets, after, until_us, limit)
-        return [(row.wake_us or 0, row.no, (row.service, row.id), row) for row in rows]
+        return [(row.wake_us or 0, row.no, (row.service, row.id), row.no) for row in rows]
 
     async def _due_parked(
         self, targets: Sequence[int], after: tuple[int, Any], until_us: int, limit: int
-    ) -> list[tuple[int, Any, Key, Any]]:
+    ) -> list[Found]:
         rows = await self.store.due_parked(targets, after, until_us, limit)
         return [
-            (row.due_us, row.id, (row.service, row.id), row)
+            (row.due_us, row.id, (row.service, row.id), None)
             for row in rows
             if (row.service, row.id) not in self._held_back
         ]
@@ -401,7 +401,14 @@ class Session:
         await self.balance()
         self.spawn(self._poll_log())
         self.spawn(self._tick())
+        self.spawn(self._read_timers(self.run_timers))
+        self.spawn(self._read_timers(self.parked_timers))
         self.spawn(self._pruner.run())
+
+    async def _read_timers(self, queue: DueQueue) -> None:
+        while True:
+            await queue.poll(self.owned)
+            await asyncio.sleep(TICK_S)
 
     async def _tick(self) -> None:
         positions_due = 0.0
@@ -409,8 +416,6 @@ class Session:
         while True:
             await asyncio.sleep(TICK_S)
             await self.balance()
-            await self.run_timers.poll(self.owned)
-            await self.parked_timers.poll(self.owned)
             self.steps.take_custody(self.now_us() - round(self.config.custody_after_s * 1e6))
             if loop.time() >= positions_due:
                 positions_due = loop.time() + POSITIONS_EVERY_S

@@ -193,19 +193,21 @@ class Steps:
         attempt.beat = parked.beat
         self._begin(attempt)
 
-    def due(self, key: tuple[str, str], row: ParkedRow | None) -> None:
-        """Resume a parked step by its key, reading it if need be."""
-        if row is not None:
-            self.resume(row)
-        else:
+    def due(self, due: Sequence[tuple[tuple[str, str], None]]) -> None:
+        """Resume parked steps by their keys, reading what is parked now."""
+        for key, _ in due:
             self._session.spawn(self._resume_from_store(key))
 
     async def _resume_from_store(self, key: tuple[str, str]) -> None:
+        if key in self._running:
+            return
         service, id = key
         rows = await self._store.parked_of(service, id.rpartition("#")[0])
         for row in rows:
-            if row.id == id:
+            if row.id == id and row.due_us <= self._session.now_us():
                 self.resume(row)
+            elif row.id == id:
+                self._session.parked_timers.schedule(key, row.due_us)
 
     def revoke(self, service: str, id: str) -> None:
         """Stop a step whose result nobody waits for any more."""
@@ -430,7 +432,7 @@ class Steps:
         key = (parked.service, parked.id)
         again = error != b"null"
         then = (
-            (lambda: self._session.parked_timers.schedule(key, due_us, parked)) if again else None
+            (lambda: self._session.parked_timers.schedule(key, due_us)) if again else None
         )
         if attempt.message is not None:
             message, attempt.message = attempt.message, None

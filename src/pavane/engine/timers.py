@@ -14,24 +14,24 @@ from typing import Any
 HORIZON_US = 2_000_000
 PAGE = 1000
 HEAP_MAX = 5000
+BURST = 200
 
 Key = tuple[str, str]
-Reader = Callable[[Sequence[int], tuple[int, Any], int, int], Awaitable[Sequence[tuple[int, Any, Key, Any]]]]  # fmt: skip
+Found = tuple[int, Any, Key, Any]
+"""What the store read: due time in µs, tie-break, key, and what `fire` is given with the key."""
+Reader = Callable[[Sequence[int], tuple[int, Any], int, int], Awaitable[Sequence[Found]]]
+Fire = Callable[[Sequence[tuple[Key, Any]]], None]
 
 
 class DueQueue:
-    """Calls `fire(key, row)` when a key is due; `row` is what the store read, if it came from there.
+    """Calls `fire` with keys that are due, each with what `read` found for it, or None.
 
-    `read` returns (due_us, tie, key, row) in order. A key has one due time; the earliest counts,
-    and firing early or twice is harmless by contract.
+    `read(targets, after, until_us, limit)` returns what is due, in order. A key has one due time;
+    the earliest counts, and firing early or twice is harmless by contract.
     """
 
     def __init__(
-        self,
-        now_us: Callable[[], int],
-        read: Reader,
-        first_tie: Any,
-        fire: Callable[[Key, Any], None],
+        self, now_us: Callable[[], int], read: Reader, first_tie: Any, fire: Fire
     ) -> None:
         self._now_us = now_us
         self._read = read
@@ -46,17 +46,20 @@ class DueQueue:
         self._loop = asyncio.get_running_loop()
         self.closed = False
 
-    def schedule(self, key: Key, due_us: int, row: Any = None) -> None:
+    def schedule(self, key: Key, due_us: int) -> None:
         """Fire `key` at `due_us`, if that is soon; later ones are found in the store in time."""
         if due_us > self._cursor[0] and due_us > self._now_us() + HORIZON_US:
             return
         known = self._due.get(key)
         if known is not None and known[0] <= due_us:
             return
-        self._due[key] = (due_us, row)
+        self._push(due_us, key, None)
+        self._arm()
+
+    def _push(self, due_us: int, key: Key, found: Any) -> None:
+        self._due[key] = (due_us, found)
         self._serial += 1
         heappush(self._heap, (due_us, self._serial, key))
-        self._arm()
 
     def forget(self, key: Key) -> None:
         self._due.pop(key, None)
@@ -76,47 +79,41 @@ class DueQueue:
     def _fire_due(self) -> None:
         self._handle = None
         now = self._now_us()
-        burst = 200
-        while self._heap and self._heap[0][0] <= now and burst:
+        due: list[tuple[Key, Any]] = []
+        while self._heap and self._heap[0][0] <= now and len(due) < BURST:
             due_us, _, key = heappop(self._heap)
             known = self._due.get(key)
             if known is not None and known[0] == due_us:
                 del self._due[key]
-                self._fire(key, known[1])
-                burst -= 1
+                due.append((key, known[1]))
+        if due:
+            self._fire(due)
         self._arm()
 
     async def poll(self, targets: Sequence[int]) -> None:
         """Read ahead what becomes due within the horizon, in all owned partitions."""
         until = self._now_us() + HORIZON_US
-        while len(self._heap) < HEAP_MAX:
-            rows = await self._read(targets, self._cursor, until, PAGE)
-            self._take(rows)
-            if len(rows) < PAGE:
-                self._cursor = (until, self._first_tie)
-                return
-            self._cursor = (rows[-1][0], rows[-1][1])
-            await asyncio.sleep(0)
+        self._cursor = await self._read_up(targets, self._cursor, until)
 
     async def catch_up(self, targets: Sequence[int]) -> None:
         """Read everything that was due before the cursor, in newly owned partitions."""
-        at: tuple[int, Any] = (0, self._first_tie)
-        while True:
-            while len(self._heap) >= HEAP_MAX and not self.closed:
-                await asyncio.sleep(0.02)
-            rows = await self._read(targets, at, self._cursor[0], PAGE)
-            self._take(rows)
-            if len(rows) < PAGE or self.closed:
-                return
-            at = (rows[-1][0], rows[-1][1])
+        await self._read_up(targets, (0, self._first_tie), self._cursor[0])
 
-    def _take(self, rows: Sequence[tuple[int, Any, Key, Any]]) -> None:
-        for due_us, _, key, row in rows:
-            if key not in self._due:
-                self._due[key] = (due_us, row)
-                self._serial += 1
-                heappush(self._heap, (due_us, self._serial, key))
-        self._arm()
+    async def _read_up(
+        self, targets: Sequence[int], after: tuple[int, Any], until: int
+    ) -> tuple[int, Any]:
+        while not self.closed:
+            while len(self._heap) >= HEAP_MAX and not self.closed:
+                await asyncio.sleep(0.005)
+            rows = await self._read(targets, after, until, PAGE)
+            for due_us, _, key, found in rows:
+                if key not in self._due:
+                    self._push(due_us, key, found)
+            self._arm()
+            if len(rows) < PAGE:
+                break
+            after = (rows[-1][0], rows[-1][1])
+        return (until, self._first_tie)
 
     def close(self) -> None:
         self.closed = True

@@ -493,6 +493,10 @@ class SqliteStore:
         )
         return row and _run(row)
 
+    async def rows_of(self, runs: Sequence[int]) -> list[RunRow]:
+        sql = f"SELECT {_RUN_COLUMNS} FROM runs WHERE no IN (SELECT value FROM json_each(?))"
+        return [_run(row) for row in self._rows(sql, (msgspec.json.encode(list(runs)).decode(),))]
+
     async def list_runs(self, which: RunFilter) -> list[RunRow]:
         where, values = ["service = home"], list[Any]()
         for column, value in (("service", which.service), ("workflow", which.workflow)):

@@ -1,0 +1,91 @@
+"""The `pavane` command: works for services, and shows and steers runs.
+
+What is asked for goes to stdout, everything else to stderr. Importing this loads click and nothing
+else; each command is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from pavane import __version__
+from pavane.cli.lazy import LazyGroup
+
+EPILOG = """\b
+Examples:
+  pavane dev shop.py                         work for all services, reload on change
+  pavane run shop:app --service payments     a worker for production
+  pavane runs start fulfil '{"order_id": "o-1"}' --app shop.py --wait
+  pavane runs list --app shop.py --status stuck
+  pavane runs show o-1 --app shop.py
+
+\b
+Exit codes:
+  0    it worked
+  1    what was asked for failed: a run failed, a check failed, something ended already
+  2    the command line, the app or an argument is wrong
+  3    no run, workflow, service or event has this name
+  4    the store cannot be used
+  130  interrupted
+
+\b
+Environment:
+  PAVANE_APP     the app, where --app or TARGET is not given
+  PAVANE_STORE   the store, where neither --store nor the app names one
+  NO_COLOR       no colours
+"""
+
+
+class _Root(LazyGroup):
+    """Turns errors into one message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _set_up_streams(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+        except Exception as error:
+            from pavane.errors import PavaneError
+
+            if not isinstance(error, PavaneError):
+                raise
+            from pavane.cli.exits import exit_code, show_error
+
+            show_error(error)
+            ctx.exit(exit_code(error))
+
+
+def _set_up_streams(ctx: click.Context) -> None:
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+    elif os.environ.get("FORCE_COLOR"):
+        ctx.color = True
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal cannot show must not end a command.
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None and stream.errors == "strict":
+            reconfigure(errors="replace")
+
+
+@click.command(
+    cls=_Root,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    lazily={
+        "run": ("pavane.cli.run:run", "Work for an app's services, in production."),
+        "dev": ("pavane.cli.dev:dev", "Work for all services; reload when code changes."),
+        "runs": ("pavane.cli.runs:runs", "Start, list, show, watch and steer runs."),
+        "services": ("pavane.cli.services:services", "Show services, and which nodes host them."),
+        "doctor": ("pavane.cli.doctor:doctor", "Check this machine, the store and its runs."),
+        "completion": ("pavane.cli.completion:completion", "Print a shell's completion script."),
+    },
+)
+@click.version_option(__version__, message="pavane %(version)s")
+def main() -> None:
+    """Durable workflows, run orchestrated or choreographed."""

@@ -1,0 +1,105 @@
+"""Which app and which store a command is about: the options, and a client for them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from pavane.app import App, Client
+from pavane.cli.names import complete_target
+from pavane.cli.target import find_app
+from pavane.config import STORE_VARIABLE, make_store
+from pavane.errors import StoreError
+
+
+class Where(msgspec.Struct, frozen=True):
+    """The app and store that the command line names; None where it does not."""
+
+    target: str | None
+    store: str | None
+
+    def app(self) -> App:
+        """Return the app, or say that one must be named."""
+        if self.target is None:
+            raise click.UsageError(
+                "Which app? Give --app shop.py (or shop:app), or set PAVANE_APP. This needs the "
+                "app's code, so a store alone does not do."
+            )
+        return find_app(self.target)
+
+    def app_or_none(self) -> App:
+        """Return the app; one without services, if only a store is named."""
+        if self.target is not None:
+            return find_app(self.target)
+        if self.store is None and not os.environ.get(STORE_VARIABLE):
+            raise click.UsageError(
+                f"Which runs? Give --app shop.py or --store shop.db, or set PAVANE_APP or "
+                f"{STORE_VARIABLE}."
+            )
+        return App("cli", [], store=self.store)
+
+
+Command = Callable[..., Any]
+
+
+def where_options(command: Command) -> Command:
+    """Add --app and --store; the command gets them as `where`."""
+
+    @click.option(
+        "-a", "--app", "target", envvar="PAVANE_APP", metavar="TARGET",
+        shell_complete=complete_target,
+        help="The app: shop.py, shop:app or shop.py:app. Default: $PAVANE_APP.",
+    )
+    @click.option(
+        "-s", "--store", metavar="ADDRESS", shell_complete=complete_target,
+        help="Its store, such as shop.db. Default: the app's own, or $PAVANE_STORE.",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(target: str | None, store: str | None, **options: Any) -> Any:
+        return command(where=Where(target or None, store), **options)
+
+    return wrapped
+
+
+@asynccontextmanager
+async def connected(app: App, store: str | None, *, create: bool = False) -> AsyncIterator[Client]:
+    """Open a client; a store that is not there yet is made only with `create`."""
+    address = store if store is not None else own_address(app)
+    if address is not None:
+        check_store(address, create=create)
+    async with app.connect(store=address) as client:
+        yield client
+
+
+def own_address(app: App) -> str | None:
+    """Return where the app keeps its state; None if it was given a store object of its own."""
+    given: object = getattr(app, "_store", None)
+    return app.address if given is None or isinstance(given, str) else None
+
+
+def check_store(address: str, *, create: bool = False) -> None:
+    """Raise StoreError if other processes cannot share the store, or if it is not there."""
+    store = make_store(address)
+    if not store.features.shared:
+        raise StoreError(
+            f"{address} lives only inside the process that works on it, so nothing can be seen of "
+            f"it from here. Give the app a file: App(…, store='shop.db')."
+        )
+    path: object = getattr(store, "path", None)
+    if isinstance(path, Path) and not path.exists() and not create:
+        raise StoreError(
+            f"There is no store at {path}. A worker makes it (`pavane run`), or `pavane runs start` "
+            f"does; perhaps you are in another directory, or need --store."
+        )
+
+
+async def register_home(client: Client, run: str) -> None:
+    """Make the home of a run known, so that requests can be addressed to it without its code."""
+    await client.store.register([(await client.home_row(run)).home])

@@ -1,0 +1,137 @@
+"""`pavane run`: a worker, from its first line to a drained end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+
+import click
+
+from pavane.app import App, Client
+from pavane.cli.connection import check_store, own_address
+from pavane.cli.exits import INTERRUPTED
+from pavane.cli.names import complete_service, complete_target
+from pavane.cli.output import say
+from pavane.cli.target import find_app
+from pavane.cli.text import counted
+
+PARENT_EVERY_S = 0.5
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane run shop.py
+  pavane run shop:app --service payments --service stock --store /var/lib/shop/shop.db
+
+\b
+SIGTERM or Ctrl-C drains: running steps may end, everything is written, partitions are handed over,
+and the exit code is 0. A second one stops at once (130); nothing that was durable is lost.
+"""
+)
+@click.argument("target", envvar="PAVANE_APP", shell_complete=complete_target)
+@click.option(
+    "-n", "--service", "services", multiple=True, metavar="NAME", shell_complete=complete_service,
+    help="Work for this service; may be repeated. Default: all.",
+)
+@click.option("-s", "--store", metavar="ADDRESS", help="Default: the app's own, or $PAVANE_STORE.")
+@click.option("-v", "--verbose", count=True, help="Log more.")
+@click.option("-q", "--quiet", count=True, help="Log warnings only; -qq: errors only.")
+@click.option("--with-parent", is_flag=True, hidden=True, help="Drain when the parent ends.")
+def run(
+    target: str, services: tuple[str, ...], store: str | None, verbose: int, quiet: int,
+    with_parent: bool,
+) -> None:  # fmt: skip
+    """Work for the services of an app until told to stop.
+
+    TARGET is shop:app, shop.py or shop.py:app; default $PAVANE_APP.
+    """
+    set_up_logging(verbose - quiet)
+    app = find_app(target)
+    for name in services:
+        app.registry.service(name)
+    hosted = list(dict.fromkeys(services)) or sorted(app.registry.services)
+    if not hosted:
+        raise click.UsageError(f"App {app.name!r} has no services; nothing to work for.")
+    address = store if store is not None else own_address(app)
+    if address is not None:
+        check_store(address, create=True)
+    asyncio.run(work(app, hosted, address, quiet=quiet > 0, with_parent=with_parent))
+
+
+def set_up_logging(level: int) -> None:
+    """Log to stderr; `level` is how often -v was given, less -q."""
+    chosen = {0: logging.INFO, -1: logging.WARNING}.get(level)
+    if chosen is None:
+        chosen = logging.DEBUG if level > 0 else logging.ERROR
+    logging.basicConfig(
+        level=chosen, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    logging.getLogger("asyncio").setLevel(max(chosen, logging.INFO))
+
+
+class _Stop:
+    """Turns the first signal into a drain and the second into an end."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signalled, number)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self.asked.is_set():
+            say(f"{number.name} again: stopped at once")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        say(f"{number.name}: draining; once more stops at once")
+        self.asked.set()
+
+    async def watch_parent(self) -> None:
+        """Ask to stop when the process that started this one has ended."""
+        parent = os.getppid()
+        while os.getppid() == parent:
+            await asyncio.sleep(PARENT_EVERY_S)
+        self.asked.set()
+
+
+async def work(
+    app: App, hosted: list[str], store: str | None, *, quiet: bool, with_parent: bool
+) -> None:
+    """Work for the services `hosted` until a signal comes, then drain."""
+    stop = _Stop()
+    watch = asyncio.create_task(stop.watch_parent()) if with_parent else None
+    async with app.worker(hosted, store=store) as client:
+        if not quiet:
+            await _introduce(app, hosted, client)
+        await stop.asked.wait()
+    if watch is not None:
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+    if not quiet:
+        say("drained")
+
+
+async def _introduce(app: App, hosted: list[str], client: Client) -> None:
+    facts = await client.store.describe()
+    say(f"{app.name}  pid {os.getpid()}  {facts['kind']} {facts['place']}")
+    width = max(map(len, hosted))
+    for name in hosted:
+        service = app.registry.services[name]
+        parts: list[str] = []
+        if service.workflows:
+            listed = ", ".join(
+                f"{w.name}{f' v{w.version}' if w.version != 1 else ''} ({w.mode})"
+                for w in service.workflows.values()
+            )
+            parts.append(f"{counted(len(service.workflows), 'workflow')}: {listed}")
+        if service.steps:
+            parts.append(f"{counted(len(service.steps), 'step')}: {', '.join(service.steps)}")
+        say(f"  {name.ljust(width)}  {'; '.join(parts) or 'declares nothing yet'}")
+    say("ready")

@@ -1,0 +1,64 @@
+"""Reads runs for the commands that show them, wherever in a store they are."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from pavane.app import Client, RunStatus, status_of
+from pavane.core.baton import ENDED
+from pavane.insight.timeline import Timeline, timeline
+from pavane.stores.port import ParkedRow, RunFilter, RunRow
+
+PAGE = 200
+_SERVICE = re.compile(r"^(?:step|undo|child) ([^.]+)\.")
+
+
+async def read_timeline(client: Client, id: str) -> Timeline:
+    """Return the timeline of a run as it is now."""
+    home = await client.home_row(id)
+    rows = await client.store.run_rows(id)
+    here = max((r for r in rows if r.status != "passed"), key=lambda r: r.hop, default=home)
+    history = await client.history(id)
+    # A client without the app's code knows no services, so it looks where the journal says.
+    services = {history.status.home, *(stop.service for stop in history.trail)}
+    for entry in history.entries:
+        services |= {found[1] for mark in entry.issued if (found := _SERVICE.match(mark))}
+    parked: list[ParkedRow] = []
+    if history.status.status not in ENDED:
+        for service in sorted(services):
+            parked += await client.store.parked_of(service, id)
+    status = await true_status(client, home) if home.status == "passed" else history.status
+    history = msgspec.structs.replace(history, status=status, parked=parked)
+    return timeline(
+        history, now_us=client.store.now_us(), result=home.result, wake_us=here.wake_us
+    )
+
+
+async def true_status(client: Client, home: RunRow) -> RunStatus:
+    """Return the status of a run from where it is, of which its home may know less."""
+    if home.status != "passed":
+        return status_of(home)
+    away = [r for r in await client.store.run_rows(home.id) if r.service != home.service]
+    here = max((r for r in away if r.status != "passed"), key=lambda r: r.hop, default=None)
+    return status_of(home, here if here is not None and here.hop >= home.hop else None)
+
+
+async def read_list(client: Client, which: RunFilter) -> list[RunStatus]:
+    """List runs; `which.status` is compared with what a run really does, home or away."""
+    wanted = which.status
+    stored = (*wanted, "passed") if {"running", "waiting", "stuck"} & set(wanted) else wanted
+    found: list[RunStatus] = []
+    before = which.before
+    while len(found) < which.limit:
+        page = msgspec.structs.replace(which, status=stored, before=before, limit=PAGE)
+        rows = await client.store.list_runs(page)
+        for row in rows:
+            status = await true_status(client, row)
+            if not wanted or status.status in wanted:
+                found.append(status)
+        if len(rows) < PAGE:
+            break
+        before = rows[-1].no
+    return found[: which.limit]
