@@ -186,7 +186,7 @@ class _Data:
         return all(r.ended_us is not None for r in rows if r.service == r.home)
 
     def consumed(self, target: int = 0) -> int:
-        """Up to where `target` has consumed; a published event has no partition: up to where all."""
+        """Up to where a partition has consumed; without one (published events), up to where all."""
         partition = self.partitions.get(target)
         if partition is not None:
             return partition.position

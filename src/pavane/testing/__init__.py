@@ -1,0 +1,1 @@
+"""What users and authors of stores test with."""
