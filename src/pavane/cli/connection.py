@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,11 @@ def where_options(command: Command) -> Command:
     """Add --app and --store; the command gets them as `where`."""
 
     @click.option(
-        "-a", "--app", "target", envvar="PAVANE_APP", metavar="TARGET",
+        "-a",
+        "--app",
+        "target",
+        envvar="PAVANE_APP",
+        metavar="TARGET",
         shell_complete=complete_target,
         help="The app: shop.py, shop:app or shop.py:app. Default: $PAVANE_APP.",
     )
@@ -69,7 +73,7 @@ def where_options(command: Command) -> Command:
 
 
 @asynccontextmanager
-async def connected(app: App, store: str | None, *, create: bool = False) -> AsyncIterator[Client]:
+async def connected(app: App, store: str | None, *, create: bool = False) -> AsyncGenerator[Client]:
     """Open a client; a store that is not there yet is made only with `create`."""
     address = store if store is not None else own_address(app)
     if address is not None:
@@ -95,8 +99,8 @@ def check_store(address: str, *, create: bool = False) -> None:
     path: object = getattr(store, "path", None)
     if isinstance(path, Path) and not path.exists() and not create:
         raise StoreError(
-            f"There is no store at {path}. A worker makes it (`pavane run`), or `pavane runs start` "
-            f"does; perhaps you are in another directory, or need --store."
+            f"There is no store at {path}. `pavane run` and `pavane runs start` make "
+            f"one; perhaps you are in another directory, or need --store."
         )
 
 

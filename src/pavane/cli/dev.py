@@ -93,7 +93,9 @@ class _Reloader:
             if now == seen or self._signals:
                 continue
             now = self._settled(now)
-            changed = sorted(Path(p).name for p in set(now.items()) ^ set(seen.items()) for p in p[:1])
+            changed = sorted(
+                Path(p).name for p in set(now.items()) ^ set(seen.items()) for p in p[:1]
+            )
             say(f"changed: {', '.join(dict.fromkeys(changed))}; starting anew")
             seen, told = now, False
             self._stop()

@@ -1,4 +1,4 @@
-"""Command groups that import a command when it is used, so that `--help` and completion are quick."""
+"""Command groups that import a command when it is used, so that `--help` is quick."""
 
 from __future__ import annotations
 

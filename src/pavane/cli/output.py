@@ -63,7 +63,7 @@ def print_table(
         fitted[-1] = fitted[-1].rstrip()
         if colours and coloured >= 0:
             fitted[coloured] = click.style(fitted[coloured], fg=colours[at])
-        click.echo("  ".join(fitted))
+        click.echo("  ".join(fitted).rstrip())
 
 
 def say(text: str) -> None:

@@ -15,9 +15,9 @@ from pavane.app import App, Client
 from pavane.cli.connection import check_store, own_address
 from pavane.cli.exits import INTERRUPTED
 from pavane.cli.names import complete_service, complete_target
-from pavane.cli.output import say
+from pavane.cli.output import say, terminal_width
 from pavane.cli.target import find_app
-from pavane.cli.text import counted
+from pavane.cli.text import columns, counted, fit, printable, wrapped
 
 PARENT_EVERY_S = 0.5
 
@@ -35,7 +35,12 @@ and the exit code is 0. A second one stops at once (130); nothing that was durab
 )
 @click.argument("target", envvar="PAVANE_APP", shell_complete=complete_target)
 @click.option(
-    "-n", "--service", "services", multiple=True, metavar="NAME", shell_complete=complete_service,
+    "-n",
+    "--service",
+    "services",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=complete_service,
     help="Work for this service; may be repeated. Default: all.",
 )
 @click.option("-s", "--store", metavar="ADDRESS", help="Default: the app's own, or $PAVANE_STORE.")
@@ -68,10 +73,17 @@ def set_up_logging(level: int) -> None:
     chosen = {0: logging.INFO, -1: logging.WARNING}.get(level)
     if chosen is None:
         chosen = logging.DEBUG if level > 0 else logging.ERROR
-    logging.basicConfig(
-        level=chosen, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=chosen, handlers=[handler])
     logging.getLogger("asyncio").setLevel(max(chosen, logging.INFO))
+
+
+class _Printable(logging.Formatter):
+    """Spells out control characters: errors of steps are logged, and may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _Stop:
@@ -95,9 +107,10 @@ class _Stop:
     async def watch_parent(self) -> None:
         """Ask to stop when the process that started this one has ended."""
         parent = os.getppid()
-        while os.getppid() == parent:
+        while not self.asked.is_set():
             await asyncio.sleep(PARENT_EVERY_S)
-        self.asked.set()
+            if os.getppid() != parent:
+                self.asked.set()
 
 
 async def work(
@@ -121,7 +134,8 @@ async def work(
 async def _introduce(app: App, hosted: list[str], client: Client) -> None:
     facts = await client.store.describe()
     say(f"{app.name}  pid {os.getpid()}  {facts['kind']} {facts['place']}")
-    width = max(map(len, hosted))
+    width = max(map(columns, hosted)) + 4
+    room = max(terminal_width() - width, 40)
     for name in hosted:
         service = app.registry.services[name]
         parts: list[str] = []
@@ -133,5 +147,7 @@ async def _introduce(app: App, hosted: list[str], client: Client) -> None:
             parts.append(f"{counted(len(service.workflows), 'workflow')}: {listed}")
         if service.steps:
             parts.append(f"{counted(len(service.steps), 'step')}: {', '.join(service.steps)}")
-        say(f"  {name.ljust(width)}  {'; '.join(parts) or 'declares nothing yet'}")
+        lines = wrapped("; ".join(parts) or "declares nothing yet", room, lines_max=8)
+        for at, text in enumerate(lines):
+            say(fit(f"  {name}" if at == 0 else "", width) + text)
     say("ready")

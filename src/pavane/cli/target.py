@@ -1,4 +1,4 @@
-"""Finds an app: `shop:app`, `shop.py` or `shop.py:app` becomes the `App` that the module defines."""
+"""Finds an app: `shop:app`, `shop.py` or `shop.py:app` becomes the `App` that is defined there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import msgspec
@@ -102,9 +102,11 @@ def _is_at(module: ModuleType, file: Path) -> bool:
     return module.__file__ is not None and Path(module.__file__).resolve() == file.resolve()
 
 
-def _refuse(error: Exception, place: Place, target: str) -> Any:
+def _refuse(error: Exception, place: Place, target: str) -> NoReturn:
     _show_trace(place)
     text = str(error).strip()
+    if isinstance(error, SyntaxError):
+        click.echo("".join(traceback.format_exception_only(error)[:-1]).rstrip("\n"), err=True)
     raise BadTarget(
         f"{target} cannot be imported: {type(error).__name__}{': ' if text else ''}{text}"
     ) from None

@@ -306,7 +306,9 @@ class _Drawing:
 
 
 def _is_noise(span: Span) -> bool:
-    """Tell whether an operation says nothing: the run's own timeout that did not come."""
+    """Tell whether an operation says nothing: attributes are in the header, and so on."""
+    if span.kind == "attributes":
+        return True
     return span.kind == "timer" and span.name == EXPIRY and span.state in ("waiting", "dropped")
 
 

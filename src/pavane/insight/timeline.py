@@ -1,9 +1,9 @@
 """A run's history as a timeline: who held the baton when, and what became of each operation.
 
 Pure: a `RunHistory` and a time go in, a `Timeline` comes out. Whoever draws it (the terminal, the
-dashboard) decides nothing about the run. What a journal does not tell is guessed here, in one place:
-that an operation was given up is not recorded, so a timer that has not fired, of a run that does
-not wait for one, counts as dropped.
+dashboard) decides nothing about the run. What a journal does not tell is guessed here, in one
+place: that an operation was given up is not recorded, so a timer that has not fired, of a run that
+does not wait for one, counts as dropped.
 """
 
 from __future__ import annotations
@@ -222,7 +222,17 @@ class _Spans:
         began_us = entry.began_us if kind in ("step", "undo") else 0
         ended_us = max(issued_us, entry.at_us)
         return Span(
-            op, kind, service, name, state, issued_us, began_us, ended_us, entry.attempts, None, text
+            op,
+            kind,
+            service,
+            name,
+            state,
+            issued_us,
+            began_us,
+            ended_us,
+            entry.attempts,
+            None,
+            text,
         )
 
     def _open_span(self, op: int, kind: Kind, service: str, name: str, issued_us: int) -> Span:

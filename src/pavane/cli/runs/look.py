@@ -22,9 +22,9 @@ from pavane.cli.output import (
     terminal_width,
 )
 from pavane.cli.runs.record import read_list, read_timeline
-from pavane.cli.text import clock, duration
+from pavane.cli.text import clock, duration, printable
 from pavane.cli.timeline import STATUS_COLOURS, draw
-from pavane.core.codec import decode_error
+from pavane.core.codec import RemoteTraceback, decode_error
 from pavane.insight.timeline import Timeline
 from pavane.stores.port import RunFilter, RunRow
 
@@ -149,5 +149,5 @@ def show(where: Where, id: str, trace: bool, output: Format) -> None:
 
 def _trace(raw: bytes) -> str:
     """Return the traceback that came with an error, from whichever process it happened in."""
-    error = decode_error(raw)
-    return str(error.__cause__ or "").strip() or "It came without a traceback."
+    cause = decode_error(raw).__cause__
+    return printable(cause.trace.strip()) if isinstance(cause, RemoteTraceback) else "no traceback"

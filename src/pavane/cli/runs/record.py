@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import msgspec
@@ -12,6 +13,7 @@ from pavane.insight.timeline import Timeline, timeline
 from pavane.stores.port import ParkedRow, RunFilter, RunRow
 
 PAGE = 200
+CHECK_S = 0.02
 _SERVICE = re.compile(r"^(?:step|undo|child) ([^.]+)\.")
 
 
@@ -31,9 +33,7 @@ async def read_timeline(client: Client, id: str) -> Timeline:
             parked += await client.store.parked_of(service, id)
     status = await true_status(client, home) if home.status == "passed" else history.status
     history = msgspec.structs.replace(history, status=status, parked=parked)
-    return timeline(
-        history, now_us=client.store.now_us(), result=home.result, wake_us=here.wake_us
-    )
+    return timeline(history, now_us=client.store.now_us(), result=home.result, wake_us=here.wake_us)
 
 
 async def true_status(client: Client, home: RunRow) -> RunStatus:
@@ -62,3 +62,11 @@ async def read_list(client: Client, which: RunFilter) -> list[RunStatus]:
             break
         before = rows[-1].no
     return found[: which.limit]
+
+
+async def until_changed(client: Client) -> None:
+    """Wait until anyone has written to the store since the last call."""
+    while True:
+        if client.store.changed():
+            return
+        await asyncio.sleep(CHECK_S)

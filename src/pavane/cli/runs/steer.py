@@ -1,0 +1,169 @@
+"""`pavane runs send`, `cancel`, `kill`, `retry` and `fork`: what people ask of runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import click
+import msgspec
+
+from pavane.app import Client
+from pavane.cli.connection import Where, connected, register_home, where_options
+from pavane.cli.exits import exit_code, show_error
+from pavane.cli.names import complete_event, complete_run
+from pavane.cli.output import Format, output_option, print_one, say
+from pavane.core.codec import decoder
+from pavane.errors import BadArguments, NotDecodable, PavaneError
+from pavane.event import Event, type_for
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane runs send o-1 Approved '{"order_id": "o-1", "by": "ada"}' --app shop.py
+  pavane runs send o-1 Paid '{"cents": 990}' --app shop.py --id bank-77
+
+\b
+With --id, sending the same again has no further effect.
+"""
+)
+@click.argument("run", shell_complete=complete_run)
+@click.argument("event", shell_complete=complete_event)
+@click.argument("body", default="{}")
+@where_options
+@click.option("--id", "id", metavar="ID", help="Names this sending, so that it takes effect once.")
+def send(where: Where, run: str, event: str, body: str, id: str | None) -> None:
+    """Send an EVENT, with its fields as JSON, to the mailbox of RUN."""
+    app = where.app()
+    value = _event(type_for(event, app.registry.events), body)
+
+    async def work() -> None:
+        async with connected(app, where.store) as client:
+            await client.send(run, value, id)
+
+    asyncio.run(work())
+    say(f"sent {event} to run {run}")
+
+
+def _event(kind: type[Event], body: str) -> Event:
+    try:
+        return decoder(kind)(body.encode())
+    except NotDecodable as error:
+        fields = ", ".join(kind.__struct_fields__) or "none"
+        raise BadArguments(
+            f"This is no {kind.event_type}: {error.__cause__ or error}. Its fields: {fields}. "
+            f"Given: {body}"
+        ) from None
+
+
+Ask = Callable[[Client, str], Awaitable[Any]]
+
+
+def _ask_each(where: Where, ids: tuple[str, ...], said: str, ask: Ask) -> None:
+    """Ask for each run; go on after an error, and end with the code of the first one."""
+    app = where.app_or_none()
+
+    async def work() -> int:
+        code = 0
+        async with connected(app, where.store) as client:
+            for id in ids:
+                try:
+                    await register_home(client, id)
+                    await ask(client, id)
+                except PavaneError as error:
+                    show_error(error)
+                    code = code or exit_code(error)
+                else:
+                    say(f"{said} run {id}")
+        return code
+
+    code = asyncio.run(work())
+    if code:
+        click.get_current_context().exit(code)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane runs cancel o-1 o-2 --app shop.py
+  pavane runs list --store shop.db -w fulfil --status waiting -o jsonl | jq -r .id \\
+    | xargs pavane runs cancel --store shop.db
+"""
+)
+@click.argument("ids", nargs=-1, required=True, shell_complete=complete_run)
+@where_options
+def cancel(where: Where, ids: tuple[str, ...]) -> None:
+    """Ask runs to stop: a CancelledError at their next await, with clean-up and compensation."""
+    _ask_each(where, ids, "asked to cancel", lambda client, id: client.request(id, "cancel"))
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane runs kill o-1 --store shop.db
+
+\b
+Nothing is compensated. To let a run clean up, cancel it.
+"""
+)
+@click.argument("ids", nargs=-1, required=True, shell_complete=complete_run)
+@where_options
+def kill(where: Where, ids: tuple[str, ...]) -> None:
+    """End runs at once, without any clean-up."""
+    _ask_each(where, ids, "asked to kill", lambda client, id: client.request(id, "kill"))
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane runs retry o-1 --app shop.py
+  pavane runs list --store shop.db --status stuck -o jsonl | jq -r .id \\
+    | xargs pavane runs retry --store shop.db
+"""
+)
+@click.argument("ids", nargs=-1, required=True, shell_complete=complete_run)
+@where_options
+def retry(where: Where, ids: tuple[str, ...]) -> None:
+    """Go on with stuck runs, and with failed ones from the point of their failure."""
+    _ask_each(where, ids, "asked to retry", lambda client, id: client.retry(id))
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane runs fork o-1 --at ship --app shop.py
+  pavane runs fork o-1 --at payments.charge --id o-1-again --store shop.db
+
+\b
+The new run has the old one's results up to the step, and does the step and what follows anew. Its
+id is printed on stdout.
+"""
+)
+@click.argument("run", shell_complete=complete_run)
+@where_options
+@click.option(
+    "--at", required=True, metavar="STEP", help="A step's name, or an operation's number."
+)
+@click.option("--id", "id", metavar="ID", help="The new run's id. Default: a new one.")
+@output_option
+def fork(where: Where, run: str, at: str, id: str | None, output: Format) -> None:
+    """Start a new run that shares the journal of RUN up to a step and does it anew."""
+    app = where.app_or_none()
+
+    async def work() -> str:
+        async with connected(app, where.store) as client:
+            await register_home(client, run)
+            return await client.fork(run, int(at) if at.isdigit() else at, id)
+
+    forked = asyncio.run(work())
+    if output == "table":
+        click.echo(forked)
+    else:
+        print_one(msgspec.structs.asdict(_Forked(forked, run)), output)
+
+
+class _Forked(msgspec.Struct):
+    id: str
+    of: str

@@ -1,0 +1,128 @@
+"""`pavane runs watch`: a run's timeline, live."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+
+import click
+import msgspec
+
+from pavane.app import Client
+from pavane.cli.connection import Where, connected, where_options
+from pavane.cli.exits import FAILED
+from pavane.cli.names import complete_run
+from pavane.cli.output import Format, is_unicode, output_option, print_one, say
+from pavane.cli.runs.record import read_timeline, until_changed
+from pavane.cli.text import duration, printable
+from pavane.cli.timeline import STATUS_COLOURS, draw
+from pavane.insight.timeline import Moment, Timeline, moments
+
+FRAME_S = 0.2
+_TO_START = "\x1b[{}F\x1b[J"
+_HIDE, _SHOW = "\x1b[?25l", "\x1b[?25h"
+_LOUD = {"failed": "red", "parked": "yellow", "retry": "yellow", "cancel": "yellow"}
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane runs watch o-1 --app shop.py
+  pavane runs watch o-1 --store shop.db | tee o-1.log
+
+\b
+The exit code is 0 if the run completes, 1 if it ends otherwise or is stuck. Without a terminal each
+thing that happens is one line. Ctrl-C stops watching, not the run.
+"""
+)
+@click.argument("id", shell_complete=complete_run)
+@where_options
+@output_option
+def watch(where: Where, id: str, output: Format) -> None:
+    """Follow a run until it ends or is stuck; json and jsonl print one line per happening."""
+    app = where.app_or_none()
+
+    async def follow() -> Timeline:
+        async with connected(app, where.store) as client:
+            if output == "table" and sys.stdout.isatty():
+                return await _follow_drawn(client, id)
+            return await _follow_lines(client, id, output)
+
+    line = asyncio.run(follow())
+    if line.status.status == "stuck":
+        say(
+            f"run {line.status.id} is stuck; `pavane runs retry` goes on once the cause is repaired"
+        )
+    if line.status.status != "completed":
+        click.get_current_context().exit(FAILED)
+
+
+def _is_over(line: Timeline) -> bool:
+    return line.ended or line.status.status == "stuck"
+
+
+async def _next_run(client: Client, line: Timeline) -> str | None:
+    """Return the run that continues an ended one, if there is one."""
+    if line.status.status != "continued":
+        return None
+    row = await client.home_row(line.status.id)
+    return None if row.result is None else msgspec.json.decode(row.result, type=str)
+
+
+async def _follow_drawn(client: Client, id: str) -> Timeline:
+    """Draw the timeline again and again over itself."""
+    height_before = 0
+    click.echo(_HIDE, nl=False, color=True)
+    try:
+        while True:
+            line = await read_timeline(client, id)
+            columns, rows = shutil.get_terminal_size()
+            picture = draw(
+                line,
+                width=columns - 1,
+                unicode=is_unicode(),
+                height=None if _is_over(line) else rows - 2,
+            )
+            if height_before:
+                click.echo(_TO_START.format(height_before), nl=False, color=True)
+            click.echo("\n".join(picture))
+            height_before = len(picture)
+            if _is_over(line):
+                following = await _next_run(client, line)
+                if following is None:
+                    return line
+                id, height_before = following, 0
+                click.echo("")
+            await asyncio.sleep(FRAME_S)
+    finally:
+        click.echo(_SHOW, nl=False, color=True)
+
+
+async def _follow_lines(client: Client, id: str, output: Format) -> Timeline:
+    """Print what happened since the last look, one line each."""
+    told: set[str] = set()
+    while True:
+        line = await read_timeline(client, id)
+        for moment in moments(line):
+            if moment.key not in told:
+                told.add(moment.key)
+                _print_moment(line, moment, output)
+        sys.stdout.flush()
+        if _is_over(line):
+            following = await _next_run(client, line)
+            if following is None:
+                return line
+            id, told = following, set()
+        await until_changed(client)
+
+
+def _print_moment(line: Timeline, moment: Moment, output: Format) -> None:
+    if output != "table":
+        fields = msgspec.structs.asdict(moment)
+        print_one({"id": line.status.id} | fields, "jsonl")
+        return
+    after = f"+{duration(moment.at_us - line.from_us)}".rjust(9)
+    colour = _LOUD.get(moment.what) or STATUS_COLOURS.get(moment.what)
+    what = click.style(moment.what.ljust(9), fg=colour)
+    click.echo(f"{after}  {what}  {printable(moment.text)}".rstrip())
