@@ -35,6 +35,7 @@ from pavane.errors import (
 )
 
 PAYLOAD_MAX_BYTES = 1024 * 1024
+REFUSALS_MAX = 5
 
 _current: ContextVar[Execution | None] = ContextVar("pavane_execution", default=None)
 section_mode: ContextVar[Mode | None] = ContextVar("pavane_section_mode", default=None)
@@ -114,6 +115,7 @@ class Execution:
         }
         self._replaying = False
         self._discarded = False
+        self._refusals = 0
         self._expired = False
         self._driving = False
 
@@ -131,7 +133,7 @@ class Execution:
         try:
             self._deliver(entry)
             self.loop.run_ready()
-        except Runaway as error:
+        except (Runaway, SystemExit) as error:  # a run may end itself, never its node
             self.outcome = Outcome("failed", Raw(encode_error(error)))
         finally:
             self._driving = False
@@ -180,7 +182,10 @@ class Execution:
         elif what == "failed":
             operation = self._take(entry)
             assert operation.future is not None
-            operation.future.set_exception(decode_error(bytes(entry.value)))
+            error = decode_error(bytes(entry.value))
+            if isinstance(error, StopIteration):  # which no future takes
+                error = RuntimeError(f"A step raised StopIteration({error.value!r}).")
+            operation.future.set_exception(error)
         elif what == "fired":
             operation = self._take(entry)
             assert operation.handle is not None
@@ -266,6 +271,8 @@ class Execution:
         undo: bool = False,
     ) -> OperationFuture:
         """Ask for something that is awaited; return its future."""
+        if self._refusals > REFUSALS_MAX:  # code that catches everything, in a loop: let it wait
+            return OperationFuture(loop=self.loop, execution=self, ordinal=-1)
         operation = self._add(kind, name, service, args=args, detail=detail, undo=undo)
         operation.decode = decode
         future = OperationFuture(loop=self.loop, execution=self, ordinal=operation.ordinal)
@@ -281,6 +288,7 @@ class Execution:
 
     def _add(self, kind: Kind, name: str, service: str, **rest: Any) -> Operation:
         if self._discarded or not self._driving:
+            self._refusals += 1
             raise Discarded("This execution was put away.")
         operation = Operation(
             self._next_op, kind, name, service, self.loop.now_us, mode=section_mode.get(), **rest
@@ -338,6 +346,9 @@ class Execution:
         return known
 
     def _on_timer(self, handle: DurableTimer) -> None:
+        if self._refusals > REFUSALS_MAX:
+            handle.operation = -1
+            return
         name = EXPIRY if handle._callback == self._expire else "timer"  # pyright: ignore
         operation = self._add("timer", name, "", handle=handle)
         operation.deadline_us = round(handle.when() * 1e6)

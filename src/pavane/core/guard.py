@@ -9,6 +9,7 @@ only while it does. The hook costs one set look-up per audit event elsewhere.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -26,6 +27,9 @@ _NAMES = {
     "subprocess.Popen": "subprocess",
     "socket.getaddrinfo": "a name look-up (socket.getaddrinfo)",
 }
+_UNAUDITED = (("time", "sleep", "time.sleep", (3, 13)),
+              ("threading", "_start_new_thread", "_thread.start_new_thread", (3, 12)))  # fmt: skip
+"""What tells the hook nothing before some version: module, name, event, version."""
 _CODE = (".py", ".pyc", ".so", ".pyd")
 
 _driving = 0
@@ -47,12 +51,34 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
     )
 
 
+class _Audited:
+    """A function that raises an audit event first, as later Pythons do it themselves."""
+
+    def __init__(self, event: str, function: Callable[..., Any]) -> None:
+        self._event = event
+        self._function = function
+        self.__doc__, self.__wrapped__ = function.__doc__, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _driving == get_ident():
+            _hook(self._event, args)
+        return self._function(*args, **kwargs)
+
+
+def _install() -> None:
+    sys.addaudithook(_hook)
+    for module, name, event, audited_since in _UNAUDITED:
+        found = sys.modules.get(module)
+        if sys.version_info < audited_since and found is not None:
+            setattr(found, name, _Audited(event, getattr(found, name)))
+
+
 def enter() -> int:
     """Refuse from now on in this thread; return what `leave` needs."""
     global _driving, _installed
     if not _installed:
         _installed = True
-        sys.addaudithook(_hook)
+        _install()
     before, _driving = _driving, get_ident()
     return before
 

@@ -12,8 +12,8 @@ import logging
 import sys
 from asyncio import events
 from collections import deque
-from collections.abc import Callable, Coroutine
-from contextvars import Context
+from collections.abc import Callable, Coroutine, Iterable
+from contextvars import Context, copy_context
 from typing import Any, NoReturn
 from zlib import crc32
 
@@ -38,11 +38,12 @@ class WorkflowFuture(asyncio.Future[Any]):
 
 
 class WorkflowTask(asyncio.Task[Any]):
-    """A task that hashes by its ordinal."""
+    """A task that hashes by its ordinal, and knows its context, which 3.11 does not tell."""
 
-    def __init__(self, coro: Any, *, loop: WorkflowLoop, **options: Any) -> None:
+    def __init__(self, coro: Any, *, loop: WorkflowLoop, context: Context, **options: Any) -> None:
         self._ordinal = loop.next_ordinal()
-        super().__init__(coro, loop=loop, **options)
+        self.context = context
+        super().__init__(coro, loop=loop, context=context, **options)
 
     def __hash__(self) -> int:
         return self._ordinal
@@ -128,7 +129,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                     task._log_destroy_pending = False  # pyright: ignore
                     try:
                         coro: Any = task.get_coro()
-                        coro.close()
+                        # In its own context, or a step called in `finally` would be done for real.
+                        task.context.run(coro.close)
                     except BaseException as error:
                         log.debug("clean-up of a discarded run raised %r", error)
         finally:
@@ -179,7 +181,9 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
         **options: Any,
     ) -> WorkflowTask:
-        task = WorkflowTask(coro, loop=self, name=name, context=context, **options)
+        task = WorkflowTask(
+            coro, loop=self, name=name, context=context or copy_context(), **options
+        )
         if len(self.tasks) >= self._compact_at:
             self.tasks = [known for known in self.tasks if not known.done()]
             self._compact_at = max(64, 2 * len(self.tasks))
@@ -222,6 +226,16 @@ def _refuse(name: str) -> Callable[..., NoReturn]:
     refused.__name__ = name
     return refused
 
+
+def _unique(items: Iterable[Any] = ()) -> Any:
+    """Return a set; in workflow code one that iterates in the order of `items`."""
+    in_order = isinstance(events._get_running_loop(), WorkflowLoop)
+    return dict.fromkeys(items) if in_order and items else set(items)
+
+
+# `asyncio.as_completed` makes tasks of coroutines in the order of `set(coroutines)`, that is of
+# their addresses, before any task is there to be hashed. So `set` means the above in that module.
+asyncio.tasks.set = _unique  # pyright: ignore
 
 for _name in (
     "run_forever run_until_complete stop close shutdown_asyncgens shutdown_default_executor "

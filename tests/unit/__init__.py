@@ -1,0 +1,1 @@
+"""Tests of single parts, in memory, without an engine."""
