@@ -39,6 +39,7 @@ from pavane.stores.port import (
     PartitionRow,
     RunFilter,
     RunRow,
+    broken_chain,
 )
 
 SLOTS = 1024
@@ -262,7 +263,14 @@ class MemoryStore:
                 if fence is not None:
                     data.prove(fence)
                 before = data.head
-                results = [self._write_one(data, commit, fence) for commit in batch]
+                broken: set[int] = set()
+                results: list[PavaneError | None] = []
+                for commit in batch:
+                    refused = commit.chain != 0 and commit.chain in broken
+                    bad = broken_chain() if refused else self._write_one(data, commit, fence)
+                    if bad is not None:
+                        broken.add(commit.chain)
+                    results.append(bad)
                 data.version += 1
                 if fence is not None and self.tail == before:
                     self.tail = data.head  # nobody else wrote: there is nothing to read

@@ -187,15 +187,18 @@ class Commit:
     """Everything that one piece of progress changes. Written whole or not at all.
 
     `done` is called once, on the event loop: with None after it is durable, or with why not.
+    Commits of one `chain` (but 0) build on each other: after a refused one the later ones of its
+    chain are refused too.
     """
 
     __slots__ = (
-        "done", "inbox", "journal", "mail", "mail_taken", "messages", "parked", "positions",
+        "chain", "done", "inbox", "journal", "mail", "mail_taken", "messages", "parked", "positions",
         "runs", "unparked",
     )  # fmt: skip
 
-    def __init__(self, done: Done) -> None:
+    def __init__(self, done: Done, chain: int = 0) -> None:
         self.done = done
+        self.chain = chain
         self.runs: Sequence[RunRow] = ()
         self.journal: Sequence[JournalRow] = ()
         self.messages: Sequence[Message] = ()
@@ -208,6 +211,11 @@ class Commit:
         """(service, id) of parked work that is finished."""
         self.positions: Sequence[tuple[int, int]] = ()
         """(target, position) up to which messages are consumed."""
+
+
+def broken_chain() -> Conflict:
+    """Return the refusal of a commit whose predecessor was refused."""
+    return Conflict("What this builds on was refused.")
 
 
 class Features(msgspec.Struct, frozen=True):

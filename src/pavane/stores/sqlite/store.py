@@ -39,6 +39,7 @@ from pavane.stores.port import (
     PartitionRow,
     RunFilter,
     RunRow,
+    broken_chain,
 )
 from pavane.stores.sqlite.connection import Connection, connect
 from pavane.stores.sqlite.statements import insert_all, migrations, statement
@@ -119,6 +120,8 @@ class SqliteStore:
         self._opened.append(connection)
         connection.set_busy_timeout(BUSY_MS)
         connection.setlk_timeout(BUSY_MS, 0)
+        if connection.readonly("main"):  # else SQLite would say so at the first write only
+            raise self._explained(apsw.ReadOnlyError())
         self._check_owner(connection)
         for pragma, wanted in (("journal_mode", "wal"), ("synchronous", 2)):
             connection.execute(f"PRAGMA {pragma} = {wanted}")
@@ -136,11 +139,14 @@ class SqliteStore:
 
     def _check_owner(self, connection: Connection) -> None:
         """Refuse a file that is not ours or newer than this code, before anything changes in it."""
-        application = connection.execute("PRAGMA application_id").get
-        version = connection.execute("PRAGMA user_version").get
+        # One statement, since another process may be creating the schema right now.
+        application, version, tables = connection.execute(
+            "SELECT * FROM pragma_application_id, pragma_user_version,"
+            " (SELECT count(*) FROM sqlite_schema)"
+        ).get
         newest = migrations()[-1][0]
         if application != APPLICATION_ID:
-            if connection.execute("SELECT count(*) FROM sqlite_schema").get:
+            if tables:
                 raise StoreError(
                     f"{self.path} is an SQLite file of another program. Choose another path; "
                     f"nothing was changed."
@@ -351,16 +357,23 @@ class SqliteStore:
             if len(batch) == 1:
                 return [_refusal(error)]
         # One bad commit: halve until it is alone, keeping the order.
-        results: list[PavaneError | None] = []
         middle = len(batch) // 2
-        for half in (batch[:middle], batch[middle:]):
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-            except apsw.Error as error:
-                results += [self._explained(error)] * len(half)
-            else:
-                results += self._write_begun(half, fence)
-        return results
+        first = self._write_half(batch[:middle], fence)
+        broken = {c.chain for c, bad in zip(batch, first, strict=False) if bad is not None} - {0}
+        rest = batch[middle:]
+        if not any(c.chain in broken for c in rest):
+            return [*first, *self._write_half(rest, fence)]
+        good = iter(self._write_half([c for c in rest if c.chain not in broken], fence))
+        return [*first, *(broken_chain() if c.chain in broken else next(good) for c in rest)]
+
+    def _write_half(self, half: Sequence[Commit], fence: Fence | None) -> Results:
+        if not half:
+            return []
+        try:
+            self._write_to.execute("BEGIN IMMEDIATE")
+        except apsw.Error as error:
+            return [self._explained(error)] * len(half)
+        return self._write_begun(half, fence)
 
     def _roll_back(self) -> None:
         if self._write_to.in_transaction:
