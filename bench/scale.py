@@ -20,8 +20,8 @@ from pavane.core.baton import Header
 from pavane.core.execution import Execution
 from pavane.core.journal import decode_chunk
 
-SLEEPERS = 100_000
-DUE = 10_000
+SLEEPERS = int(os.environ.get("N", "100000"))
+DUE = int(os.environ.get("D", "10000"))
 IN_FLIGHT = 10_000
 STEPS = 10_000
 

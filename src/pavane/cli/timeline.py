@@ -291,6 +291,10 @@ class _Drawing:
         said: list[str] = []
         if line.problem:
             said += _labelled("not all of it can be shown", line.problem, self._width, "red")
+        if not line.legs and not line.ended:
+            said += _labelled(
+                "not begun", f"no worker has taken it at {status.home}", self._width, "blue"
+            )
         if status.status == "stuck":
             said += _labelled("stuck", status.reason, self._width, "red")
         elif status.status == "failed":

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from pavane.errors import LeaseLost, PavaneError, StoreError
-from pavane.stores.port import Commit, Fence, Message, Store
+from pavane.stores.port import Commit, Fence, Message, Store, broken_chain
 
 BATCH_MAX = 1000
 
@@ -37,6 +37,7 @@ class Committer:
         self._waiting: list[Commit] = []
         self._writing: list[Commit] = []
         self._scheduled = False
+        self._broken: set[int] = set()
         self._idle: asyncio.Future[None] | None = None
         self.closed: PavaneError | None = None
         self.routed_tail = store.tail
@@ -54,8 +55,13 @@ class Committer:
             return
         batch = self._waiting[:BATCH_MAX]
         del self._waiting[:BATCH_MAX]
+        if self._broken:
+            broken = [commit for commit in batch if commit.chain in self._broken]
+            batch = [commit for commit in batch if commit.chain not in self._broken]
+            for commit in broken:
+                commit.done(broken_chain())
         self._writing = batch
-        if self.closed is not None:
+        if self.closed is not None or not batch:
             self._finished([self.closed] * len(batch))
         else:
             self._store.submit(batch, self._fence, self._finished)
@@ -67,6 +73,8 @@ class Committer:
                 self.closed = result
                 self._failed(result)
         for commit, result in zip(batch, results, strict=True):
+            if result is not None and commit.chain:
+                self._broken.add(commit.chain)
             commit.done(result)
             if result is None and commit.messages:
                 self._deliver(commit.messages)

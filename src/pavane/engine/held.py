@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import msgspec
 
 from pavane.core.baton import Header, Outcome, Stop
@@ -11,6 +13,7 @@ from pavane.stores.port import InboxRow, JournalRow, MailRow, Message, RunRow
 from pavane.workflow import Attribute
 
 _json = msgspec.json.Encoder()
+_chains = count(1)
 _trail = msgspec.json.Decoder(list[Stop])
 _attributes = msgspec.json.Decoder(dict[str, str | int | float | bool])
 _header = msgspec.json.Decoder(Header)
@@ -22,12 +25,13 @@ class Held:
     `entries` are all encoded journal entries while the baton may still be passed, else None;
     `unwritten` those that no commit carries yet. `arrival` is the baton's inbox mark until the
     first commit takes it. `local` are operations whose step runs here. `consuming` are log
-    messages to be acknowledged with the next commit. `dirty`: the row changed since it was written.
+    messages to be acknowledged with the next commit. `chain`
+    ties its commits together. `dirty`: the row changed since it was written.
     `suspect`: it was touched after a crash and has made no progress since.
     """
 
     __slots__ = (
-        "arrival", "attributes", "commits", "consuming", "count", "dead", "dirty", "entries",
+        "arrival", "attributes", "chain", "commits", "consuming", "count", "dead", "dirty", "entries",
         "execution", "exists", "header", "home_row", "local", "mail", "row", "size_bytes", "suspect", "trail",
         "undone", "unwritten",
     )  # fmt: skip
@@ -49,6 +53,7 @@ class Held:
         self.mail: list[MailRow] = []
         self.commits = 0
         self.dead = False
+        self.chain = next(_chains)
         self.dirty = not exists
         self.suspect = False
         self.undone = row.undone

@@ -203,6 +203,11 @@ class Holder:
             for key in keys:
                 self._act(key, None)
 
+    def _left(self, key: Key) -> None:
+        """A run's last commit here is settled: what came for it meanwhile finds it where it is now."""
+        for action in self._loading.pop(key, ()):
+            self.with_run(*key, action)
+
     def _act(self, key: Key, held: Held | None) -> None:
         for action in self._loading.pop(key, ()):
             action(self.held.get(key) or held)
@@ -953,8 +958,12 @@ class Holder:
         consuming, held.consuming = held.consuming, []
         held.commits += 1
 
+        leaving = held.dead and self._loading.setdefault(held.key, []) is not None
+
         def written(error: PavaneError | None) -> None:
             held.commits -= 1
+            if leaving:
+                self._left(held.key)
             if done is not None:
                 done(error)
             if error is not None:
@@ -967,7 +976,7 @@ class Holder:
             if launch and not held.dead:
                 self._launch(held, launch)
 
-        commit = Commit(written)
+        commit = Commit(written, held.chain)
         if keep_journal:
             commit.journal = held.take_journal()
         if write_row:
@@ -1078,6 +1087,7 @@ class Holder:
         self._collect(held, messages)
         held.dead = True
         self.held.pop(held.key, None)
+        self._session.run_timers.forget(held.key)
         held.execution.discard()
         if row.service != header.home and held.entries is not None:
             hop = row.hop + 1
@@ -1171,11 +1181,14 @@ class Holder:
         self._assign_number(held)
         consuming, held.consuming = held.consuming, []
 
+        self._loading.setdefault(held.key, [])
+
         def written(error: PavaneError | None) -> None:
+            self._left(held.key)
             for consumed in consuming:
                 self._session.consumed(consumed)
 
-        commit = Commit(written)
+        commit = Commit(written, held.chain)
         commit.journal = [] if kept_journal else held.take_journal()
         if not kept_journal:
             row.entries = held.count

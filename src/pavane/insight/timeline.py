@@ -300,6 +300,8 @@ def moments(line: Timeline) -> list[Moment]:
 
 
 def _span_moments(span: Span) -> Iterable[Moment]:
+    if span.kind == "attributes":
+        return
     key = f"{span.op}{span.state}{span.issued_us}"
     what = f"{span.kind} {span.label}" if span.label != span.kind else span.label
     if span.state in ("done", "failed"):

@@ -21,7 +21,7 @@ from pavane.cli.output import (
     say,
     terminal_width,
 )
-from pavane.cli.runs.record import read_list, read_timeline
+from pavane.cli.runs.record import idle_services, needed_services, read_list, read_timeline
 from pavane.cli.text import clock, duration, printable
 from pavane.cli.timeline import STATUS_COLOURS, draw
 from pavane.core.codec import RemoteTraceback, decode_error
@@ -133,16 +133,20 @@ def show(where: Where, id: str, trace: bool, output: Format) -> None:
     """Draw a run: who held the baton when, what became of each step, how it ended."""
     app = where.app_or_none()
 
-    async def look() -> tuple[Timeline, RunRow]:
+    async def look() -> tuple[Timeline, RunRow, list[str]]:
         async with connected(app, where.store) as client:
-            return await read_timeline(client, id), await client.home_row(id)
+            line = await read_timeline(client, id)
+            idle = await idle_services(client, needed_services(line))
+            return line, await client.home_row(id), idle
 
-    line, row = asyncio.run(look())
+    line, row, idle = asyncio.run(look())
     if output != "table":
         print_one(line, output)
         return
     for text in draw(line, width=terminal_width(), unicode=is_unicode()):
         click.echo(text)
+    if idle:
+        say(f"no worker hosts {', '.join(idle)} now; the run goes on when one does (`pavane run`)")
     if trace and row.status == "failed" and row.result:
         click.echo("\n" + _trace(row.result))
 

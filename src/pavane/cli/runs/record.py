@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Iterable
 
 import msgspec
 
 from pavane.app import Client, RunStatus, status_of
 from pavane.core.baton import ENDED
+from pavane.engine.lease import is_gone, this_host
 from pavane.insight.timeline import Timeline, timeline
 from pavane.stores.port import ParkedRow, RunFilter, RunRow
 
@@ -62,6 +64,24 @@ async def read_list(client: Client, which: RunFilter) -> list[RunStatus]:
             break
         before = rows[-1].no
     return found[: which.limit]
+
+
+async def idle_services(client: Client, services: Iterable[str]) -> list[str]:
+    """Return those of `services` that no live node hosts."""
+    now_us, host = client.store.now_us(), this_host()
+    nodes = await client.store.nodes()
+    hosted = {name for n in nodes if not is_gone(n, now_us, host) for name in n.services}
+    return sorted(set(services) - hosted)
+
+
+def needed_services(line: Timeline) -> set[str]:
+    """Return the services that a run needs to go on: its holder, and those of its open steps."""
+    if line.ended or line.status.status == "stuck":
+        return set()
+    open_steps = (
+        s for s in line.spans if s.ended_us is None and s.kind in ("step", "undo", "child")
+    )
+    return {line.status.holder, *(span.service for span in open_steps)}
 
 
 async def until_changed(client: Client) -> None:

@@ -12,10 +12,9 @@ from pavane.app import App, Client
 from pavane.cli.connection import Where, connected, where_options
 from pavane.cli.names import complete_workflow
 from pavane.cli.output import Format, output_option, print_one, say
-from pavane.cli.runs.record import true_status, until_changed
+from pavane.cli.runs.record import idle_services, true_status, until_changed
 from pavane.core.baton import ENDED
 from pavane.core.operations import Mode
-from pavane.engine.lease import is_gone, this_host
 from pavane.errors import BadArguments, RunFailed
 from pavane.stores.port import RunRow
 
@@ -54,7 +53,7 @@ def start(
     """Start a run of WORKFLOW; durable when this returns."""
     app = where.app()
     definition = app.registry.workflow(workflow)
-    values = tuple(_json(text, f"argument {at}") for at, text in enumerate(args, 1))
+    values = tuple(_json(text, f"Argument {at}") for at, text in enumerate(args, 1))
     keywords = dict(_named(text) for text in named)
 
     async def work() -> None:
@@ -62,7 +61,9 @@ def start(
             run = await client.start(
                 definition, values, keywords, id=id, mode=cast("Mode | None", mode), timeout=timeout
             )
-            await _warn_if_idle(client, definition.service.name)
+            if await idle_services(client, {definition.service.name}):
+                name = definition.service.name
+                say(f"no worker hosts {name!r} now; the run begins when one does (`pavane run`)")
             if not wait:
                 _print_started(run.id, output)
                 return
@@ -86,7 +87,7 @@ def _named(text: str) -> tuple[str, Any]:
     name, mark, value = text.partition("=")
     if not mark or not name:
         raise click.BadParameter(f"{text!r} must be NAME=JSON.", param_hint="--arg")
-    return name, _json(value, f"argument {name}")
+    return name, _json(value, f"Argument {name}")
 
 
 def _print_started(id: str, output: Format) -> None:
@@ -94,14 +95,6 @@ def _print_started(id: str, output: Format) -> None:
         click.echo(id)
     else:
         print_one({"id": id}, output)
-
-
-async def _warn_if_idle(client: Client, service: str) -> None:
-    """Tell if no process works for the service that the run begins at."""
-    now_us, host = client.store.now_us(), this_host()
-    nodes = await client.store.nodes()
-    if not any(service in n.services and not is_gone(n, now_us, host) for n in nodes):
-        say(f"no worker hosts {service!r} right now; the run begins when one does (`pavane run`)")
 
 
 async def _print_end(app: App, client: Client, id: str, output: Format) -> None:

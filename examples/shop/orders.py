@@ -1,0 +1,52 @@
+"""The demo's orders: read from `orders.jsonl`, which this module once wrote.
+
+    python -m examples.shop.orders      # writes the same file again
+
+Orders come in pairs of the same kind, so that both modes get the same share of every trouble.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import msgspec
+
+from examples.shop.app import BEYOND, FOG, OrderPlaced
+
+FILE = Path(__file__).with_name("orders.jsonl")
+PAIRS = 150
+GOODS = {"lute": 89_000, "recorder": 4_900, "crumhorn": 21_500, "tabor": 12_000, "viol": 145_000}
+TOWNS = ("Langres", "Ferrara", "Mantua", "Burgos", "Dijon", "Exeter")
+
+
+def read_orders(count: int | None = None) -> list[OrderPlaced]:
+    """Read the first `count` orders; all by default."""
+    lines = FILE.read_bytes().splitlines()[:count]
+    return [msgspec.json.decode(line, type=OrderPlaced) for line in lines]
+
+
+def write_orders() -> None:
+    """Make up the orders, always the same ones."""
+    chance = random.Random(1589)
+    troubles = ["declined"] * 9 + ["sold out"] * 6 + ["fog"] * 12 + ["beyond"] * 4
+    troubles += ["none"] * (PAIRS - len(troubles))
+    chance.shuffle(troubles)
+    lines: list[bytes] = []
+    for trouble in troubles:
+        for _ in range(2):
+            sku = "orpharion" if trouble == "sold out" else chance.choice(list(GOODS))
+            town = {"fog": FOG, "beyond": BEYOND}.get(trouble) or chance.choice(TOWNS)
+            order = OrderPlaced(
+                order_id=f"o-{len(lines) + 1:04}",
+                sku=sku,
+                cents=GOODS.get(sku, 210_000),
+                card="declined" if trouble == "declined" else "good",
+                town=town,
+            )
+            lines.append(msgspec.json.encode(order) + b"\n")
+    FILE.write_bytes(b"".join(lines))
+
+
+if __name__ == "__main__":
+    write_orders()
