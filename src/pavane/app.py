@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
@@ -126,7 +126,7 @@ class Run(Generic[R]):
         await self._client.send(self.id, event, id)
 
     async def cancel(self) -> None:
-        """Ask the run to stop: a CancelledError at its next await, with clean-up and compensation."""
+        """Ask the run to stop: CancelledError at its next await, with clean-up and compensation."""
         await self._client.request(self.id, "cancel")
 
     async def kill(self) -> None:
@@ -256,26 +256,25 @@ class Client:
             raise RunConflict(f"Run {header.run!r} exists already, of workflow {workflow!r}.")
         if args is not None and args != raw:
             raise RunConflict(
-                f"Run {header.run!r} exists already, with other arguments: {args[:200].decode()} and "
-                f"not {raw[:200].decode()}. Choose another id, or start it with the same."
+                f"Run {header.run!r} exists already, with other arguments: {args[:200].decode()} "
+                f"and not {raw[:200].decode()}. Choose another id, or start it with the same."
             )
 
     def _checked(self, raw: bytes, what: str) -> bytes:
         limit = self._config.payload_max_bytes
         if len(raw) > limit:
             raise TooLarge(
-                f"{what} take {len(raw):,} bytes; the limit is {limit:,}. Store large data elsewhere "
-                f"and pass a reference. Nothing was written."
+                f"{what} take {len(raw):,} bytes; the limit is {limit:,}. Store large data "
+                f"elsewhere and pass a reference. Nothing was written."
             )
         return raw
 
     def _owner(self, service: str, run: str) -> Session | None:
         """Return this process's session if it owns the run's partition."""
         session = self.node.session if self.node is not None else None
-        if session is not None and session.open:
-            if session.owns(self.store.target_of(service, run)):
-                return session
-        return None
+        if session is None or not session.open:
+            return None
+        return session if session.owns(self.store.target_of(service, run)) else None
 
     def _message(self, kind: str, id: str, to: str, run: str, body: bytes) -> Message:
         target = self.store.target_of(to, run) if to else 0
@@ -362,8 +361,8 @@ class Client:
         row = await self.home_row(run)
         if row.status not in ("stuck", "failed", "passed"):
             raise BadArguments(
-                f"Run {row.id!r} is {row.status}: only stuck and failed runs can be retried. To do a "
-                f"part again in a new run: `pavane runs fork`."
+                f"Run {row.id!r} is {row.status}: only stuck and failed runs can be retried. To do "
+                f"a part again in a new run: `pavane runs fork`."
             )
         if row.status == "failed" and row.undone:
             raise BadArguments(
@@ -579,7 +578,7 @@ class App:
         return Client(self.registry, chosen, services, self.config)
 
     @asynccontextmanager
-    async def connect(self, *, store: str | None = None) -> AsyncIterator[Client]:
+    async def connect(self, *, store: str | None = None) -> AsyncGenerator[Client, None]:
         """Open a client that starts and steers runs but works for no service."""
         async with self.worker([], store=store) as client:
             yield client
@@ -587,7 +586,7 @@ class App:
     @asynccontextmanager
     async def worker(
         self, services: Sequence[str] | None = None, *, store: str | None = None
-    ) -> AsyncIterator[Client]:
+    ) -> AsyncGenerator[Client, None]:
         """Work for `services` (all by default) until the block ends, then drain."""
         chosen = sorted(self.registry.services) if services is None else services
         client = self._make_client(chosen, store)
@@ -626,7 +625,7 @@ class App:
 
     async def start(
         self,
-        workflow: Workflow[P, R] | Callable[P, Coroutine[Any, Any, R]],
+        workflow: Workflow[..., R],
         *args: Any,
         id: str | None = None,
         mode: Mode | None = None,
@@ -639,7 +638,7 @@ class App:
         `mode` is "orchestration" or "choreography", the workflow's own by default; `timeout` bounds
         the whole run. Arguments are checked against the signature (BadArguments).
         """
-        if not isinstance(workflow, Workflow):
+        if not isinstance(workflow, Workflow):  # pyright: ignore
             raise BadArguments(f"{workflow!r} is no workflow. Decorate it with @service.workflow.")
         return await self.client.start(workflow, args, kwargs, id=id, mode=mode, timeout=timeout)
 
@@ -673,8 +672,8 @@ def new_run_id() -> str:
 def checked_run_id(id: str) -> str:
     if not id or len(id) > RUN_ID_MAX or any(c in id for c in "#/~ ") or not id.isprintable():
         raise BadArguments(
-            f"{id!r} is no run id: 1 to {RUN_ID_MAX} printable characters without spaces and without "
-            f"'#', '/' and '~', which Pavane uses."
+            f"{id!r} is no run id: 1 to {RUN_ID_MAX} printable characters without spaces and "
+            f"without '#', '/' and '~', which Pavane uses."
         )
     return id
 

@@ -74,14 +74,13 @@ class Retry(msgspec.Struct, frozen=True):
                 f"{self!r}: attempts must be 0 (without limit) or more, factor at least 1, "
                 f"jitter between 0 and 1."
             )
-        seconds(self.first), seconds(self.most)
-        if self.within is not None:
-            seconds(self.within)
+        for duration in (self.first, self.most, self.within or 0):
+            seconds(duration)
 
     def delay_s(
         self, attempt: int, error: BaseException, elapsed_s: float, random: Callable[[], float]
     ) -> float | None:
-        """Return the wait in seconds after failed attempt number `attempt` (from 1), None: give up."""
+        """Return the wait in seconds after failed attempt `attempt` (from 1); None: give up."""
         if isinstance(error, self.give_up) or (self.attempts and attempt >= self.attempts):
             return None
         first_s, most_s = seconds(self.first), seconds(self.most)

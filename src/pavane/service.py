@@ -244,8 +244,8 @@ class Service:
             chosen = checked_name(name or function.__name__, "workflow")
             if (chosen, version) in self.workflows:
                 raise BadDeclaration(
-                    f"Service {self.name!r} has a workflow {chosen!r} of version {version} already. "
-                    f"Give this one another name= or version=."
+                    f"Service {self.name!r} has a workflow {chosen!r} of version {version} "
+                    f"already. Give this one another name= or version=."
                 )
             workflow: Workflow[..., Any] = Workflow(
                 self, function, chosen, version, mode, tuple(receives or ()),
@@ -305,7 +305,7 @@ current_step: ContextVar[StepContext | None] = ContextVar("pavane_step", default
 
 
 def step_info() -> StepInfo:
-    """Return what the running step can know of itself; outside a run, a first attempt of nothing."""
+    """Return what the running step can know of itself; outside a run, a first attempt."""
     context = current_step.get()
     if context is None:
         if current() is not None:
@@ -315,7 +315,7 @@ def step_info() -> StepInfo:
 
 
 def heartbeat(details: Any = None) -> None:
-    """Report that the running step is alive; the next attempt finds `details`, also after a crash."""
+    """Report that the running step is alive; its next attempt finds `details`, even after a crash."""
     context = current_step.get()
     if context is not None:
         context.beat(details)

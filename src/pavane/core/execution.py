@@ -83,7 +83,7 @@ def required(call: str) -> Execution:
 
 
 class Execution:
-    """One workflow function being driven. Feed entries in order, then look at `pending`, `outcome`."""
+    """A workflow function being driven. Feed entries in order, look at `pending` and `outcome`."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Execution:
             entry.issued = self._issued
 
     def replay(self, entries: Sequence[Entry]) -> None:
-        """Feed recorded entries, comparing what the workflow asks for with what it asked for then."""
+        """Feed recorded entries, comparing what the workflow asks for with what it asked then."""
         self._replaying = True
         try:
             for entry in entries:
@@ -204,8 +204,8 @@ class Execution:
         operation = self.pending.pop(entry.op, None)
         if operation is None:
             raise Mismatch(
-                f"Entry {self.fed} of the journal is '{entry.what}' for operation {entry.op}, which "
-                f"the workflow does not wait for. It waits for: "
+                f"Entry {self.fed} of the journal is '{entry.what}' for operation {entry.op}, "
+                f"which the workflow does not wait for. It waits for: "
                 f"{', '.join(map(repr, self.pending.values())) or 'nothing'}. "
                 f"Was its code changed while the run was under way?"
             )
@@ -218,8 +218,8 @@ class Execution:
         )  # fmt: skip
         after = f"'{entry.what}'" + (f" of operation {entry.op}" if entry.op >= 0 else "")
         return (
-            f"The code of workflow {self.header.workflow} (version {self.header.version}) no longer "
-            f"fits this run: after entry {self.fed - 1} ({after}) it asked for something else.\n"
+            f"The code of workflow {self.header.workflow} (version {self.header.version}) no "
+            f"longer fits this run: after entry {self.fed - 1} ({after}) it asked for something else.\n"
             + "\n".join(lines)
             + "\nDeploy the old code again, or guard the change with `if patched(…):`, and the run "
             "goes on."
@@ -314,8 +314,8 @@ class Execution:
     def checked(self, raw: bytes, what: str) -> bytes:
         if len(raw) > self.payload_max_bytes:
             raise TooLarge(
-                f"{what} is {len(raw):,} bytes; the limit is {self.payload_max_bytes:,}. Store large "
-                f"data elsewhere and pass a reference."
+                f"{what} is {len(raw):,} bytes; the limit is {self.payload_max_bytes:,}. Store "
+                f"large data elsewhere and pass a reference."
             )
         return raw
 

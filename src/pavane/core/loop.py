@@ -1,4 +1,4 @@
-"""The event loop that workflow code runs on: deterministic, without a clock, never touching a socket.
+"""The event loop that workflow code runs on: deterministic, without a clock or a socket.
 
 Time is the journal's; `call_at` becomes a durable timer operation; everything that would do I/O
 raises. Tasks and futures hash by their ordinal in the run, so that the sets inside `asyncio.wait`

@@ -38,8 +38,8 @@ class Saga:
         candidate: Any = step
         if not hasattr(candidate, "compensate"):
             raise BadDeclaration(
-                f"undo({step!r}, …) needs a step, so that it is journalled and retried. Decorate it "
-                f"with @service.step."
+                f"undo({step!r}, …) needs a step, so that it is journalled and retried. Decorate "
+                f"it with @service.step."
             )
         self._registered.append((candidate, args, kwargs))
 

@@ -23,6 +23,6 @@ class EngineConfig(msgspec.Struct, frozen=True):
     """How long a draining node waits for its running steps."""
     step_threads: int = 16
     custody_after_s: float = 1.0
-    """A command that runs longer is written to the store, so that it no longer holds back the log."""
+    """A command that runs longer is written to the store, to hold back the log no longer."""
     deaths_max: int = 5
     """A run that was under way in so many process deaths is quarantined."""

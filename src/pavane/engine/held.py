@@ -31,9 +31,9 @@ class Held:
     """
 
     __slots__ = (
-        "arrival", "attributes", "chain", "commits", "consuming", "count", "dead", "dirty", "entries",
-        "execution", "exists", "header", "home_row", "local", "mail", "row", "size_bytes", "suspect", "trail",
-        "undone", "unwritten",
+        "arrival", "attributes", "chain", "commits", "consuming", "count", "dead", "dirty",
+        "entries", "execution", "exists", "header", "home_row", "local", "mail", "row",
+        "size_bytes", "suspect", "trail", "undone", "unwritten",
     )  # fmt: skip
 
     def __init__(self, row: RunRow, header: Header, execution: Execution, exists: bool) -> None:

@@ -176,7 +176,7 @@ class Holder:
         await self._load_rows([key], [row] if row is not None else [])
 
     async def _load_numbered(self, numbers: dict[Key, int], stuck_too: bool = False) -> None:
-        """Load runs by their numbers. Their keys are in `_loading`, so nothing else touches them."""
+        """Load runs by their numbers; their keys are in `_loading`, so nothing else touches them."""
         try:
             rows = await self._store.rows_of(list(numbers.values()))
         except BaseException:
@@ -204,7 +204,7 @@ class Holder:
                 self._act(key, None)
 
     def _left(self, key: Key) -> None:
-        """A run's last commit here is settled: what came for it meanwhile finds it where it is now."""
+        """A run's last commit here is settled: what came for it meanwhile goes where it is now."""
         for action in self._loading.pop(key, ()):
             self.with_run(*key, action)
 
@@ -282,10 +282,8 @@ class Holder:
 
     def _evict(self) -> None:
         """Put away the runs that waited longest, as long as too many are live."""
-        looked = 0
-        for key in list(self.held):
+        for looked, key in enumerate(list(self.held), 1):
             held = self.held[key]
-            looked += 1
             if held.row.status == "waiting" and not held.commits and not held.local:
                 self._drop(held)
                 if len(self.held) <= self._config.live_runs_max:
@@ -707,8 +705,8 @@ class Holder:
     ) -> None:
         """Decide what happens next and commit.
 
-        `replayed`: no entry was delivered just now. `recovered`: what is pending may have been asked
-        for before; it is asked for again, by the same ids.
+        `replayed`: no entry was delivered just now. `recovered`: what is pending may have been
+        asked for before; it is asked for again, by the same ids.
         """
         execution, row = held.execution, held.row
         messages: list[Message] = []
@@ -958,7 +956,9 @@ class Holder:
         consuming, held.consuming = held.consuming, []
         held.commits += 1
 
-        leaving = held.dead and self._loading.setdefault(held.key, []) is not None
+        leaving = held.dead
+        if leaving:
+            self._loading.setdefault(held.key, [])
 
         def written(error: PavaneError | None) -> None:
             held.commits -= 1

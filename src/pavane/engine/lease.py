@@ -20,7 +20,7 @@ log = logging.getLogger("pavane.lease")
 
 
 class LeaseKeeper:
-    """Renews `fence` until stopped; calls `lost` on the event loop when the store says it is lost."""
+    """Renews `fence` until stopped; calls `lost` on the event loop when the store says so."""
 
     def __init__(self, store: Store, fence: Fence, lost: Callable[[], None]) -> None:
         self._store = store

@@ -531,7 +531,7 @@ class Node:
 
 
 def _calm_garbage_collector() -> None:
-    """Collect less often: the engine makes no cycles, and a full collection costs a tenth of a step."""
+    """Collect less often: the engine makes no cycles, and collecting took a third of its time."""
     young, middle, old = gc.get_threshold()
     if young:
         gc.set_threshold(max(young, GC_YOUNG), max(middle, 20), max(old, 20))

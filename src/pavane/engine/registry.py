@@ -69,8 +69,8 @@ class Registry:
         if found is None:
             listed = ", ".join(map(str, versions))
             raise UnknownName(
-                f"Workflow {name!r} has no version {version} here; it has: {listed}. Keep old versions "
-                f"declared (version={version}) until their runs have ended."
+                f"Workflow {name!r} has no version {version} here; it has: {listed}. Keep old "
+                f"versions declared (version={version}) until their runs have ended."
             )
         return found
 

@@ -62,13 +62,13 @@ class Attempt:
     """One step under way: which call, which attempt, for whom.
 
     `held` is the run if it is held here and the step needs no command; `message` the command until
-    its inbox mark is written. `parked` is its custody row, once there is one. `owner` is the service
-    whose partition it belongs to: the command's receiver, or the service that holds the run.
+    its inbox mark is written. `parked` is its custody row, once there is one. `owner` is the
+    service whose partition it belongs to: the command's receiver, or the service that holds the run.
     """
 
     __slots__ = (
-        "abandoned", "beat", "began_us", "call", "held", "key", "message", "number", "options", "owner", "parked",
-        "pending_beat", "revoked", "started_us", "step", "task",
+        "abandoned", "beat", "began_us", "call", "held", "key", "message", "number", "options", "owner",
+        "parked", "pending_beat", "revoked", "started_us", "step", "task",
     )  # fmt: skip
 
     def __init__(
@@ -275,8 +275,8 @@ class Steps:
                 if len(raw) > self._config.payload_max_bytes:
                     raise TooLarge(
                         f"The result of {step} is {len(raw):,} bytes; the limit is "
-                        f"{self._config.payload_max_bytes:,}. Store large data elsewhere and return "
-                        f"a reference."
+                        f"{self._config.payload_max_bytes:,}. Store large data elsewhere and "
+                        f"return a reference."
                     )
         except (BadArguments, NotEncodable, TooLarge, NotDecodable) as bad:
             error, final = bad, True
@@ -356,8 +356,8 @@ class Steps:
                     return work.result()
                 if ends is not None and self._loop.time() >= ends:
                     raise StepTimeout(
-                        f"{step} took longer than its timeout of {options.timeout_s:g} s; whether it "
-                        f"took effect is unknown."
+                        f"{step} took longer than its timeout of {options.timeout_s:g} s; whether "
+                        f"it took effect is unknown."
                     )
                 if beaten is not None and not beaten.is_set():
                     raise HeartbeatTimeout(
@@ -431,9 +431,7 @@ class Steps:
         attempt.parked = parked
         key = (parked.service, parked.id)
         again = error != b"null"
-        then = (
-            (lambda: self._session.parked_timers.schedule(key, due_us)) if again else None
-        )
+        then = (lambda: self._session.parked_timers.schedule(key, due_us)) if again else None
         if attempt.message is not None:
             message, attempt.message = attempt.message, None
             self._park_command(message, parked, then)

@@ -30,9 +30,7 @@ class DueQueue:
     the earliest counts, and firing early or twice is harmless by contract.
     """
 
-    def __init__(
-        self, now_us: Callable[[], int], read: Reader, first_tie: Any, fire: Fire
-    ) -> None:
+    def __init__(self, now_us: Callable[[], int], read: Reader, first_tie: Any, fire: Fire) -> None:
         self._now_us = now_us
         self._read = read
         self._first_tie = first_tie

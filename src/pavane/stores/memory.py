@@ -306,6 +306,10 @@ class MemoryStore:
         no = data.numbers.get(id, {}).get(service)
         return None if no is None else copy(data.runs[no])
 
+    async def rows_of(self, runs: Sequence[int]) -> list[RunRow]:
+        rows = self._open_data().runs
+        return _copies([rows[no] for no in runs if no in rows])
+
     async def list_runs(self, which: RunFilter) -> list[RunRow]:
         runs = self._open_data().runs
         newest_first = (runs[no] for no in sorted(runs, reverse=True))

@@ -192,8 +192,8 @@ class Commit:
     """
 
     __slots__ = (
-        "chain", "done", "inbox", "journal", "mail", "mail_taken", "messages", "parked", "positions",
-        "runs", "unparked",
+        "chain", "done", "inbox", "journal", "mail", "mail_taken", "messages", "parked",
+        "positions", "runs", "unparked",
     )  # fmt: skip
 
     def __init__(self, done: Done, chain: int = 0) -> None:

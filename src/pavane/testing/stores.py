@@ -329,6 +329,34 @@ async def one_bad_commit_in_a_batch_is_refused_alone(connections: Connections) -
 
 
 @_check
+async def a_refused_commit_takes_the_rest_of_its_chain_along(connections: Connections) -> None:
+    store = await connections.open()
+    await write(store, inbox=[InboxRow("shop", "i", 1)])
+    chance = random.Random(3)
+    good: list[str] = []
+    for size in (1, 2, 3, 5, 12, 40, 40):
+        expected: list[bool] = []
+        broken: set[int] = set()
+        batch: list[Commit] = []
+        for at in range(size):
+            id = f"b{size}-{len(good)}-{at}"
+            chain, bad = chance.randrange(6), chance.random() < 0.15
+            commit = a_commit(messages=[a_message(store, id)], chain=chain)
+            if bad:
+                commit.inbox = [InboxRow("shop", "i", 2)]
+            expected.append(bad or chain in broken)
+            if not expected[-1]:
+                good.append(id)
+            elif chain:
+                broken.add(chain)
+            batch.append(commit)
+        results = await written(store, *batch)
+        assert [result is not None for result in results] == expected
+        assert all(isinstance(result, Conflict) for result in results if result is not None)
+    assert [m.id for m in await whole_log(store)] == good, "the others are there, in order"
+
+
+@_check
 async def of_two_equal_commits_the_first_one_counts(connections: Connections) -> None:
     store = await connections.open()
     for kind in ("runs", "inbox", "journal"):

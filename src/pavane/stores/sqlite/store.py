@@ -359,8 +359,10 @@ class SqliteStore:
         # One bad commit: halve until it is alone, keeping the order.
         middle = len(batch) // 2
         first = self._write_half(batch[:middle], fence)
-        broken = {c.chain for c, bad in zip(batch, first, strict=False) if bad is not None} - {0}
         rest = batch[middle:]
+        if first and isinstance(first[-1], (LeaseLost, StoreError)):
+            return [*first, *[first[-1]] * len(rest)]  # the store failed, not a commit
+        broken = {c.chain for c, bad in zip(batch, first, strict=False) if bad is not None} - {0}
         if not any(c.chain in broken for c in rest):
             return [*first, *self._write_half(rest, fence)]
         good = iter(self._write_half([c for c in rest if c.chain not in broken], fence))
