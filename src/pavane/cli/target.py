@@ -114,7 +114,7 @@ def _refuse(error: Exception, place: Place, target: str) -> NoReturn:
 
 def _show_trace(place: Place) -> None:
     """Print the user's part of the current exception's traceback, which says where to look."""
-    error = sys.exception() if sys.version_info >= (3, 11) else None
+    error = sys.exception()
     if error is None:
         return
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,0 +1,573 @@
+"""The command line on real SQLite files: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pavane.cli import main
+
+SHOP = '''
+"""A shop with what a command line should be able to show."""
+import asyncio
+from pathlib import Path
+from pavane import App, Event, Retry, Service, receive, saga, set_attributes
+
+class Approved(Event, key="order_id"):
+    order_id: str
+    by: str = "nobody"
+
+orders, payments, shipping = map(Service, ("orders", "payments", "shipping"))
+
+@payments.step
+async def charge(order_id: str) -> str:
+    return f"pay-{order_id}"
+
+@payments.step(retry=Retry(attempts=2, first="5ms"))
+async def refund(payment: str) -> None:
+    if "stuck" in payment and not Path("bank-is-open").exists():
+        raise ValueError("the bank is closed")
+
+@shipping.step(retry=Retry(attempts=9, first="1m", jitter=0))
+async def book(order_id: str) -> str:
+    raise ConnectionError("no\\x1b[31m line")
+
+@shipping.step
+async def ship(order_id: str) -> str:
+    if "noship" in order_id:
+        raise RuntimeError("no truck")
+    return f"TR-{order_id}"
+
+@shipping.step
+async def slow(path: str) -> None:
+    with open(path, "a") as file:
+        file.write("began ")
+    await asyncio.sleep(0.4)
+    with open(path, "a") as file:
+        file.write("ended ")
+
+@orders.workflow(mode="choreography")
+async def fulfil(order_id: str, express: bool = False) -> str:
+    set_attributes(order=order_id, express=express)
+    async with saga() as undo:
+        undo(refund, await charge(order_id))
+        return await ship(order_id)
+
+@orders.workflow(receives=[Approved])
+async def approve(order_id: str) -> str:
+    return (await receive(Approved)).by
+
+@orders.workflow
+async def patient(order_id: str) -> str:
+    return await book(order_id)
+
+@orders.workflow
+async def steady(path: str) -> str:
+    await slow(path)
+    return "done"
+
+app = App("cli_shop", services=[orders, payments, shipping])
+'''
+
+Pavane = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("shop")
+    (made / "cli_shop.py").write_text(SHOP)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(folder)
+    for name in ("PAVANE_STORE", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PAVANE_APP", "cli_shop.py")
+    monkeypatch.setenv("COLUMNS", "100")
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    for name in ("cli_shop", "other_shop", "broken_shop"):
+        sys.modules.pop(name, None)
+
+
+def worker(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """Start a worker and wait until it says that it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pavane", "run", "cli_shop.py", *options],
+        cwd=folder, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line == "ready\n":
+            return process
+    raise AssertionError(f"the worker did not start: {process.wait()}")
+
+
+@pytest.fixture(scope="module")
+def shop(folder: Path) -> Iterator[None]:
+    """A worker for all services, on the app's own store."""
+    process = worker(folder)
+    yield
+    process.terminate()
+    process.communicate(timeout=10)
+
+
+def pavane(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def good(*arguments: str) -> str:
+    """Return what a command that must work prints."""
+    result = pavane(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def refused(code: int, *arguments: str) -> str:
+    """Return what a command that must fail with `code` says."""
+    result = pavane(*arguments)
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result.stderr
+
+
+def status_until(wanted: str, id: str, *options: str) -> dict[str, Any]:
+    """Return the status of a run as soon as it is the wanted one."""
+    ends = time.monotonic() + 10
+    while True:
+        status = json.loads(good("runs", "show", id, "-o", "json", *options))["status"]
+        if status["status"] == wanted:
+            return status
+        assert time.monotonic() < ends, status
+        time.sleep(0.02)
+
+
+# -- starting and looking ----------------------------------------------------------------------
+
+
+def test_a_run_started_with_wait_prints_its_result(shop: None) -> None:
+    result = pavane("runs", "start", "fulfil", '"o-1"', "--id", "o-1", "--wait")
+    assert (result.exit_code, result.stdout) == (0, '"TR-o-1"\n')
+    assert "run o-1 started" in result.stderr
+
+
+@pytest.mark.parametrize("mode", ["orchestration", "choreography"])
+def test_a_run_can_be_started_in_either_mode(shop: None, mode: str) -> None:
+    id = f"mode-{mode}"
+    good("runs", "start", "fulfil", '"m"', "--id", id, "--mode", mode, "--wait")
+    line = json.loads(good("runs", "show", id, "-o", "json"))
+    assert line["status"]["mode"] == mode
+    assert line["result"] == "TR-m"
+    held = [leg["service"] for leg in line["legs"]]
+    travelled = ["orders", "payments", "shipping", "orders"]
+    assert held == (["orders"] if mode == "orchestration" else travelled)
+
+
+def test_start_prints_the_id_alone(shop: None) -> None:
+    assert good("runs", "start", "fulfil", '"x"', "--id", "plain") == "plain\n"
+    assert good("runs", "start", "fulfil", '"x"', "--id", "plain", "-o", "jsonl") == (
+        '{"id":"plain"}\n'
+    )
+
+
+def test_a_failed_run_is_exit_code_1_with_the_reason(shop: None) -> None:
+    said = refused(1, "runs", "start", "fulfil", '"noship"', "--id", "failed-1", "--wait")
+    assert "error[run-failed]: Run 'failed-1' failed: RuntimeError: no truck\n" in said
+    assert "`pavane runs show failed-1` shows what happened." in said
+
+
+def test_show_draws_the_timeline(shop: None) -> None:
+    pavane("runs", "start", "fulfil", '"noship"', "--id", "shown", "--wait")
+    drawn = good("runs", "show", "shown")
+    assert re.search(r"^fulfil  shown +failed, 1 undone$", drawn, re.M)
+    assert re.search(r"^choreography from orders · .* · took ", drawn, re.M)
+    assert "4 hops" in drawn
+    assert "order=noship" in drawn
+    for line in (
+        r"^  payments +[\d.]+m?s  .*█",
+        r"^✓ payments\.charge +[\d.]+m?s  .*[█░]",
+        r"^✗ shipping\.ship +[\d.]+m?s  .*█",
+        r"^  └ RuntimeError: no truck$",
+        r"^↶ undo payments\.refund ",
+        r"^failed  RuntimeError: no truck$",
+    ):
+        assert re.search(line, drawn, re.M), (line, drawn)
+    assert "\x1b" not in drawn
+    assert 'raise RuntimeError("no truck")' in good("runs", "show", "shown", "--trace")
+
+
+def test_show_tells_of_a_parked_step_and_its_next_attempt(shop: None) -> None:
+    good("runs", "start", "patient", '"p"', "--id", "parked")
+    ends = time.monotonic() + 10
+    while "attempt 2" not in (drawn := good("runs", "show", "parked")):
+        assert time.monotonic() < ends, drawn
+        time.sleep(0.02)
+    assert "◌ shipping.book" in drawn
+    assert re.search(r"attempt 2 in (5\d\.\ds|1m 00s).*failed with ConnectionError: no\\x1b", drawn)
+    assert "most often tried: run parked, attempt 2 next" in good("doctor")
+
+
+def test_list_filters_and_prints_json(shop: None) -> None:
+    good("runs", "start", "fulfil", '"li"', "--arg", "express=true", "--id", "li-1", "--wait")
+    pavane("runs", "start", "fulfil", '"li-noship"', "--id", "li-2", "--wait")
+    found = json.loads(good("runs", "list", "--prefix", "li-", "-o", "json"))
+    assert [(run["id"], run["status"]) for run in found] == [
+        ("li-2", "failed"), ("li-1", "completed"),
+    ]  # fmt: skip
+    for options, ids in (
+        (["--status", "failed"], ["li-2"]),
+        (["--where", "express=true"], ["li-1"]),
+        (["--where", "order=li"], ["li-1"]),
+        (["--workflow", "approve"], []),
+        (["--limit", "1"], ["li-2"]),
+    ):
+        lines = good("runs", "list", "--prefix", "li-", "-o", "jsonl", *options).splitlines()
+        assert [json.loads(line)["id"] for line in lines] == ids
+    table = good("runs", "list", "--prefix", "li-").splitlines()
+    assert table[0].split() == ["ID", "WORKFLOW", "STATUS", "MODE", "AT", "HOPS", "STARTED", "TOOK"]
+    assert table[1].endswith("RuntimeError: no truck")
+
+
+def test_watch_prints_a_line_per_happening_until_the_end(shop: None) -> None:
+    good("runs", "start", "fulfil", '"w"', "--id", "w-1")
+    lines = good("runs", "watch", "w-1").splitlines()
+    told = [" ".join(line.split()[1:]) for line in lines]
+    assert told[0] == "started fulfil v1 at orders, choreography"
+    assert "done step payments.charge" in told
+    assert told[-1] == "completed"
+
+
+def test_watch_of_a_failed_run_is_exit_code_1(shop: None) -> None:
+    good("runs", "start", "fulfil", '"noship"', "--id", "w-2")
+    result = pavane("runs", "watch", "w-2", "-o", "jsonl")
+    assert result.exit_code == 1
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert (last["id"], last["what"], last["text"]) == ("w-2", "failed", "RuntimeError: no truck")
+
+
+# -- steering ----------------------------------------------------------------------------------
+
+
+def test_send_delivers_an_event(shop: None) -> None:
+    good("runs", "start", "approve", '"a"', "--id", "a-1")
+    status_until("waiting", "a-1")
+    assert "waits for  event Approved" in good("runs", "show", "a-1")
+    good("runs", "send", "a-1", "Approved", '{"order_id": "a", "by": "ada"}')
+    status_until("completed", "a-1")
+    assert "error[run-ended]: Run 'a-1' has ended (completed)" in refused(
+        1, "runs", "send", "a-1", "Approved", '{"order_id": "a"}'
+    )
+
+
+def test_send_refuses_what_is_no_such_event(shop: None) -> None:
+    said = refused(2, "runs", "send", "a-1", "Approved", '{"order_id": 3}')
+    assert "error[bad-arguments]: This is no Approved: Expected `str`, got `int`" in said
+    assert "Its fields: order_id, by." in said
+    assert "No event type is called 'Aproved'" in refused(3, "runs", "send", "a-1", "Aproved")
+
+
+def test_cancel_goes_on_after_an_unknown_run(shop: None) -> None:
+    good("runs", "start", "approve", '"c"', "--id", "c-1")
+    said = refused(3, "runs", "cancel", "nobody", "c-1")
+    assert "error[unknown-run]: No run is called 'nobody'" in said
+    assert "asked to cancel run c-1" in said
+    status_until("cancelled", "c-1")
+    assert "✗ asked to cancel" in good("runs", "show", "c-1")
+
+
+def test_a_stuck_run_is_found_shown_and_retried_without_its_code(
+    shop: None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = refused(1, "runs", "start", "fulfil", '"noship-stuck"', "--id", "s-1", "--wait")
+    assert "Run 's-1' is stuck: The compensation payments.refund failed for good" in said
+    monkeypatch.delenv("PAVANE_APP")
+    store = ("--store", "cli_shop.db")
+    found = json.loads(good("runs", "list", "--status", "stuck", "-o", "json", *store))
+    assert [(run["id"], run["holder"]) for run in found] == [("s-1", "payments")]
+    drawn = good("runs", "show", "s-1", *store)
+    assert "! undo payments.refund" in drawn
+    assert "stuck  The compensation payments.refund failed for good" in drawn
+    assert "warn  stuck runs" in good("doctor", *store)
+    assert pavane("doctor", "--strict", *store).exit_code == 1
+    (folder / "bank-is-open").touch()
+    assert "asked to retry run s-1" in pavane("runs", "retry", "s-1", *store).stderr
+    assert status_until("failed", "s-1", *store)["compensated"] == 1
+    drawn = good("runs", "show", "s-1", *store)
+    assert "↻ retried by hand" in drawn
+    assert "↶ undo payments.refund" in drawn
+
+
+def test_kill_ends_a_run_without_its_code(shop: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    good("runs", "start", "approve", '"k"', "--id", "k-1")
+    monkeypatch.delenv("PAVANE_APP")
+    store = ("--store", "cli_shop.db")
+    assert "asked to kill run k-1" in pavane("runs", "kill", "k-1", *store).stderr
+    status_until("killed", "k-1", *store)
+    said = refused(1, "runs", "kill", "k-1", *store)
+    assert "error[run-ended]: Run 'k-1' has ended (killed)" in said
+
+
+def test_fork_does_a_step_anew(shop: None) -> None:
+    good("runs", "start", "fulfil", '"f"', "--id", "f-1", "--wait")
+    assert good("runs", "fork", "f-1", "--at", "ship", "--id", "f-2") == "f-2\n"
+    status_until("completed", "f-2")
+    assert "⑂ forked here" in good("runs", "show", "f-2")
+    said = refused(2, "runs", "fork", "f-1", "--at", "shop")
+    assert "no finished step 'shop'. It has: payments.charge, shipping.ship." in said
+
+
+# -- services and doctor -----------------------------------------------------------------------
+
+
+def test_services_shows_what_is_declared_and_who_hosts_it(shop: None) -> None:
+    found = {line["name"]: line for line in json.loads(good("services", "-o", "json"))}
+    assert list(found) == ["orders", "payments", "shipping"]
+    refund = found["payments"]["steps"][1]
+    assert (refund["name"], refund["attempts"]) == ("refund", 2)
+    approve = next(w for w in found["orders"]["workflows"] if w["name"] == "approve")
+    assert (approve["mode"], approve["receives"]) == ("orchestration", ["Approved"])
+    (host,) = found["orders"]["hosts"]
+    assert (host["alive"], host["partitions"], found["orders"]["free"]) == (True, 32, 0)
+    assert "approve v1" in good("services")
+
+
+def test_doctor_finds_a_healthy_shop_healthy(shop: None) -> None:
+    found = {f["check"]: f["level"] for f in json.loads(good("doctor", "-o", "json"))}
+    for check in ("python", "sqlite", "app", "store", "durability", "wal", "nodes", "partitions"):
+        assert found[check] == "ok", check
+
+
+def test_doctor_warns_when_nobody_works() -> None:
+    good("runs", "start", "fulfil", '"x"', "--store", "idle.db")
+    drawn = good("doctor", "--store", "idle.db")
+    assert "warn  nodes" in drawn
+    assert "→ Start a worker: pavane run shop.py." in drawn
+
+
+def test_doctor_fails_for_a_file_that_is_no_store() -> None:
+    result = pavane("doctor", "--store", "cli_shop.py")
+    assert result.exit_code == 1
+    assert "fail  store" in result.stdout
+
+
+def test_a_run_that_nobody_took_yet_is_shown_as_such() -> None:
+    result = pavane("runs", "start", "fulfil", '"x"', "--store", "idle.db", "--id", "early")
+    assert "no worker hosts 'orders' now" in result.stderr
+    assert "not begun  no worker has taken it at orders" in good(
+        "runs", "show", "early", "--store", "idle.db"
+    )
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "text"),
+    [
+        (3, ["runs", "show", "nobody"], "error[unknown-run]: No run is called 'nobody' in "),
+        (
+            3,
+            ["runs", "start", "fulfill"],
+            "No workflow is called 'fulfill'. Did you mean 'fulfil'?",
+        ),
+        (3, ["run", "cli_shop.py", "-n", "paymnts"], "Did you mean 'payments'?"),
+        (2, ["runs", "start", "fulfil", "x"], "Text needs quotes of its own: '\"x\"'."),
+        (2, ["runs", "start", "fulfil", "3"], "error[bad-arguments]: Argument `order_id` of "),
+        (2, ["runs", "start", "fulfil", '"x"', "--arg", "express"], "must be NAME=JSON"),
+        (2, ["runs", "list", "--where", "order"], "must be KEY=VALUE"),
+        (2, ["runs", "lst"], "No such command 'lst'. Did you mean 'list'?"),
+        (2, ["runs", "list", "-a", "cli_shp.py"], "Did you mean cli_shop.py?"),
+        (2, ["runs", "list", "-a", "cli_shop:api"], "has no 'api'. Apps there: app."),
+        (2, ["runs", "list", "-a", "cli_shop:orders"], "is a Service, no App. Apps there: app."),
+        (2, ["runs", "list", "-a", "no_such_module"], "No module is called 'no_such_module'."),
+        (4, ["runs", "list", "-s", "nowhere.db"], "error[store]: There is no store at "),
+        (4, ["runs", "list", "-s", "cli_shop.py"], "is not an SQLite file. Choose another path."),
+        (4, ["runs", "list", "-s", "memory:"], "lives only inside the process"),
+    ],
+)
+def test_an_error_says_what_to_do(shop: None, code: int, arguments: list[str], text: str) -> None:
+    said = refused(code, *arguments)
+    assert text in said
+    assert "Traceback" not in said
+
+
+def test_colours_are_for_terminals_and_on_demand(
+    shop: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good("runs", "start", "fulfil", '"x"', "--id", "colour", "--wait")
+    assert "\x1b[" not in good("runs", "show", "colour")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[32m" in good("runs", "show", "colour")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[" not in good("runs", "show", "colour")
+
+
+def test_ctrl_c_ends_waiting_but_not_the_run(shop: None, folder: Path) -> None:
+    arguments = ["runs", "start", "approve", '"i"', "--id", "i-1", "--wait"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pavane", *arguments],
+        cwd=folder, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert "run i-1 started" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert (process.returncode, said) == (130, "interrupted\n")
+    status_until("waiting", "i-1")
+
+
+def test_another_run_of_the_same_id_is_refused(shop: None) -> None:
+    good("runs", "start", "fulfil", '"x"', "--id", "twice")
+    said = refused(1, "runs", "start", "fulfil", '"y"', "--id", "twice")
+    assert "error[run-conflict]: Run 'twice' exists already, with other arguments" in said
+
+
+def test_without_app_and_store_it_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PAVANE_APP")
+    assert "Which runs? Give --app shop.py or --store shop.db" in refused(2, "runs", "list")
+    assert "Which app? Give --app shop.py" in refused(2, "runs", "start", "fulfil")
+
+
+def test_code_that_does_not_import_shows_where(folder: Path) -> None:
+    (folder / "broken_shop.py").write_text("def f():\n    return 1 / 0\n\nf()\n")
+    said = refused(2, "runs", "list", "--app", "broken_shop.py")
+    assert 'broken_shop.py", line 2, in f' in said
+    assert "error[bad-target]: broken_shop.py cannot be imported: ZeroDivisionError" in said
+    assert "importlib" not in said
+
+
+def test_two_apps_in_a_file_must_be_told_apart(folder: Path) -> None:
+    (folder / "other_shop.py").write_text(
+        "from pavane import App\none = App('one', [])\ntwo = App('two', [])\n"
+    )
+    assert "say which one: other_shop.py:one, other_shop.py:two." in refused(
+        2, "runs", "list", "--app", "other_shop.py"
+    )
+    assert "There is no store at" in refused(4, "runs", "list", "--app", "other_shop:two")
+
+
+# -- help and completion -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run", "dev", "services", "doctor", "completion", "runs start", "runs list", "runs show",
+     "runs watch", "runs send", "runs cancel", "runs kill", "runs retry", "runs fork"],
+)  # fmt: skip
+def test_every_command_has_help_with_examples(command: str) -> None:
+    assert f"Examples:\n    pavane {command}" in good(*command.split(), "--help")
+
+
+def test_help_tells_the_exit_codes_and_imports_no_engine() -> None:
+    program = (
+        "import sys, pavane.cli\n"
+        "try: pavane.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('msgspec', 'apsw', 'asyncio', 'pavane.app') if m in sys.modules])"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, text=True
+    ).stdout
+    assert "130  interrupted" in printed
+    assert printed.endswith("[]\n")
+
+
+def test_completion_knows_commands_workflows_and_runs(shop: None) -> None:
+    good("runs", "start", "fulfil", '"t"', "--id", "tab-1", "--wait")
+
+    def offered(words: str) -> list[str]:
+        variables = {
+            "_PAVANE_COMPLETE": "bash_complete", "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split(" ")) - 1),
+        }  # fmt: skip
+        command = [sys.executable, "-c", "from pavane.cli import main; main(prog_name='pavane')"]
+        printed = subprocess.run(
+            command, env=os.environ | variables, capture_output=True, text=True, check=False
+        ).stdout
+        return [line.partition(",")[2] for line in printed.splitlines()]
+
+    assert offered("pavane runs st") == ["start"]
+    assert offered("pavane runs start ful") == ["fulfil"]
+    assert offered("pavane runs show tab-") == ["tab-1"]
+    assert "_PAVANE_COMPLETE=bash_complete" in good("completion", "bash")
+
+
+# -- workers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_a_worker(folder: Path, number: signal.Signals) -> None:
+    store, marks = ("--store", f"drain-{number}.db"), folder / f"marks-{number}"
+    process = worker(folder, *store)
+    good("runs", "start", "steady", json.dumps(str(marks)), "--id", "d-1", *store)
+    ends = time.monotonic() + 10
+    while not marks.exists():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 0, said
+    assert f"{number.name}: draining" in said
+    assert said.endswith("drained\n")
+    assert marks.read_text() == "began ended "  # it was let finish, and was not begun again
+    assert status_until("completed", "d-1", *store)
+
+
+def test_a_second_signal_stops_a_worker_at_once(folder: Path) -> None:
+    store, marks = ("--store", "second.db"), folder / "marks-second"
+    process = worker(folder, *store)
+    good("runs", "start", "steady", json.dumps(str(marks)), "--id", "d-1", *store)
+    ends = time.monotonic() + 10
+    while not marks.exists():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "draining" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert (process.returncode, said) == (130, "SIGINT again: stopped at once\n")
+    assert marks.read_text() == "began "
+
+
+def test_dev_starts_anew_when_code_changes(folder: Path, tmp_path: Path) -> None:
+    code = tmp_path / "dev_shop.py"
+    code.write_text(SHOP.replace('App("cli_shop"', 'App("before"'))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pavane", "dev", "dev_shop.py", "--store", "dev.db"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    said: list[str] = []
+
+    def read_until(text: str) -> None:
+        for line in process.stderr or ():
+            said.append(line)
+            if line.startswith(text):
+                return
+        raise AssertionError(said)
+
+    read_until("before  pid")
+    read_until("ready")
+    code.write_text(SHOP.replace('App("cli_shop"', 'App("afterwards"'))
+    read_until("changed: dev_shop.py; starting anew")
+    read_until("afterwards  pid")
+    read_until("ready")
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert rest.endswith("drained\n")
