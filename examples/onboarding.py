@@ -7,7 +7,7 @@ the account is removed again. It is written as if nothing ever restarted: `async
 `receive` is a durable timer around a durable mailbox, so that week may contain any number of
 deployments. Then things are provided in parallel, with an ordinary `asyncio.TaskGroup`.
 
-Here a day takes half a second; see `Pace`.
+Here a day takes a quarter of a second; see `Pace`.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ async def show(app: App, mode: Literal["orchestration", "choreography"], pace: P
 
 
 async def main() -> None:
-    day = timedelta(seconds=0.5)
+    day = timedelta(seconds=0.25)
     with tempfile.TemporaryDirectory(prefix="pavane-onboarding-") as folder:
         async with App("onboarding", services=SERVICES, store=f"{folder}/onboarding.db") as app:
             await show(app, "orchestration", Pace(reminder=day, expiry=7 * day))

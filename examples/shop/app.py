@@ -107,7 +107,7 @@ def ship(order_id: str, parcel: str, town: str) -> str:
     """Hand a parcel to the carrier; return its tracking number."""
     world = World.here()
     with world.asked():
-        lost = {FOG: 1 + order_id.endswith(("1", "2", "3")), BEYOND: 99}.get(town, 0)
+        lost = {FOG: 1 + order_id.endswith(("1", "2")), BEYOND: 99}.get(town, 0)
         if step_info().attempt <= lost:
             raise CarrierBusy(f"no way to {town} today")
         world.record("shipped", order_id)

@@ -26,7 +26,7 @@ def read_orders(count: int | None = None) -> list[OrderPlaced]:
     return [msgspec.json.decode(line, type=OrderPlaced) for line in lines]
 
 
-def write_orders() -> None:
+def write_orders(file: Path = FILE) -> None:
     """Make up the orders, always the same ones."""
     chance = random.Random(1589)
     troubles = ["declined"] * 9 + ["sold out"] * 6 + ["fog"] * 12 + ["beyond"] * 4
@@ -45,7 +45,7 @@ def write_orders() -> None:
                 town=town,
             )
             lines.append(msgspec.json.encode(order) + b"\n")
-    FILE.write_bytes(b"".join(lines))
+    file.write_bytes(b"".join(lines))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pavane import step_info
 PLACE = "SHOP_WORLD"
 """The environment variable that tells the shop's processes where the world is."""
 
-ANSWERS_AFTER_S = 0.01
+ANSWERS_AFTER_S = 0.04
 """How long the world takes to answer; without it the demo would be over before anyone saw it."""
 
 _CREATE = """
@@ -49,7 +49,7 @@ class World:
         return world
 
     @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def _open(self) -> Generator[sqlite3.Connection]:
         # Steps run in threads, and a connection is cheap: each takes its own.
         with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as db:
             db.execute("PRAGMA synchronous = NORMAL")
@@ -63,7 +63,7 @@ class World:
     # -- asked by steps ------------------------------------------------------------------------
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
+    def asked(self) -> Generator[None]:
         """Let the world take its time over the running step, and count this execution of it."""
         key = step_info().idempotency_key
         with self._open() as db:
@@ -102,4 +102,6 @@ class World:
     def executed_again(self) -> list[str]:
         """Return the keys of steps that were executed again although no attempt had failed."""
         with self._open() as db:
-            return [row[0] for row in db.execute("SELECT key FROM executions WHERE begun > failed + 1")]
+            return [
+                row[0] for row in db.execute("SELECT key FROM executions WHERE begun > failed + 1")
+            ]
