@@ -303,10 +303,12 @@ class Client:
         """Return the row of a run at its home, or raise UnknownRun."""
         for row in await self.store.run_rows(id):
             if row.service == row.home:
+                await self.store.register([row.home])
                 return row
         message = await self.store.message(id)
         if message is not None and message.kind == "start":
             header = unpack(Start, message.body).header
+            await self.store.register([header.home])
             return blank_row(0, header.home, message.target, header)
         raise UnknownRun(
             f"No run is called {id!r} in {(await self.store.describe())['place']}. "
@@ -359,7 +361,7 @@ class Client:
 
     async def retry(self, run: str) -> None:
         row = await self.home_row(run)
-        if row.status not in ("stuck", "failed", "passed"):
+        if row.status not in ("stuck", "failed"):
             raise BadArguments(
                 f"Run {row.id!r} is {row.status}: only stuck and failed runs can be retried. To do "
                 f"a part again in a new run: `pavane runs fork`."
@@ -391,6 +393,7 @@ class Client:
         target = self.store.target_of(row.home, header.run)
         forked = blank_row(number, row.home, target, header)
         forked.entries = len(entries)
+        forked.attributes = row.attributes
         forked.trail = encode_plain([Stop(row.home, now, 0)])
         commit, future = self._commit()
         commit.runs = [forked]
@@ -427,7 +430,11 @@ class Client:
     async def history(self, id: str) -> RunHistory:
         home = await self.home_row(id)
         rows = [row for row in await self.store.run_rows(id) if row.no]
-        newest = max(rows, key=lambda row: (row.hop, row.service == row.home), default=home)
+        newest = max(
+            rows,
+            key=lambda row: (row.hop, row.holder == row.service, row.service == row.home),
+            default=home,
+        )
         entries: list[Entry] = []
         trail = decode_trail(newest.trail)
         problem = ""
@@ -457,9 +464,9 @@ class Client:
         status = status_of(home, row)
         mail = await self.store.mail_of(home.service, id)
         parked: list[ParkedRow] = []
-        for service in dict.fromkeys([s.service for s in trail] + list(self.registry.services)):
-            if service in self.registry.services:
-                parked += await self.store.parked_of(service, id)
+        visited = [stop.service for stop in trail]
+        for service in dict.fromkeys([*visited, home.home, *self.registry.services]):
+            parked += await self.store.parked_of(service, id)
         return RunHistory(status, entries, trail, mail, parked, problem)
 
     def outcome(self, row: RunRow) -> Any:
@@ -681,11 +688,7 @@ def checked_run_id(id: str) -> str:
 def status_of(home: RunRow, at: RunRow | None = None) -> RunStatus:
     """Return the status of a run from its home's row and the row where it is now."""
     at = at or home
-    status = at.status
-    if status == "passed":
-        status = "running"
-        if at.reason:
-            status = "stuck" if at.reason.startswith("stuck") else "waiting"
+    status = "running" if at.status == "passed" else at.status
     attributes = msgspec.json.decode(at.attributes)
     return RunStatus(
         home.id, home.workflow, home.version, home.mode, status, at.reason, home.home, home.holder

@@ -315,7 +315,7 @@ def step_info() -> StepInfo:
 
 
 def heartbeat(details: Any = None) -> None:
-    """Report that the running step is alive; its next attempt finds `details`, even after a crash."""
+    """Report that the running step is alive; its next attempt finds `details`."""
     context = current_step.get()
     if context is not None:
         context.beat(details)

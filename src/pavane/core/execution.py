@@ -219,7 +219,8 @@ class Execution:
         after = f"'{entry.what}'" + (f" of operation {entry.op}" if entry.op >= 0 else "")
         return (
             f"The code of workflow {self.header.workflow} (version {self.header.version}) no "
-            f"longer fits this run: after entry {self.fed - 1} ({after}) it asked for something else.\n"
+            f"longer fits this run: after entry {self.fed - 1} ({after}) it asked for something "
+            "else.\n"
             + "\n".join(lines)
             + "\nDeploy the old code again, or guard the change with `if patched(…):`, and the run "
             "goes on."

@@ -25,8 +25,8 @@ class Operation:
     """
 
     __slots__ = (
-        "args", "deadline_us", "decode", "detail", "fingerprint", "future", "handle", "issued_us", "kind",
-        "mode", "name", "ordinal", "sent", "service", "undo",
+        "args", "deadline_us", "decode", "detail", "fingerprint", "future", "handle", "issued_us",
+        "kind", "mode", "name", "ordinal", "sent", "service", "undo",
     )  # fmt: skip
 
     def __init__(

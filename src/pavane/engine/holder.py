@@ -90,6 +90,7 @@ class Holder:
         self._registry = session.registry
         self.held: OrderedDict[Key, Held] = OrderedDict()
         self._loading: dict[Key, list[Action]] = {}
+        self._claiming: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.replays = 0
 
@@ -105,7 +106,8 @@ class Holder:
     ) -> None:
         """Begin a run at its home, here, in one commit with whatever it asks for first."""
         service = header.home
-        if self._is_known(service, header.run):
+        key = (service, header.run)
+        if self._is_known(key):
             self._refuse_start(message, done)
             return
         row = blank_row(
@@ -129,11 +131,25 @@ class Holder:
         held.trail.append(Stop(service, header.started_us, 0))
         if message is not None:
             held.consuming.append(message)
-        self._add(held)
-        self._feed(held, entry, done=done)
+            self._add(held)
+            self._feed(held, entry)
+            return
+        self._claiming.add(key)
 
-    def _is_known(self, service: str, run: str) -> bool:
-        return (service, run) in self.held or (service, run) in self._loading
+        def claimed(error: PavaneError | None) -> None:
+            self._claiming.discard(key)
+            if error is None and not held.dead:
+                self._add(held)
+                if held.row.wake_us is not None:
+                    self._session.run_timers.schedule(key, held.row.wake_us)
+            if done is not None:
+                done(error)
+
+        # Another run may have this id: until the claim is durable, this one is not to be found.
+        self._feed(held, entry, done=claimed)
+
+    def _is_known(self, key: Key) -> bool:
+        return key in self.held or key in self._loading or key in self._claiming
 
     def _refuse_start(
         self, message: Message | None, done: Callable[[PavaneError | None], None] | None
@@ -148,6 +164,8 @@ class Holder:
         self._spawn(self._start_if_new(message, start))
 
     async def _start_if_new(self, message: Message, start: Start) -> None:
+        while (message.to, start.header.run) in self._claiming:
+            await asyncio.sleep(0.001)
         row = await self._store.run_row(message.to, start.header.run)
         if row is None:
             self.start(start.header, bytes(start.args), message=message)
@@ -176,7 +194,7 @@ class Holder:
         await self._load_rows([key], [row] if row is not None else [])
 
     async def _load_numbered(self, numbers: dict[Key, int], stuck_too: bool = False) -> None:
-        """Load runs by their numbers; their keys are in `_loading`, so nothing else touches them."""
+        """Load runs by number; their keys are in `_loading`, so nothing else touches them."""
         try:
             rows = await self._store.rows_of(list(numbers.values()))
         except BaseException:
@@ -292,9 +310,13 @@ class Holder:
                 return
 
     def _drop(self, held: Held) -> None:
-        held.dead = True
-        self.held.pop(held.key, None)
+        self._forget(held)
         held.execution.discard()
+
+    def _forget(self, held: Held) -> None:
+        held.dead = True
+        if self.held.get(held.key) is held:
+            del self.held[held.key]
 
     # -- delivering ----------------------------------------------------------------------------
 
@@ -376,7 +398,7 @@ class Holder:
         """Send a message after a run that left this service; keep it if the run is stuck here."""
         row = await self._store.run_row(message.to, message.run)
         commit = Commit(lambda error: self._session.consumed(message))
-        if row is not None and row.status == "stuck":
+        if row is not None and row.status == "stuck" and row.holder == row.service:
             kind = f"{HELD_BACK}{message.kind}"
             commit.mail = [
                 MailRow(row.service, row.id, message.id, kind, message.body, message.at_us)
@@ -482,7 +504,7 @@ class Holder:
         held = self.held.get((message.to, message.run))
         if held is not None:
             row = held.row
-        if row is None or row.status == "passed":
+        if row is None or (row.holder != row.service and row.status not in ENDED):
             self._not_here(message)
             return
         if row.status in ENDED:
@@ -503,7 +525,7 @@ class Holder:
     async def _retry(self, message: Message) -> None:
         """Go on with a stuck run, or take a failed one back to before its failure."""
         row = await self._store.run_row(message.to, message.run)
-        if row is None or row.status == "passed":
+        if row is None or (row.holder != row.service and row.status not in ENDED):
             self._not_here(message)
             return
         if row.status not in ("stuck", "failed") or row.service != message.to:
@@ -549,11 +571,16 @@ class Holder:
         self._spawn(self._note(message, unpack(Note, message.body)))
 
     async def _note(self, message: Message, note: Note) -> None:
-        row = await self._store.run_row(message.to, message.run)
+        key = (message.to, message.run)
+        row = await self._store.run_row(*key)
+        away = row is not None and row.holder != row.service and row.status not in ENDED
+        if row is None or not away or key in self.held or key in self._loading:
+            self._session.consumed(message)  # the baton is back already
+            return
         commit = Commit(lambda error: self._session.consumed(message))
-        if row is not None and row.status == "passed" and row.hop <= note.hop:
+        if row.hop <= note.hop:
             row.hop, row.holder = note.hop, note.holder
-            row.reason = note.reason
+            row.status, row.reason = note.status, note.reason
             commit.runs = [row]
         self._session.submit(commit)
 
@@ -926,14 +953,15 @@ class Holder:
         self._assign_number(held)
         held.dirty = held.dirty or held.arrival is not None
         if held.arrival is not None and row.service != row.home:
-            note = Note(row.hop, row.service, row.status, row.reason)
-            messages.append(
-                self._message(
-                    "note", f"{row.id}#n{row.hop}", row.home, row.id, pack(note),
-                    self._session.now_us(),
-                )
-            )  # fmt: skip
+            messages.append(self._note_home(row, row.service, row.status, row.reason))
         self._write(held, messages, unparked, taken, done, launch, parked, write_row=held.dirty)
+
+    def _note_home(self, row: RunRow, holder: str, status: Status, reason: str) -> Message:
+        """Return what tells home where its run is."""
+        body = pack(Note(row.hop, holder, status, reason))
+        now = self._session.now_us()
+        id = f"{row.id}#n{row.hop}{status[0]}"
+        return self._message("note", id, row.home, row.id, body, now)
 
     def _assign_number(self, held: Held) -> None:
         if held.row.no == 0:
@@ -973,6 +1001,8 @@ class Holder:
                 self._session.consumed(message)
             if row.status in ENDED and row.service == row.home:
                 self._session.ended(row)
+            if passed_to and not self._session.owns(self._store.target_of(passed_to, row.id)):
+                held.execution.discard()  # another process goes on with it
             if launch and not held.dead:
                 self._launch(held, launch)
 
@@ -1030,8 +1060,7 @@ class Holder:
         held.trail = [*held.trail, Stop(decision.to, now, hop)]
         row.hop, row.holder, row.status, row.reason = hop, decision.to, "passed", ""
         row.wake_us = None
-        held.dead = True
-        self.held.pop(held.key, None)
+        self._forget(held)
         body = self._baton(held, hop, None)
         messages.append(
             self._message("baton", hop_id(row.id, hop), decision.to, row.id, body, now, held)
@@ -1053,6 +1082,9 @@ class Holder:
         if held.attributes:
             row.attributes = encode_plain(held.attributes)
         keep = held.exists or row.service == row.home
+        if held.exists and row.service != row.home and to != row.home:
+            # It was said to wait here; now it goes on.
+            messages = [*messages, self._note_home(row, to, "passed", "")]
         if keep:
             self._assign_number(held)
             row.header = encode_plain(held.header)
@@ -1085,8 +1117,7 @@ class Holder:
         for op in list(held.execution.pending.values()):
             held.execution.give_up(op.ordinal)
         self._collect(held, messages)
-        held.dead = True
-        self.held.pop(held.key, None)
+        self._forget(held)
         self._session.run_timers.forget(held.key)
         held.execution.discard()
         if row.service != header.home and held.entries is not None:
@@ -1198,13 +1229,7 @@ class Holder:
         if held.arrival is not None:
             commit.inbox = [held.arrival]
         if row.service != row.home:
-            note = Note(row.hop, row.service, "stuck", reason)
-            commit.messages = [
-                self._message(
-                    "note", f"{row.id}#s{row.hop}", row.home, row.id, pack(note),
-                    self._session.now_us(),
-                )
-            ]  # fmt: skip
+            commit.messages = [self._note_home(row, row.service, "stuck", reason)]
         self._session.submit(commit)
 
     def quarantine(self, row: RunRow) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pavane.engine.committer import Committer
 from pavane.engine.config import EngineConfig
+from pavane.engine.held import Held
 from pavane.engine.holder import SUSPECT_DEATHS, Holder
 from pavane.engine.lease import LeaseKeeper, is_gone, this_host
 from pavane.engine.pruner import Pruner
@@ -158,6 +159,8 @@ class Session:
         self._flight[message.target][message.pos] = None
         if message.target not in self.draining:
             self._handle(message, redelivered)
+        elif isinstance(message.live, Held):
+            message.live.execution.discard()  # the next owner goes on with it
 
     def _handle(self, message: Message, redelivered: bool) -> None:
         kind = message.kind

@@ -63,12 +63,12 @@ class Attempt:
 
     `held` is the run if it is held here and the step needs no command; `message` the command until
     its inbox mark is written. `parked` is its custody row, once there is one. `owner` is the
-    service whose partition it belongs to: the command's receiver, or the service that holds the run.
+    service whose partition it belongs to: the command's receiver, or the holder of the run.
     """
 
     __slots__ = (
-        "abandoned", "beat", "began_us", "call", "held", "key", "message", "number", "options", "owner",
-        "parked", "pending_beat", "revoked", "started_us", "step", "task",
+        "abandoned", "beat", "began_us", "call", "held", "key", "message", "number", "options",
+        "owner", "parked", "pending_beat", "revoked", "started_us", "step", "task",
     )  # fmt: skip
 
     def __init__(
