@@ -13,7 +13,7 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar
 import msgspec
 from msgspec import Raw
 
-from pavane.config import make_store, store_address
+from pavane.config import MEMORY, make_store, store_address
 from pavane.core.baton import ENDED, Header, Stop, decode_baton
 from pavane.core.codec import decode_error, decoder, encode
 from pavane.core.envelope import Published, Request, Signal, Start, pack, unpack
@@ -569,7 +569,7 @@ class App:
                 raise BadDeclaration(f"services=[…] lists {service!r}, which is no Service.")
         self.registry = Registry(services)
         self.config = config or EngineConfig()
-        self._store = store
+        self._store = make_store(MEMORY) if store == MEMORY else store
         self._client: Client | None = None
 
     @property
@@ -582,6 +582,8 @@ class App:
         chosen = self._store
         if store is not None or chosen is None or isinstance(chosen, str):
             chosen = make_store(store or self.address)
+        else:
+            chosen = chosen.connect()
         return Client(self.registry, chosen, services, self.config)
 
     @asynccontextmanager

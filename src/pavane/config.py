@@ -8,6 +8,7 @@ from pavane.errors import StoreError
 from pavane.stores.port import Store
 
 STORE_VARIABLE = "PAVANE_STORE"
+MEMORY = "memory:"
 
 
 def store_address(given: str | None, app: str) -> str:
@@ -17,7 +18,7 @@ def store_address(given: str | None, app: str) -> str:
 
 def make_store(address: str) -> Store:
     """Return the store of an address: a path, `sqlite:///path`, or `memory:`."""
-    if address == "memory:":
+    if address == MEMORY:
         from pavane.stores.memory import MemoryStore
 
         return MemoryStore()

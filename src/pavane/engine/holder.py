@@ -92,6 +92,7 @@ class Holder:
         self._loading: dict[Key, list[Action]] = {}
         self._claiming: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._again: set[Key] = set()
         self.replays = 0
 
     # -- starting ------------------------------------------------------------------------------
@@ -161,18 +162,25 @@ class Holder:
 
     def start_message(self, message: Message) -> None:
         start = unpack(Start, message.body)
-        self._spawn(self._start_if_new(message, start))
+        key = (message.to, start.header.run)
+        if self._is_known(key):
+            self._session.consumed(message)
+            return
+        self._loading[key] = []  # what comes for the run meanwhile waits for it
+        self._spawn(self._start_if_new(message, start, key))
 
-    async def _start_if_new(self, message: Message, start: Start) -> None:
-        while (message.to, start.header.run) in self._claiming:
-            await asyncio.sleep(0.001)
-        row = await self._store.run_row(message.to, start.header.run)
+    async def _start_if_new(self, message: Message, start: Start, key: Key) -> None:
+        try:
+            row = await self._store.run_row(*key)
+        finally:
+            waiting = self._loading.pop(key, [])
         if row is None:
             self.start(start.header, bytes(start.args), message=message)
-            return
-        if row.status == "running" and row.holder == row.service:
-            self.with_run(row.service, row.id, _nothing)
-        self._session.consumed(message)
+        else:
+            self.with_run(*key, _nothing)
+            self._session.consumed(message)
+        for action in waiting:
+            self.with_run(*key, action)
 
     # -- finding a run -------------------------------------------------------------------------
 
@@ -359,7 +367,7 @@ class Holder:
             self._stick(held, reply.stuck)
             return
         if operation.fingerprint != reply.fingerprint:
-            self._stick(held, _other_operation(reply, operation), message)
+            self._stick(held, _other_operation(reply, operation), *_some(message))
             return
         if not reply.ok and operation.undo:
             held.consuming += [message] if message else []
@@ -415,6 +423,7 @@ class Holder:
                 hops = [(_hop_of(mark.id), mark.passed_to) for mark in marks if mark.passed_to]
                 to = max(hops)[1] if hops else ""
             if not to or to == message.to:
+                log.warning("%s for run %s: no such run was ever here", message.kind, message.run)
                 self._session.consumed(message)
                 return
             commit.messages = [
@@ -601,7 +610,13 @@ class Holder:
         key = (service, header.run)
         if service == header.home and passed.home_row is not None:
             row, exists = passed.home_row, True
-        elif service == header.home or key in self.held or key in self._loading:
+        elif (
+            service == header.home
+            or key in self.held
+            or key in self._loading
+            or any(stop.service == service for stop in passed.trail[:-1])
+        ):
+            # There may be a row of an earlier visit, so it is taken as if it came from elsewhere.
             passed.execution.discard()
             self._spawn(self._take_baton(message, False))
             return
@@ -712,7 +727,7 @@ class Holder:
         try:
             execution.feed(entry)
         except Mismatch as error:
-            self._stick(held, str(error), message)
+            self._stick(held, str(error), *_some(message))
             return
         held.record(entry, self._config.journal_max_bytes)
         held.suspect = False  # it made progress
@@ -1025,23 +1040,37 @@ class Holder:
         self._session.submit(commit)
 
     def _refused(self, held: Held, error: PavaneError, consuming: Sequence[Message]) -> None:
-        """A commit was not written: forget what was built on it."""
-        self._drop(held)
-        for message in consuming:
-            self._session.consumed(message)
-        if isinstance(error, Conflict):
-            log.info("run %s: %s", held.row.id, error)
-        elif self._session.open:
-            log.error("run %s: %s", held.row.id, error)
-            row = held.row
-            if held.exists and row.no:
-                self._spawn(self._poisoned(row, error))
+        """A commit was not written: forget what was built on it, and lose nothing.
 
-    async def _poisoned(self, row: RunRow, error: PavaneError) -> None:
-        stored = await self._store.run_row(row.service, row.id)
-        if stored is not None:
-            held = Held(stored, decode_header(stored.header), _no_execution(), exists=True)
-            self._stick(held, str(error), kept_journal=True)
+        A conflict means that the store knows better: what came is delivered again to the run as it
+        is there, once. Anything else is a value that cannot be stored: the run is stuck with it.
+        """
+        self._drop(held)
+        if not self._session.open:
+            return
+        row = held.row
+        if not isinstance(error, Conflict):
+            log.error("run %s: %s", row.id, error)
+            self._spawn(self._poisoned(held, error, consuming))
+            return
+        log.info("run %s: %s", row.id, error)
+        if not consuming and held.key not in self._again:
+            self._again.add(held.key)
+            self.with_run(*held.key, _nothing)
+        for message in consuming:
+            if (message.to, message.id) in self._again:
+                log.error("%r was refused twice: %s", message, error)  # a restart takes it up
+            else:
+                self._again.add((message.to, message.id))
+                self._session.redeliver(message)
+
+    async def _poisoned(self, held: Held, error: PavaneError, consuming: Sequence[Message]) -> None:
+        row = await self._store.run_row(*held.key)
+        if row is None:
+            row = blank_row(0, held.row.service, held.row.target, held.header)
+        stuck = Held(row, held.header, _no_execution(held.header), exists=True)
+        stuck.count = row.entries
+        self._stick(stuck, str(error), *consuming, kept_journal=True)
 
     def _pass(
         self,
@@ -1188,8 +1217,7 @@ class Holder:
         self,
         held: Held,
         reason: str,
-        message: Message | None = None,
-        *,
+        *messages: Message,
         unparked: Sequence[tuple[str, str]] = (),
         kept_journal: bool = False,
     ) -> None:
@@ -1199,7 +1227,7 @@ class Holder:
         row.status, row.reason, row.wake_us = "stuck", reason, None
         row.undone = held.undone
         mail: list[MailRow] = []
-        if message is not None:
+        for message in messages:
             kind = f"{HELD_BACK}{message.kind}"
             mail.append(MailRow(row.service, row.id, message.id, kind, message.body, message.at_us))
             held.consuming.append(message)
@@ -1348,6 +1376,10 @@ def _other_operation(reply: Reply, operation: Operation) -> str:
 
 def _ignore(_: PavaneError | None) -> None:
     """Nothing waits for this commit."""
+
+
+def _some(message: Message | None) -> list[Message]:
+    return [] if message is None else [message]
 
 
 def _nothing(_: Held | None) -> None:

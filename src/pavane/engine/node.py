@@ -188,6 +188,11 @@ class Session:
             log.error("message %s of run %s: %s", message.id, message.run, error)
             self.consumed(message)
 
+    def redeliver(self, message: Message) -> None:
+        """Handle a message again, soon: what was made of it could not be written."""
+        message.live = None
+        asyncio.get_running_loop().call_soon(self._handle, message, False)
+
     def consumed(self, message: Message) -> None:
         """Note that a message took effect, durably."""
         flight = self._flight.get(message.target)

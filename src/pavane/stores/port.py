@@ -239,6 +239,10 @@ class Store(Protocol):
     under a fence, if they directly follow it: there is nothing to read.
     """
 
+    def connect(self) -> Store:
+        """Return another view of the same store, to be opened by another client."""
+        ...
+
     async def open(self) -> None:
         """Open or create it, and set `tail` to the log's end; raise StoreError with a remedy."""
         ...

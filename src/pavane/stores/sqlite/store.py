@@ -89,6 +89,9 @@ class SqliteStore:
 
     # -- opening -------------------------------------------------------------------------------
 
+    def connect(self) -> SqliteStore:
+        return SqliteStore(self.path, partitions=self.partitions)
+
     async def open(self) -> None:
         if self._opened:
             raise StoreError(
@@ -124,7 +127,7 @@ class SqliteStore:
             raise self._explained(apsw.ReadOnlyError())
         self._check_owner(connection)
         for pragma, wanted in (("journal_mode", "wal"), ("synchronous", 2)):
-            connection.execute(f"PRAGMA {pragma} = {wanted}")
+            _patiently(connection, f"PRAGMA {pragma} = {wanted}")
             got = connection.execute(f"PRAGMA {pragma}").get
             if got != wanted:
                 raise StoreError(
@@ -821,6 +824,19 @@ def _refusal(error: Exception) -> PavaneError:
 
 def _json(values: Sequence[Any]) -> str:
     return msgspec.json.encode(values).decode()
+
+
+def _patiently(connection: Connection, sql: str) -> None:
+    """Execute what SQLite refuses at once if it is busy: another process may switch to WAL too."""
+    ends = time.monotonic() + BUSY_MS / 1000
+    while True:
+        try:
+            connection.execute(sql)
+            return
+        except apsw.BusyError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.005)
 
 
 def _bytes(text: Any) -> bytes:
