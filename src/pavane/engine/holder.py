@@ -163,6 +163,9 @@ class Holder:
     def start_message(self, message: Message) -> None:
         start = unpack(Start, message.body)
         key = (message.to, start.header.run)
+        if key in self._claiming:  # in vain, if this start came first
+            asyncio.get_running_loop().call_later(0.001, self.start_message, message)
+            return
         if self._is_known(key):
             self._session.consumed(message)
             return

@@ -1,0 +1,103 @@
+"""A saga whose last step fails, killed by SIGKILL at every durable point of its life."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.crash_points import NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+UNDONE = ["release", "unnote", "refund"]
+CASES = [
+    (mode, layout, when)
+    for layout in ("one", *NAMES)
+    for mode in ("orchestration", "choreography")
+    for when in ("before", "after")
+]
+
+Case = tuple[str, str, str]
+
+
+@pytest.fixture(scope="module")
+def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future[str]]]:
+    """All cases, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            case: pool.submit(_crash, case, tmp_path_factory.mktemp("-".join(case)))
+            for case in CASES
+        }
+
+
+def _crash(case: Case, folder: Path) -> str:
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.crash_points", *case, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_kill_between_any_two_durable_points_loses_and_doubles_nothing(
+    crashes: dict[Case, Future[str]], case: Case
+) -> None:
+    """Invariants 1, 2, 3, 5, 7, 9, 10."""
+    found = [json.loads(line) for line in crashes[case].result().splitlines()]
+    kills = [one for one in found if one["killed"]]
+    assert len(kills) >= (8 if case[1] == "one" else 1)
+    for one in found:
+        where = f"point {one['point']}"
+        assert one["killed"] in (0, -9), where
+        assert one["again"] == 0, where
+        check_end(one["after"], where)
+        if one["killed"]:
+            check_executions(one["before"], one["after"], where)
+
+
+def check_end(after: dict[str, Any], where: str) -> None:
+    """One outcome; compensated once each, in reverse; nothing left over."""
+    home = [run for run in after["runs"] if run[0] == "orders"]
+    assert [run[1:3] for run in home] == [["failed", 3]], where
+    assert {run[1] for run in after["runs"] if run[0] != "orders"} <= {"passed"}, where
+    results = [entry for entry in after["entries"] if entry[0] in ("done", "failed")]
+    assert [what.partition(".")[2] for _, _, what in results] == [
+        "charge", "note", "reserve", "ship", *UNDONE
+    ], where  # fmt: skip
+    assert [entry[0] for entry in after["entries"]] == [
+        "start", "done", "done", "done", "fired", "failed", "done", "done", "done"
+    ], where  # fmt: skip
+    assert after["doubled"] == [], where
+    assert after["unmarked"] == [], where
+    assert (after["parked"], after["mail"]) == ([], []), where
+
+
+def check_executions(before: dict[str, Any], after: dict[str, Any], where: str) -> None:
+    """A journalled result is not executed again; each step's key never changes; order holds."""
+    keys: dict[str, set[str]] = {}
+    counts: dict[str, int] = {}
+    for _, step, key, _ in after["executions"]:
+        keys.setdefault(step, set()).add(key)
+        counts[step] = counts.get(step, 0) + 1
+    assert set(keys) == {"charge", "note", "reserve", "ship", *UNDONE}, where
+    assert all(len(known) == 1 for known in keys.values()), where
+    assert all(count <= 2 for count in counts.values()), (where, counts)
+    assert sum(count - 1 for count in counts.values()) <= 1, (where, counts)
+    later = after["executions"][len(before["executions"]) :]
+    journalled = {f"r-1#{op}" for op in before["known"]}
+    assert not journalled & {key for _, _, key, _ in later}, where
+    order = list(dict.fromkeys(step for _, step, _, _ in after["executions"] if step in UNDONE))
+    assert order == UNDONE, where
