@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
 
@@ -291,14 +291,11 @@ class StepInfo(msgspec.Struct, frozen=True):
     heartbeat_details: Any
 
 
-class StepContext:
+class StepContext(Protocol):
     """The engine's side of a running attempt."""
 
-    __slots__ = ("beat", "info")
-
-    def __init__(self, info: Callable[[], StepInfo], beat: Callable[[Any], None]) -> None:
-        self.info = info
-        self.beat = beat
+    def info(self) -> StepInfo: ...
+    def beat(self, details: Any) -> None: ...
 
 
 current_step: ContextVar[StepContext | None] = ContextVar("pavane_step", default=None)

@@ -47,6 +47,8 @@ def decide(
     command was sent is awaited, never passed. A journal or a number of hops above the caps brings
     the run home for good.
     """
+    if len(pending) == 1 and pending[0].service == here and pending[0].kind == "step":
+        return STAY
     if here != home and any(op.kind == "receive" and not op.sent for op in pending):
         return Pass(home)
     counted = pending if len(pending) == 1 else [op for op in pending if op.name != EXPIRY]

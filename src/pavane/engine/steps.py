@@ -33,7 +33,7 @@ from pavane.errors import (
     UnknownName,
 )
 from pavane.policy import ONCE, PERSISTENT, Retry, StepOptions, seconds
-from pavane.service import Step, StepContext, StepInfo, current_step, deadline_from
+from pavane.service import Step, StepInfo, current_step, deadline_from
 from pavane.stores.port import Commit, InboxRow, Message, ParkedRow
 
 if TYPE_CHECKING:
@@ -67,13 +67,20 @@ class Attempt:
     """
 
     __slots__ = (
-        "abandoned", "beat", "began_us", "call", "held", "key", "message", "number", "options",
-        "owner", "parked", "pending_beat", "revoked", "started_us", "step", "task",
+        "abandoned", "beaten", "began_us", "call", "details", "held", "key", "message", "number",
+        "options", "owner", "parked", "pending_beat", "revoked", "started_us", "step", "steps",
+        "task",
     )  # fmt: skip
 
     def __init__(
-        self, call: Call, step: Step[..., Any] | None, options: StepOptions, owner: str
+        self,
+        steps: Steps,
+        call: Call,
+        step: Step[..., Any] | None,
+        options: StepOptions,
+        owner: str,
     ) -> None:
+        self.steps = steps
         self.call = call
         self.owner = owner
         self.key = (owner, call.id)
@@ -82,7 +89,8 @@ class Attempt:
         self.number = 1
         self.began_us = 0
         self.started_us = 0
-        self.beat = b"null"
+        self.details = b"null"
+        self.beaten: asyncio.Event | None = None
         self.pending_beat = False
         self.held: Held | None = None
         self.message: Message | None = None
@@ -90,6 +98,18 @@ class Attempt:
         self.task: asyncio.Task[None] | None = None
         self.revoked = False
         self.abandoned = False
+
+    def info(self) -> StepInfo:
+        call = self.call
+        return StepInfo(
+            call.run, call.service, call.step, self.number, operation_id(call.run, call.op, 0),
+            deadline_from(self.options.timeout_s, self.started_us / 1e6),
+            None if self.details == b"null" else _decode_any(self.details),
+        )  # fmt: skip
+
+    def beat(self, details: Any) -> None:
+        """Take a heartbeat, from the step's task or thread."""
+        self.steps.beat_soon(self, encode(details))
 
 
 class Steps:
@@ -126,7 +146,7 @@ class Steps:
     def launch_local(self, held: Held, call: Call, options: StepOptions) -> None:
         """Run a step for a run held here; its result is delivered without a message."""
         step = self._session.registry.services[call.service].steps.get(call.step)
-        attempt = Attempt(call, step, options, held.row.service)
+        attempt = Attempt(self, call, step, options, held.row.service)
         attempt.held = held
         self._begin(attempt)
 
@@ -181,7 +201,7 @@ class Steps:
             give_up = options.retry.give_up
             retry = Retry(o.attempts, o.first_s, o.factor, o.most_s, o.jitter, give_up, o.within_s)
             options = StepOptions(retry, o.timeout_s, o.heartbeat_s, options.undo)
-        return Attempt(call, step, options, owner)
+        return Attempt(self, call, step, options, owner)
 
     def resume(self, parked: ParkedRow) -> None:
         """Run the next attempt of a parked step, which is due."""
@@ -190,7 +210,7 @@ class Steps:
         attempt = self._attempt(unpack(Call, parked.call), parked.service)
         attempt.parked = parked
         attempt.number, attempt.began_us = parked.attempt, parked.began_us
-        attempt.beat = parked.beat
+        attempt.details = parked.beat
         self._begin(attempt)
 
     def due(self, due: Sequence[tuple[tuple[str, str], None]]) -> None:
@@ -253,7 +273,7 @@ class Steps:
             self._failed(attempt, error, final=True)
             return
         self._running[key] = attempt
-        attempt.task = self._loop.create_task(self._run(attempt, attempt.step))
+        attempt.task = asyncio.Task(self._run(attempt, attempt.step), loop=self._loop)
 
     async def _run(self, attempt: Attempt, step: Step[..., Any]) -> None:
         """Make one attempt and hand on what became of it."""
@@ -262,10 +282,10 @@ class Steps:
         raw = b"null"
         try:
             args, kwargs = step.params.decode(bytes(attempt.call.args))
-            beaten = None if attempt.options.heartbeat_s is None else asyncio.Event()
-            current_step.set(self._context(attempt, beaten))
-            if attempt.options.timeout_s is not None or beaten is not None:
-                result = await self._bounded(step, args, kwargs, attempt.options, beaten)
+            current_step.set(attempt)
+            options = attempt.options
+            if options.timeout_s is not None or options.heartbeat_s is not None:
+                result = await self._bounded(attempt, step, args, kwargs)
             elif step.is_async:
                 result = await step.fn(*args, **kwargs)
             else:
@@ -280,9 +300,9 @@ class Steps:
                     )
         except (BadArguments, NotEncodable, TooLarge, NotDecodable) as bad:
             error, final = bad, True
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             raise
-        except BaseException as failure:
+        except BaseException as failure:  # a step that exits has failed; its node goes on
             error = failure
         del self._running[attempt.key]
         attempt.task = None  # breaks the cycle, to spare the garbage collector
@@ -295,18 +315,6 @@ class Steps:
             self._answer(attempt, True, raw)
         elif not (stopped and isinstance(error, asyncio.CancelledError)):
             self._failed(attempt, error, final)
-
-    def _context(self, attempt: Attempt, beaten: asyncio.Event | None) -> StepContext:
-        def info() -> StepInfo:
-            call = attempt.call
-            return StepInfo(
-                call.run, call.service, call.step, attempt.number,
-                operation_id(call.run, call.op, 0),
-                deadline_from(attempt.options.timeout_s, attempt.started_us / 1e6),
-                None if attempt.beat == b"null" else _decode_any(attempt.beat),
-            )  # fmt: skip
-
-        return StepContext(info, lambda details: self._beat(attempt, beaten, details))
 
     def _drop(self, attempt: Attempt) -> None:
         """Forget a revoked attempt; a command is marked as consumed."""
@@ -326,15 +334,12 @@ class Steps:
             self._threads, lambda: context.run(step.fn, *args, **kwargs)
         )
 
-    async def _bounded(
-        self,
-        step: Step[..., Any],
-        args: Any,
-        kwargs: Any,
-        options: StepOptions,
-        beaten: asyncio.Event | None,
-    ) -> Any:
+    async def _bounded(self, attempt: Attempt, step: Step[..., Any], args: Any, kwargs: Any) -> Any:
         """Await the step within its timeout and, if asked for, while its heart beats."""
+        options = attempt.options
+        if options.heartbeat_s is not None:
+            attempt.beaten = asyncio.Event()
+        beaten = attempt.beaten
         work = self._loop.create_task(self._call(step, args, kwargs))
         ends = None if options.timeout_s is None else self._loop.time() + options.timeout_s
         try:
@@ -371,21 +376,17 @@ class Steps:
                 if step.is_async:
                     await asyncio.wait([work], timeout=1.0)
 
-    def _beat(self, attempt: Attempt, beaten: asyncio.Event | None, details: Any) -> None:
-        """Take a heartbeat, from the step's task or thread."""
-        raw = encode(details)
+    def beat_soon(self, attempt: Attempt, raw: bytes) -> None:
+        self._loop.call_soon_threadsafe(self._beat, attempt, raw)
 
-        def take() -> None:
-            attempt.beat = raw
-            if beaten is not None:
-                beaten.set()
-            if not attempt.pending_beat:
-                attempt.pending_beat = True
-                self._loop.call_later(
-                    0 if attempt.parked is None else BEAT_EVERY_S, self._keep_beat, attempt
-                )
-
-        self._loop.call_soon_threadsafe(take)
+    def _beat(self, attempt: Attempt, raw: bytes) -> None:
+        attempt.details = raw
+        if attempt.beaten is not None:
+            attempt.beaten.set()
+        if not attempt.pending_beat:
+            attempt.pending_beat = True
+            delay_s = 0.0 if attempt.parked is None else BEAT_EVERY_S
+            self._loop.call_later(delay_s, self._keep_beat, attempt)
 
     def _keep_beat(self, attempt: Attempt) -> None:
         attempt.pending_beat = False
@@ -426,7 +427,7 @@ class Steps:
         deaths = attempt.parked.deaths if attempt.parked and error == b"null" else 0
         parked = ParkedRow(
             attempt.owner, call.run, call.id, self._store.target_of(attempt.owner, call.run),
-            pack(call), attempt.number, due_us, attempt.began_us, attempt.beat, error, deaths,
+            pack(call), attempt.number, due_us, attempt.began_us, attempt.details, error, deaths,
         )  # fmt: skip
         attempt.parked = parked
         key = (parked.service, parked.id)
