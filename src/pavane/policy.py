@@ -96,9 +96,12 @@ PERSISTENT = Retry(attempts=10, first="200ms", most="1m")
 
 
 class StepOptions(msgspec.Struct, frozen=True):
-    """The declared behaviour of a step. Times are seconds here; None means none."""
+    """The declared behaviour of a step. Times are seconds here; None means none.
 
-    retry: Retry = ONCE
+    Without `retry` a step is tried ONCE, a compensation is PERSISTENT.
+    """
+
+    retry: Retry | None = None
     timeout_s: float | None = None
     heartbeat_s: float | None = None
     undo: Any = None

@@ -16,7 +16,7 @@ from pavane.core.operations import Mode
 from pavane.core.saga import current_saga
 from pavane.errors import BadDeclaration, OnlyInWorkflow
 from pavane.event import Event
-from pavane.policy import ONCE, Duration, Retry, StepOptions, seconds
+from pavane.policy import Duration, Retry, StepOptions, seconds
 
 if TYPE_CHECKING:
     from pavane.workflow import Workflow
@@ -146,7 +146,7 @@ class Service:
         /,
         *,
         name: str | None = None,
-        retry: Retry = ONCE,
+        retry: Retry | None = None,
         timeout: Duration | None = None,
         heartbeat: Duration | None = None,
         undo: Callable[..., Awaitable[Any]] | None = None,
@@ -157,7 +157,7 @@ class Service:
         /,
         *,
         name: str | None = None,
-        retry: Retry = ONCE,
+        retry: Retry | None = None,
         timeout: Duration | None = None,
         heartbeat: Duration | None = None,
         undo: Callable[..., Awaitable[Any]] | None = None,

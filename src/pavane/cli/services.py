@@ -95,7 +95,9 @@ def _workflow(workflow: Workflow[..., object]) -> WorkflowLine:
 def _step(step: Step[..., object]) -> StepLine:
     options = step.options_
     undo = "" if options.undo is None else repr(options.undo)
-    return StepLine(step.name, options.retry.attempts, options.timeout_s, options.heartbeat_s, undo)
+    return StepLine(
+        step.name, (options.retry or ONCE).attempts, options.timeout_s, options.heartbeat_s, undo
+    )
 
 
 async def _look(app: App, store: str | None, lines: list[ServiceLine]) -> str:

@@ -64,6 +64,7 @@ class Baton(msgspec.Struct, array_like=True):
     """One hop of a run: its header, its journal so far, and where it has been.
 
     `entries` is one chunk (see `journal`). With an `outcome` the run has ended and goes home.
+    `sent` are the pending operations that someone was asked to do already.
     """
 
     format: int
@@ -74,6 +75,7 @@ class Baton(msgspec.Struct, array_like=True):
     trail: list[Stop]
     attributes: dict[str, str | int | float | bool]
     outcome: Outcome | None = None
+    sent: list[int] = []
 
 
 _encoder = msgspec.json.Encoder()

@@ -937,7 +937,7 @@ def _notes(exc: BaseException) -> list[str]:
 
 
 def _revive(record: _ErrorRecord) -> Exception:
-    cls = _loaded_class(record.type)
+    cls = loaded_class(record.type)
     try:
         exc = _rebuild(cls, record) if cls else _stand_in(record)
     except Exception:
@@ -957,7 +957,7 @@ def _stand_in(record: _ErrorRecord) -> StepError:
     return exc
 
 
-def _loaded_class(type_name: str) -> type[Exception] | None:
+def loaded_class(type_name: str) -> type[Exception] | None:
     module, _, qualname = type_name.partition(":")
     found: object = sys.modules.get(module)
     for part in qualname.split("."):

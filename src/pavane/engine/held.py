@@ -27,13 +27,14 @@ class Held:
     first commit takes it. `local` are operations whose step runs here. `consuming` are log
     messages to be acknowledged with the next commit. `chain`
     ties its commits together. `dirty`: the row changed since it was written.
-    `suspect`: it was touched after a crash and has made no progress since.
+    `mail` waits in the mailbox, `taken` are ids of what was delivered from there. `marks` go into the
+    inbox with the next commit. `suspect`: it was touched after a crash and has made no progress since.
     """
 
     __slots__ = (
         "arrival", "attributes", "chain", "commits", "consuming", "count", "dead", "dirty",
-        "entries", "execution", "exists", "header", "home_row", "local", "mail", "row",
-        "size_bytes", "suspect", "trail", "undone", "unwritten",
+        "entries", "execution", "exists", "header", "home_row", "local", "mail", "marks", "row",
+        "size_bytes", "suspect", "taken", "trail", "undone", "unwritten",
     )  # fmt: skip
 
     def __init__(self, row: RunRow, header: Header, execution: Execution, exists: bool) -> None:
@@ -51,6 +52,8 @@ class Held:
         self.consuming: list[Message] = []
         self.local: set[int] = set()
         self.mail: list[MailRow] = []
+        self.taken: set[str] = set()
+        self.marks: list[InboxRow] = []
         self.commits = 0
         self.dead = False
         self.chain = next(_chains)

@@ -284,7 +284,7 @@ class Holder:
             row.status, row.reason = "running", ""
         definition_receives = getattr(definition, "receives", ())
         if row.service == row.home and definition_receives:
-            held.mail = await self._store.mail_of(row.service, row.id)
+            await self._read_mail(held)
         self._add(held)
         parked = await self._parked_steps(held)
         for op in execution.pending.values():
@@ -435,6 +435,8 @@ class Holder:
                     self._store.target_of(to, message.run),
                 )
             ]  # fmt: skip
+            if message.kind == "cancel":  # should this one come again, the run may be elsewhere
+                commit.inbox = [self._mark(message)]
         self._session.submit(commit)
 
     def wake(self, due: Sequence[tuple[Key, Any]]) -> None:
@@ -474,25 +476,33 @@ class Holder:
         mail = MailRow(
             message.to, message.run, message.id, signal.type, bytes(signal.body), message.at_us
         )
-        held = self.held.get(key)
 
         def kept(error: PavaneError | None) -> None:
-            self._session.consumed(message)
-            if error is None:
-                self.with_run(*key, lambda live: self._got_mail(live, mail))
+            # If it was kept before, by a process that died since, the run reads it when it is loaded.
+            news = mail if error is None else None
+            self.with_run(*key, lambda held: self._got_mail(held, news, message))
 
         commit = Commit(kept)
         commit.inbox = [InboxRow(message.to, message.id, message.at_us)]
         commit.mail = [mail]
-        del held
         self._session.submit(commit)
 
-    def _got_mail(self, held: Held | None, mail: MailRow) -> None:
-        if held is None or held.dead or held.outcome is not None:
+    def _got_mail(self, held: Held | None, mail: MailRow | None, message: Message) -> None:
+        """Deliver an event that is in the mailbox; its message is consumed with the delivery."""
+        if held is None or held.dead or held.outcome is not None or mail is None:
+            self._session.consumed(message)
             return
-        if all(known.id != mail.id for known in held.mail):
+        if mail.id not in held.taken and all(known.id != mail.id for known in held.mail):
             held.mail.append(mail)
+        if any(op.kind == "receive" and op.name == mail.type for op in held.execution.pending.values()):
+            held.consuming.append(message)
+        else:
+            self._session.consumed(message)
         self._settle(held, replayed=True)
+
+    async def _read_mail(self, held: Held) -> None:
+        mail = await self._store.mail_of(*held.key)
+        held.mail = [one for one in mail if one.id not in held.taken]
 
     def request_message(self, message: Message) -> None:
         """Cancel, kill or retry a run, wherever it is."""
@@ -500,6 +510,12 @@ class Holder:
             self._spawn(self._kill(message))
         elif message.kind == "retry":
             self._spawn(self._retry(message))
+        else:
+            self._spawn(self._cancel_once(message))
+
+    async def _cancel_once(self, message: Message) -> None:
+        if message.id in await self._store.seen(message.to, [message.id]):
+            self._session.consumed(message)
         else:
             self.with_run(message.to, message.run, lambda held: self._cancel(held, message))
 
@@ -509,7 +525,11 @@ class Holder:
         elif held.dead or held.outcome is not None:
             self._session.consumed(message)
         else:
+            held.marks.append(self._mark(message))
             self._feed(held, Entry("cancel", self._session.now_us()), message=message)
+
+    def _mark(self, message: Message) -> InboxRow:
+        return InboxRow(message.to, message.id, self._session.now_us())
 
     async def _kill(self, message: Message) -> None:
         row = await self._store.run_row(message.to, message.run)
@@ -540,7 +560,8 @@ class Holder:
         if row is None or (row.holder != row.service and row.status not in ENDED):
             self._not_here(message)
             return
-        if row.status not in ("stuck", "failed") or row.service != message.to:
+        again = message.id in await self._store.seen(message.to, [message.id])
+        if again or row.status not in ("stuck", "failed") or row.service != message.to:
             self._session.consumed(message)
             return
         journal = (await self._store.journals([row.no]))[row.no]
@@ -570,6 +591,7 @@ class Holder:
         commit = Commit(resumed)
         commit.runs = [row]
         commit.journal = [JournalRow(row.no, len(entries), b"[" + rewind + b"]")]
+        commit.inbox = [self._mark(message)]
         commit.mail_taken = [(m.service, m.run, m.id) for m in back]
         commit.messages = [
             Message(m.type[1:], m.id, m.service, m.run, m.body, m.at_us, row.target) for m in back
@@ -684,7 +706,7 @@ class Holder:
         held.undone = _undone(raws)
         held.execution = execution
         for op in execution.pending.values():
-            op.sent = op.kind == "timer" or (op.kind != "receive" and len(execution.pending) > 1)
+            op.sent = op.kind == "timer" or op.ordinal in baton.sent
         if redelivered and not exists:
             self._assign_number(held)
             held.row.deaths = 1
@@ -710,7 +732,7 @@ class Holder:
         return bool(getattr(held.execution.definition, "receives", ()))
 
     async def _settle_with_mail(self, held: Held) -> None:
-        held.mail = await self._store.mail_of(*held.key)
+        await self._read_mail(held)
         if not held.dead:
             self._settle(held, replayed=True)
 
@@ -854,6 +876,7 @@ class Holder:
             op = waiting.get(mail.type)
             if op is not None:
                 del held.mail[at]
+                held.taken.add(mail.id)
                 entry = Entry(
                     "received", self._session.now_us(), op.ordinal, Raw(mail.body), mail.type,
                     0, mail.at_us,
@@ -1033,9 +1056,11 @@ class Holder:
                 row.trail = encode_plain(held.trail)
             commit.runs = [copy(row)]
             held.exists, held.dirty = True, False
+        marks, held.marks = held.marks, []
         if held.arrival is not None:
             arrival, held.arrival = held.arrival, None
-            commit.inbox = [InboxRow(arrival.service, arrival.id, arrival.at_us, passed_to)]
+            marks.append(InboxRow(arrival.service, arrival.id, arrival.at_us, passed_to))
+        commit.inbox = marks
         commit.messages = messages
         commit.unparked = unparked
         commit.mail_taken = taken
@@ -1126,10 +1151,11 @@ class Holder:
 
     def _baton(self, held: Held, hop: int, outcome: Outcome | None) -> bytes:
         assert held.entries is not None
+        sent = [op.ordinal for op in held.execution.pending.values() if op.sent]
         return encode_baton(
             Baton(
                 FORMAT, held.header, hop, held.count, Raw(b"[" + b",".join(held.entries) + b"]"),
-                held.trail, held.attributes, outcome,
+                held.trail, held.attributes, outcome, sent,
             )
         )  # fmt: skip
 

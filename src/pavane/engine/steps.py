@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Raw
 
-from pavane.core.codec import decoder, encode, encode_error, error_summary
+from pavane.core.codec import decoder, encode, encode_error, error_summary, loaded_class
 from pavane.core.envelope import Call, Reply, Request, operation_id, pack, unpack
 from pavane.engine.held import Held
 from pavane.errors import (
@@ -46,16 +46,40 @@ _decode_any = decoder(Any)
 
 
 class _Options(msgspec.Struct, array_like=True):
-    """Options of a call that differ from the declared ones, as they travel."""
+    """Options of a call that differ from the declared ones, as they travel; types by name."""
 
-    attempts: int
-    first_s: float
-    factor: float
-    most_s: float
-    jitter: float
-    within_s: float | None
     timeout_s: float | None
     heartbeat_s: float | None
+    attempts: int | None = None
+    first_s: float = 0.0
+    factor: float = 1.0
+    most_s: float = 0.0
+    jitter: float = 0.0
+    within_s: float | None = None
+    give_up: list[str] = []
+
+    @staticmethod
+    def of(options: StepOptions) -> _Options:
+        retry = options.retry
+        if retry is None:
+            return _Options(options.timeout_s, options.heartbeat_s)
+        return _Options(
+            options.timeout_s, options.heartbeat_s, retry.attempts, seconds(retry.first),
+            retry.factor, seconds(retry.most), retry.jitter,
+            None if retry.within is None else seconds(retry.within),
+            [f"{kind.__module__}:{kind.__qualname__}" for kind in retry.give_up],
+        )  # fmt: skip
+
+    def restored(self, undo: Any) -> StepOptions:
+        retry = None
+        if self.attempts is not None:
+            found = (loaded_class(name) for name in self.give_up)
+            give_up = tuple(kind for kind in found if kind is not None)
+            retry = Retry(
+                self.attempts, self.first_s, self.factor, self.most_s, self.jitter, give_up,
+                self.within_s,
+            )  # fmt: skip
+        return StepOptions(retry, self.timeout_s, self.heartbeat_s, undo)
 
 
 class Attempt:
@@ -132,16 +156,7 @@ class Steps:
         declared = self._session.registry.services[service].steps.get(name)
         if declared is None or options is None or options is declared.options_:
             return None
-        retry: Retry = options.retry
-        within_s = None if retry.within is None else seconds(retry.within)
-        return Raw(
-            pack(
-                _Options(
-                    retry.attempts, seconds(retry.first), retry.factor, seconds(retry.most),
-                    retry.jitter, within_s, options.timeout_s, options.heartbeat_s,
-                )
-            )
-        )  # fmt: skip
+        return Raw(pack(_Options.of(options)))
 
     def launch_local(self, held: Held, call: Call, options: StepOptions) -> None:
         """Run a step for a run held here; its result is delivered without a message."""
@@ -197,10 +212,7 @@ class Steps:
         step = service.steps.get(call.step) if service else None
         options = step.options_ if step else StepOptions()
         if call.options is not None:
-            o = unpack(_Options, bytes(call.options))
-            give_up = options.retry.give_up
-            retry = Retry(o.attempts, o.first_s, o.factor, o.most_s, o.jitter, give_up, o.within_s)
-            options = StepOptions(retry, o.timeout_s, o.heartbeat_s, options.undo)
+            options = unpack(_Options, bytes(call.options)).restored(options.undo)
         return Attempt(self, call, step, options, owner)
 
     def resume(self, parked: ParkedRow) -> None:
@@ -404,9 +416,7 @@ class Steps:
     # -- ending --------------------------------------------------------------------------------
 
     def _failed(self, attempt: Attempt, error: BaseException, final: bool) -> None:
-        retry = attempt.options.retry
-        if attempt.call.undo and retry == ONCE:
-            retry = PERSISTENT
+        retry = attempt.options.retry or (PERSISTENT if attempt.call.undo else ONCE)
         delay_s = None
         if not final:
             elapsed_s = (self._session.now_us() - attempt.began_us) / 1e6

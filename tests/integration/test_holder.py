@@ -1,0 +1,158 @@
+"""Runs that leave and come back: what happens between a commit's submission and its durability."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from pavane import App, BadArguments, EngineConfig, Retry, RunFilter, Service, saga
+
+home, away = Service("home"), Service("away")
+
+
+@home.step
+async def at_home() -> str:
+    return "home"
+
+
+@away.step
+async def at_away() -> str:
+    return "away"
+
+
+@away.step(retry=Retry(attempts=1))
+async def broken_undo() -> None:
+    if not REPAIRED:
+        raise ValueError("the till is locked")
+
+
+REPAIRED: list[bool] = []
+
+
+@home.workflow(mode="choreography")
+async def back_and_forth() -> list[str]:
+    """Wait at the other service, leave it, come back and wait there again."""
+    seen: list[str] = []
+    for _ in range(3):
+        seen.append(await at_away())
+        await asyncio.sleep(0.01)
+        seen.append(await at_home())
+    return seen
+
+
+@home.workflow
+async def nap(seconds: float) -> str:
+    await asyncio.sleep(seconds)
+    return "rested"
+
+
+@home.workflow(mode="choreography")
+async def undone_away() -> None:
+    async with saga() as undo:
+        undo(broken_undo)
+        await at_away()
+        raise RuntimeError("the order was withdrawn")
+
+
+@home.step
+async def exits() -> None:
+    sys.exit(3)
+
+
+@home.workflow
+async def calls_exit() -> str:
+    try:
+        await exits()
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def make_app(store: str, **config: float) -> App:
+    return App("test", [home, away], store=store, config=EngineConfig(**config))  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return "memory:" if request.param == "memory" else str(tmp_path / "test.db")
+
+
+def test_a_baton_that_returns_to_a_service_where_it_waited_goes_on(store: str) -> None:
+    """Invariants 4 and 5: the row of an earlier visit neither stops nor doubles the run."""
+
+    async def body() -> None:
+        async with make_app(store) as app:
+            run = await app.start(back_and_forth)
+            assert await run.result("10s") == ["away", "home"] * 3
+            assert (await run.status()).hops >= 5
+
+    asyncio.run(body())
+
+
+def test_waking_many_runs_at_once_refuses_no_commit(
+    store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Invariant 2: a run that has just ended is not read back before its end is durable."""
+    caplog.set_level(logging.INFO, "pavane.holder")
+
+    async def body() -> None:
+        async with make_app(store, live_runs_max=20) as app:
+            runs = [await app.start(nap, 0.5) for _ in range(400)]
+            assert {await run.result("20s") for run in runs} == {"rested"}
+
+    asyncio.run(body())
+    assert [r.getMessage() for r in caplog.records if r.name == "pavane.holder"] == []
+
+
+def test_a_cancel_right_behind_the_start_is_not_lost(tmp_path: Path) -> None:
+    """Invariant 4: both come by the log, and the start takes a moment."""
+
+    async def body() -> None:
+        app = make_app(str(tmp_path / "test.db"))
+        async with app.worker(), app.connect() as client:
+            for _ in range(30):
+                run = await client.start(nap, (3600.0,), {})
+                await run.cancel()
+                row = await client.wait_end(run.id)
+                assert row.status == "cancelled"
+
+    asyncio.run(body())
+
+
+def test_a_run_stuck_at_another_service_is_seen_and_retried_from_home(store: str) -> None:
+    """Invariant 7: stuck and visible, wherever its baton is."""
+    REPAIRED.clear()
+
+    async def body() -> None:
+        async with make_app(store) as app:
+            run = await app.start(undone_away)
+            while not (stuck := await app.runs(RunFilter(status=("stuck",)))):
+                await asyncio.sleep(0.005)
+            assert stuck[0].holder == "away"
+            assert "the till is locked" in stuck[0].reason
+            history = await run.history()
+            assert [e.service for e in history.entries if e.what == "done"] == ["away"]
+            with pytest.raises(BadArguments, match="is stuck and cannot clean up"):
+                await run.cancel()
+            REPAIRED.append(True)
+            await run.retry()
+            row = await app.client.wait_end(run.id)
+            assert (row.status, row.undone) == ("failed", 1)
+
+    asyncio.run(body())
+
+
+def test_a_step_that_exits_fails_and_its_node_goes_on(store: str) -> None:
+    """Invariant 11."""
+
+    async def body() -> None:
+        async with make_app(store) as app:
+            run = await app.start(calls_exit)
+            assert "SystemExit" in await run.result("10s")
+            assert await (await app.start(nap, 0.0)).result("10s") == "rested"
+
+    asyncio.run(body())
