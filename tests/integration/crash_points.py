@@ -1,8 +1,8 @@
 """Kills a worker at one durable point of a run, recovers, and reports what is there then.
 
-`python -m tests.integration.crash_points MODE LAYOUT WHEN FOLDER` does this for every point in
-turn, until the run ends without a kill, and prints one line of JSON for each. Processes are forked
-from this one, which has imported everything and opened nothing.
+`python -m tests.integration.crash_points SCENARIO MODE LAYOUT WHEN FOLDER` does this for every
+point in turn, until the run ends without a kill, and prints one line of JSON for each. Processes
+are forked from this one, which has imported everything and opened nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,19 @@ from typing import Any, NoReturn
 
 import apsw
 
-from pavane import App, EngineConfig, RunFailed, Service, saga, step_info
+from pavane import (
+    App,
+    Client,
+    EngineConfig,
+    Event,
+    Run,
+    RunEnded,
+    RunFailed,
+    Service,
+    receive,
+    saga,
+    step_info,
+)
 from pavane.core.baton import decode_baton
 from pavane.core.envelope import Reply, unpack
 from pavane.core.journal import Entry, decode_chunk
@@ -97,6 +109,28 @@ async def fulfil(sku: str) -> str:
         return await ship(parcel)
 
 
+class Told(Event):
+    text: str
+
+
+@stock.workflow
+async def count(sku: str) -> str:
+    return await reserve(sku)
+
+
+@orders.workflow(receives=[Told])
+async def talk(sku: str) -> None:
+    await charge(1)
+    heard = [(await receive(Told)).text, (await receive(Told)).text]
+    await note(" ".join(heard))
+    await count(sku)
+    try:
+        await asyncio.sleep(3600)
+    finally:
+        await refund("all of it")
+        await unnote("said")
+
+
 class KilledStore(SqliteStore):
     """A store whose process dies right before or right after its n-th batch is durable."""
 
@@ -142,28 +176,53 @@ def app_on(store: SqliteStore | None = None) -> App:
     return App("shop", services=services, store=store or PATH, config=CONFIG)
 
 
-async def work_until_ended(mode: Mode, names: Sequence[str], store: SqliteStore | None) -> None:
+async def work_until_ended(
+    mode: Mode, scenario: str, names: Sequence[str], store: SqliteStore | None
+) -> None:
     """Work for `names`; with all of them, also start the run and await its end."""
     app = app_on(store)
     async with app.worker(names) as worker:
         if len(names) == len(NAMES):
-            await start_and_await(worker, mode)
+            await start_and_await(worker, mode, scenario)
         else:
             await asyncio.sleep(DEADLINE_S)
 
 
-async def start_and_await(client: Any, mode: Mode) -> None:
-    run = await client.start(fulfil, ("book",), {}, id="r-1", mode=mode)
+async def start_and_await(client: Client, mode: Mode, scenario: str) -> None:
+    flow = {"saga": fulfil, "talk": talk}[scenario]
+    run = await client.start(flow, ("book",), {}, id="r-1", mode=mode)
+    if scenario == "talk":
+        await tell_and_cancel(client, run)
     try:
         await run.result(timeout=DEADLINE_S)
     except RunFailed as error:
-        assert "no truck" in str(error), error
+        assert "no truck" in str(error) or error.status == "cancelled", error
 
 
-async def ask(mode: Mode) -> None:
+async def tell_and_cancel(client: Client, run: Run[Any]) -> None:
+    """Say two things and ask to stop; what an earlier process managed to ask counts as asked."""
+    try:
+        for number, text in enumerate(("hello", "world")):
+            await run.send(Told(text=text), id=f"e{number}")
+        while "timer" not in (await run.status()).reason:
+            if await was_cancelled(client):
+                return
+            await asyncio.sleep(0.002)
+        if not await was_cancelled(client):
+            await run.cancel()
+    except RunEnded:
+        pass
+
+
+async def was_cancelled(client: Client) -> bool:
+    messages = await client.store.read_log(0, None, None, 999, None)
+    return any(message.kind == "cancel" for message in messages)
+
+
+async def ask(mode: Mode, scenario: str) -> None:
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(app_on().connect())
-        await start_and_await(client, mode)
+        await start_and_await(client, mode, scenario)
 
 
 def fork(body: Callable[[], Any]) -> int:
@@ -194,21 +253,27 @@ def reap(child: int) -> int:
     raise TimeoutError(f"process {child} did not end")
 
 
-def crash_all_in_one(mode: Mode, when: str, point: int) -> dict[str, Any]:
-    killed = reap(fork(lambda: work_until_ended(mode, NAMES, KilledStore(PATH, when, point))))
+def crash_all_in_one(mode: Mode, scenario: str, when: str, point: int) -> dict[str, Any]:
+    killed = reap(
+        fork(lambda: work_until_ended(mode, scenario, NAMES, KilledStore(PATH, when, point)))
+    )
     before = looked_at() if killed else {}
-    again = reap(fork(lambda: work_until_ended(mode, NAMES, None)))
+    again = reap(fork(lambda: work_until_ended(mode, scenario, NAMES, None)))
     return {"killed": killed, "again": again, "before": before, "after": looked_at()}
 
 
-def crash_one_of_many(mode: Mode, when: str, point: int, victim: str) -> dict[str, Any]:
+def crash_one_of_many(
+    mode: Mode, scenario: str, when: str, point: int, victim: str
+) -> dict[str, Any]:
     others = {
-        name: fork(lambda name=name: work_until_ended(mode, [name], None))
+        name: fork(lambda name=name: work_until_ended(mode, scenario, [name], None))
         for name in NAMES
         if name != victim
     }
-    asker = fork(lambda: ask(mode))
-    doomed = fork(lambda: work_until_ended(mode, [victim], KilledStore(PATH, when, point)))
+    asker = fork(lambda: ask(mode, scenario))
+    doomed = fork(
+        lambda: work_until_ended(mode, scenario, [victim], KilledStore(PATH, when, point))
+    )
     try:
         killed, asked = 0, None
         while killed == 0 and asked is None:
@@ -219,7 +284,7 @@ def crash_one_of_many(mode: Mode, when: str, point: int, victim: str) -> dict[st
             time.sleep(0.002)
         before = looked_at() if killed else {}
         if killed:
-            others[victim] = fork(lambda: work_until_ended(mode, [victim], None))
+            others[victim] = fork(lambda: work_until_ended(mode, scenario, [victim], None))
         else:
             others[victim] = doomed
         again = asked if asked is not None else reap(asker)
@@ -245,21 +310,24 @@ def looked_at() -> dict[str, Any]:
         if not rows("SELECT 1 FROM sqlite_schema WHERE name = 'log'"):
             return {"executions": [], "known": []}
         home = [e for (body,) in rows(HOME_JOURNAL) for e in decode_chunk(body.encode())]
-        every = [
-            e for (body,) in rows("SELECT body FROM journal") for e in decode_chunk(body.encode())
-        ]
-        for (body,) in rows("SELECT body FROM log WHERE kind = 'baton'"):
-            every += decode_chunk(bytes(decode_baton(body.encode()).entries))
-        known = {e.op for e in every if e.what in ("done", "failed")}
-        replies = [unpack(Reply, b.encode()).op for (b,) in rows(REPLIES)]
+        every = [(run, e) for run, body in rows(JOURNALS) for e in decode_chunk(body.encode())]
+        for run, body in rows("SELECT run, body FROM log WHERE kind = 'baton'"):
+            entries = decode_chunk(bytes(decode_baton(body.encode()).entries))
+            every += [(run, entry) for entry in entries]
+        known = {f"{run}#{e.op}" for run, e in every if e.what in ("done", "failed")}
+        replies = [unpack(Reply, body.encode()) for (body,) in rows(REPLIES)]
+        known |= {f"{reply.run}#{reply.op}" for reply in replies}
         issued = [mark for entry in home for mark in entry.issued]
         return {
             "executions": executions(),
-            "known": sorted(known | set(replies)),
+            "known": sorted(known),
             "entries": [describe(entry, issued) for entry in home],
-            "runs": rows("SELECT service, status, undone, holder FROM runs ORDER BY no"),
+            "children": rows("SELECT status FROM runs WHERE id != 'r-1' AND service = home"),
+            "runs": rows(
+                "SELECT service, status, undone, holder FROM runs WHERE id = 'r-1' ORDER BY no"
+            ),
             "doubled": rows(
-                "SELECT id, receiver, count(*) FROM log WHERE kind IN ('baton', 'reply')"
+                "SELECT id, receiver, count(*) FROM log WHERE kind = 'baton'"
                 " GROUP BY id, receiver HAVING count(*) > 1"
             ),
             "unmarked": rows(UNMARKED),
@@ -272,8 +340,9 @@ def looked_at() -> dict[str, Any]:
 
 HOME_JOURNAL = """
 SELECT journal.body FROM journal JOIN runs ON runs.no = journal.run
-WHERE runs.service = runs.home ORDER BY journal.seq
+WHERE runs.service = runs.home AND runs.id = 'r-1' ORDER BY journal.seq
 """
+JOURNALS = "SELECT runs.id, journal.body FROM journal JOIN runs ON runs.no = journal.run"
 REPLIES = "SELECT body FROM log WHERE kind = 'reply'"
 UNMARKED = """
 SELECT id, kind, receiver FROM log WHERE kind IN ('baton', 'command')
@@ -291,15 +360,15 @@ def executions() -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def main(mode: Mode, layout: str, when: str, folder: str) -> None:
+def main(scenario: str, mode: Mode, layout: str, when: str, folder: str) -> None:
     for point in range(1, 100):
         place = Path(folder, str(point))
         place.mkdir()
         os.chdir(place)
         if layout == "one":
-            found = crash_all_in_one(mode, when, point)
+            found = crash_all_in_one(mode, scenario, when, point)
         else:
-            found = crash_one_of_many(mode, when, point, layout)
+            found = crash_one_of_many(mode, scenario, when, point, layout)
         print(json.dumps({"point": point, **found}), flush=True)
         if not found["killed"]:
             return

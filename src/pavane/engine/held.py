@@ -25,10 +25,10 @@ class Held:
     `entries` are all encoded journal entries while the baton may still be passed, else None;
     `unwritten` those that no commit carries yet. `arrival` is the baton's inbox mark until the
     first commit takes it. `local` are operations whose step runs here. `consuming` are log
-    messages to be acknowledged with the next commit. `chain`
-    ties its commits together. `dirty`: the row changed since it was written.
-    `mail` waits in the mailbox, `taken` are ids of what was delivered from there. `marks` go into the
-    inbox with the next commit. `suspect`: it was touched after a crash and has made no progress since.
+    messages to be acknowledged with the next commit. `chain` ties its commits together. `dirty`:
+    the row changed since it was written. `mail` waits in the mailbox, `taken` are ids of what was
+    delivered from there. `marks` go into the inbox with the next commit. `suspect`: it was touched
+    after a crash and has made no progress since.
     """
 
     __slots__ = (

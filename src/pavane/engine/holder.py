@@ -478,7 +478,7 @@ class Holder:
         )
 
         def kept(error: PavaneError | None) -> None:
-            # If it was kept before, by a process that died since, the run reads it when it is loaded.
+            # If a process kept it that died since, the run reads it when it is loaded.
             news = mail if error is None else None
             self.with_run(*key, lambda held: self._got_mail(held, news, message))
 
@@ -494,7 +494,8 @@ class Holder:
             return
         if mail.id not in held.taken and all(known.id != mail.id for known in held.mail):
             held.mail.append(mail)
-        if any(op.kind == "receive" and op.name == mail.type for op in held.execution.pending.values()):
+        pending = held.execution.pending.values()
+        if any(op.kind == "receive" and op.name == mail.type for op in pending):
             held.consuming.append(message)
         else:
             self._session.consumed(message)
