@@ -133,6 +133,9 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                         task.context.run(coro.close)
                     except BaseException as error:
                         log.debug("clean-up of a discarded run raised %r", error)
+                elif task._log_traceback:  # pyright: ignore
+                    task._log_traceback = False  # pyright: ignore
+                    log.warning("nobody awaited a task that failed: %r", task.exception())
         finally:
             events._set_running_loop(outer)
             guard.leave(before)
@@ -200,8 +203,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         return False
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        error = context.get("exception")
-        log.error("%s", context.get("message"), exc_info=error)
+        # What is said of a task or a future comes from garbage collection, at any time; what
+        # matters of it was said when the run was put away.
+        level = logging.DEBUG if "task" in context or "future" in context else logging.ERROR
+        log.log(level, "%s", context.get("message"), exc_info=context.get("exception"))
 
     def default_exception_handler(self, context: dict[str, Any]) -> None:
         self.call_exception_handler(context)
