@@ -299,7 +299,9 @@ def test_compensations_mirror_what_was_registered(program: Any, mode: Mode) -> N
     if told.outcome is None or told.outcome[0] == "completed":
         return
     undone = [mark for mark in issued if mark.startswith("undo")]
-    assert undone[-3:] == ["undo right.undo", "undo left.undo", "undo home.undo"]
+    # A failed gather leaves its siblings running, so a saga among them may undo in between.
+    in_order = iter(undone)
+    assert all(mark in in_order for mark in ("undo right.undo", "undo left.undo", "undo home.undo"))
     done = [e.op for e in entries if e.what == "done" and issued[e.op].startswith("undo")]
     assert len(done) == len(set(done)) == len(undone)
 

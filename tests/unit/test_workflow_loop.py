@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import os
 import socket
@@ -584,7 +585,7 @@ def test_a_loop_that_never_waits_is_ended(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("pavane.core.loop.CALLBACKS_MAX", 10_000)
 
     async def spins() -> None:
-        while True:  # noqa: ASYNC110
+        while True:
             await asyncio.sleep(0)
 
     run = PureRun(workflow(spins))
@@ -1207,3 +1208,45 @@ def test_a_driven_execution_costs_no_reference_cycle_with_its_journal() -> None:
     execution: Execution = run.execution
     execution.discard()
     assert execution.loop.tasks == []
+
+
+def test_cleanup_that_forks_and_waits_is_put_away_whole() -> None:
+    """Invariant 1: nothing is left whose clean-up garbage collection would run elsewhere."""
+    SEEN.clear()
+
+    async def stubborn() -> None:
+        try:
+            await a()
+        finally:
+            for _ in range(3):
+                try:
+                    await asyncio.sleep(0)
+                    await asyncio.gather(asyncio.sleep(1), b())
+                finally:
+                    await asyncio.sleep(0)
+                    await b()
+
+    run = PureRun(workflow(stubborn))
+    run.execution.discard()
+    del run
+    gc.collect()
+    assert SEEN == []
+
+
+def test_a_saga_left_running_is_undone_before_the_run_ends() -> None:
+    """Invariant 7: `gather` leaves siblings running when one fails; a saga among them is not lost."""
+
+    async def sells() -> None:
+        async with saga() as undo:
+            undo(b, 1)
+            await c()
+
+    async def both() -> None:
+        await asyncio.gather(sells(), a())
+
+    run = PureRun(workflow(both))
+    run.fail("a", ValueError("no"))
+    assert run.status == "open"
+    assert run.wanted == ["undo desk.b"]
+    run.done("b", 1)
+    assert run.status == "failed"

@@ -11,6 +11,7 @@ import difflib
 import random
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -116,6 +117,7 @@ class Execution:
         self._replaying = False
         self._discarded = False
         self._refusals = 0
+        self._sagas: dict[asyncio.Task[Any], int] = {}
         self._expired = False
         self._driving = False
 
@@ -151,6 +153,9 @@ class Execution:
                 self.feed(entry)
                 if self._issued != entry.issued:
                     raise Mismatch(self._diff(entry))
+        except BaseException:
+            self.discard()  # left to the garbage collector, its clean-up would run for real
+            raise
         finally:
             self._replaying = False
         self.new = []
@@ -163,6 +168,7 @@ class Execution:
         for operation in self.pending.values():
             operation.future = operation.handle = None
         self.pending.clear()
+        self._sagas.clear()
         self._main = None
         self.loop.close_up()
 
@@ -230,7 +236,32 @@ class Execution:
         if self.header.timeout_us:
             self.loop.call_at((self.header.started_us + self.header.timeout_us) / 1e6, self._expire)
         args, kwargs = self.definition.params.decode(raw)
-        return await self.definition.fn(*args, **kwargs)
+        try:
+            return await self.definition.fn(*args, **kwargs)
+        finally:
+            while self._sagas:
+                await self._end_sagas()
+
+    async def _end_sagas(self) -> None:
+        """Cancel what was left running inside a saga, and wait: nothing is left half undone."""
+        left = list(self._sagas)
+        for task in left:
+            task.cancel()
+        while not all(task.done() for task in left):
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait(left)
+        for task in left:
+            self._sagas.pop(task, None)
+
+    def saga_opened(self, task: asyncio.Task[Any] | None) -> None:
+        if task is not None and task is not self._main:
+            self._sagas[task] = self._sagas.get(task, 0) + 1
+
+    def saga_closed(self, task: asyncio.Task[Any] | None) -> None:
+        if task in self._sagas:
+            self._sagas[task] -= 1
+            if not self._sagas[task]:
+                del self._sagas[task]
 
     def _expire(self) -> None:
         self._expired = True

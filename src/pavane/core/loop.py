@@ -22,6 +22,7 @@ from pavane.errors import Discarded, NotInWorkflow, PavaneError
 
 log = logging.getLogger("pavane.workflow")
 
+CLOSE_TRIES_MAX = 10
 CALLBACKS_MAX = 1_000_000
 """Callbacks that one delivered entry may cause; more is a workflow that never waits."""
 
@@ -81,6 +82,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self._on_timer = on_timer
         self._on_timer_cancelled = on_timer_cancelled
         self.tasks: list[WorkflowTask] = []
+        self._closing = False
         self._compact_at = 64
         self.now_us = 0
 
@@ -118,8 +120,12 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             guard.leave(before)
 
     def discard(self) -> None:
-        """Close what still waits, without letting it do anything durable."""
-        self._ready.clear()
+        """Close what still waits, without letting it do anything durable.
+
+        Clean-up code of the workflow runs, since Python insists; but it can neither wait nor ask
+        for anything any more, and nothing is left for the garbage collector to close elsewhere.
+        """
+        self._closing = True
         outer = events._get_running_loop()
         before = guard.enter()
         events._set_running_loop(self)
@@ -127,12 +133,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             for task in self.tasks:
                 if not task.done():
                     task._log_destroy_pending = False  # pyright: ignore
-                    try:
-                        coro: Any = task.get_coro()
-                        # In its own context, or a step called in `finally` would be done for real.
-                        task.context.run(coro.close)
-                    except BaseException as error:
-                        log.debug("clean-up of a discarded run raised %r", error)
+                    _close(task)
                 elif task._log_traceback:  # pyright: ignore
                     task._log_traceback = False  # pyright: ignore
                     log.warning("nobody awaited a task that failed: %r", task.exception())
@@ -174,6 +175,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         return self.now_us / 1e6
 
     def create_future(self) -> asyncio.Future[Any]:
+        if self._closing:
+            raise Discarded("This execution was put away.")
         return WorkflowFuture(loop=self)
 
     def create_task(  # pyright: ignore
@@ -210,6 +213,27 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
     def default_exception_handler(self, context: dict[str, Any]) -> None:
         self.call_exception_handler(context)
+
+
+def _close(task: WorkflowTask) -> None:
+    """End a task's coroutine in its own context, or a step called there would be done for real.
+
+    By `throw`, again and again while its clean-up awaits: `close` would end the outermost coroutine
+    and leave an inner one open.
+    """
+    coro: Any = task.get_coro()
+    try:
+        for _ in range(CLOSE_TRIES_MAX):
+            task.context.run(coro.throw, Discarded("This execution was put away."))
+    except BaseException as error:
+        if not isinstance(error, (Discarded, StopIteration)):
+            log.debug("clean-up of a discarded run raised %r", error)
+        return
+    log.warning("%r resists being put away: its code catches everything, in a loop", coro)
+    # Never to be freed: Python would resume it once more, outside of its run.
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(coro))
 
 
 def _refuse_timer(_: DurableTimer) -> None:

@@ -8,7 +8,7 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, ParamSpec, Protocol, Self
 
-from pavane.core.execution import required
+from pavane.core.execution import Execution, required
 from pavane.errors import BadDeclaration, ContinueAsNew, Discarded
 
 P = ParamSpec("P")
@@ -30,6 +30,7 @@ class Saga:
     def __init__(self) -> None:
         self._registered: list[tuple[Compensation, tuple[Any, ...], dict[str, Any]]] = []
         self._token: Token[Saga | None] | None = None
+        self._execution: Execution | None = None
 
     def __call__(
         self, step: Callable[P, Awaitable[Any]], *args: P.args, **kwargs: P.kwargs
@@ -44,7 +45,8 @@ class Saga:
         self._registered.append((candidate, args, kwargs))
 
     async def __aenter__(self) -> Self:
-        required("saga()")
+        self._execution = required("saga()")
+        self._execution.saga_opened(asyncio.current_task())
         self._token = current_saga.set(self)
         return self
 
@@ -59,11 +61,14 @@ class Saga:
                 current_saga.reset(self._token)
             except ValueError:  # put away from another context
                 return
-        if error is None or isinstance(error, (Discarded, ContinueAsNew, GeneratorExit)):
+        if isinstance(error, (Discarded, GeneratorExit)):
             return
-        while self._registered:
-            step, args, kwargs = self._registered.pop()
-            await _shielded(step.compensate(args, kwargs))
+        if error is not None and not isinstance(error, ContinueAsNew):
+            while self._registered:
+                step, args, kwargs = self._registered.pop()
+                await _shielded(step.compensate(args, kwargs))
+        if self._execution is not None:
+            self._execution.saga_closed(asyncio.current_task())
 
 
 async def _shielded(work: Coroutine[Any, Any, Any]) -> None:
