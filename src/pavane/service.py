@@ -75,8 +75,9 @@ class Step(Generic[P, R]):
         kwargs: dict[str, Any],
         undo: bool = False,
     ) -> R:
-        what = f"The arguments of {self}"
-        raw = execution.checked(self.params.encode(args, kwargs), what)
+        raw = self.params.encode(args, kwargs)
+        if len(raw) > execution.payload_max_bytes:
+            raise execution.too_large(raw, f"The arguments of {self}")
         declared = self.options_.undo
         if declared is not None and not undo:
             saga = current_saga.get()

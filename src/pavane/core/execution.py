@@ -305,7 +305,7 @@ class Execution:
         """Ask for something that is awaited; return its future."""
         if self._refusals > REFUSALS_MAX:  # code that catches everything, in a loop: let it wait
             return OperationFuture(loop=self.loop, execution=self, ordinal=-1)
-        operation = self._add(kind, name, service, args=args, detail=detail, undo=undo)
+        operation = self._add(kind, name, service, args, detail, undo)
         operation.decode = decode
         future = OperationFuture(loop=self.loop, execution=self, ordinal=operation.ordinal)
         operation.future = future
@@ -316,15 +316,24 @@ class Execution:
         self, kind: Kind, name: str, service: str, *, args: bytes = b"[]", detail: Any = None
     ) -> Operation:
         """Ask for something that takes effect with the next commit and has no result."""
-        return self._add(kind, name, service, args=args, detail=detail)
+        return self._add(kind, name, service, args, detail)
 
-    def _add(self, kind: Kind, name: str, service: str, **rest: Any) -> Operation:
+    def _add(
+        self,
+        kind: Kind,
+        name: str,
+        service: str,
+        args: bytes = b"[]",
+        detail: Any = None,
+        undo: bool = False,
+    ) -> Operation:
         if self._discarded or not self._driving:
             self._refusals += 1
             raise Discarded("This execution was put away.")
         operation = Operation(
-            self._next_op, kind, name, service, self.loop.now_us, mode=section_mode.get(), **rest
-        )
+            self._next_op, kind, name, service, self.loop.now_us, args, detail,
+            section_mode.get(), undo,
+        )  # fmt: skip
         self._next_op += 1
         self._issued.append(operation.fingerprint)
         self.new.append(operation)
@@ -345,11 +354,14 @@ class Execution:
 
     def checked(self, raw: bytes, what: str) -> bytes:
         if len(raw) > self.payload_max_bytes:
-            raise TooLarge(
-                f"{what} is {len(raw):,} bytes; the limit is {self.payload_max_bytes:,}. Store "
-                f"large data elsewhere and pass a reference."
-            )
+            raise self.too_large(raw, what)
         return raw
+
+    def too_large(self, raw: bytes, what: str) -> TooLarge:
+        return TooLarge(
+            f"{what} is {len(raw):,} bytes; the limit is {self.payload_max_bytes:,}. Store "
+            f"large data elsewhere and pass a reference."
+        )
 
     def now(self) -> datetime:
         return datetime.fromtimestamp(self.loop.now_us / 1e6, UTC)
@@ -382,7 +394,8 @@ class Execution:
             handle.operation = -1
             return
         name = EXPIRY if handle._callback == self._expire else "timer"  # pyright: ignore
-        operation = self._add("timer", name, "", handle=handle)
+        operation = self._add("timer", name, "")
+        operation.handle = handle
         operation.deadline_us = round(handle.when() * 1e6)
         self.pending[operation.ordinal] = operation
         handle.operation = operation.ordinal

@@ -36,12 +36,7 @@ class Operation:
         name: str,
         service: str,
         issued_us: int,
-        *,
         args: bytes = b"[]",
-        decode: Callable[[bytes], Any] | None = None,
-        future: asyncio.Future[Any] | None = None,
-        handle: DurableTimer | None = None,
-        deadline_us: int = 0,
         detail: Any = None,
         mode: Mode | None = None,
         undo: bool = False,
@@ -52,10 +47,10 @@ class Operation:
         self.service = service
         self.issued_us = issued_us
         self.args = args
-        self.decode = decode
-        self.future = future
-        self.handle = handle
-        self.deadline_us = deadline_us
+        self.decode: Callable[[bytes], Any] | None = None
+        self.future: asyncio.Future[Any] | None = None
+        self.handle: DurableTimer | None = None
+        self.deadline_us = 0
         self.detail = detail
         self.mode: Mode | None = mode
         self.undo = undo

@@ -1062,10 +1062,10 @@ class Holder:
             arrival, held.arrival = held.arrival, None
             marks.append(InboxRow(arrival.service, arrival.id, arrival.at_us, passed_to))
         commit.inbox = marks
-        commit.messages = messages
-        commit.unparked = unparked
-        commit.mail_taken = taken
-        commit.parked = parked
+        if messages:
+            commit.messages = messages
+        if unparked or taken or parked:
+            commit.unparked, commit.mail_taken, commit.parked = unparked, taken, parked
         self._session.submit(commit)
 
     def _refused(self, held: Held, error: PavaneError, consuming: Sequence[Message]) -> None:

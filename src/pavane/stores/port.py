@@ -191,26 +191,22 @@ class Commit:
     chain are refused too.
     """
 
-    __slots__ = (
-        "chain", "done", "inbox", "journal", "mail", "mail_taken", "messages", "parked",
-        "positions", "runs", "unparked",
-    )  # fmt: skip
+    runs: Sequence[RunRow] = ()
+    journal: Sequence[JournalRow] = ()
+    messages: Sequence[Message] = ()
+    inbox: Sequence[InboxRow] = ()
+    mail: Sequence[MailRow] = ()
+    mail_taken: Sequence[tuple[str, str, str]] = ()
+    """(service, run, id) of mail that was delivered; id "*" takes all of a run's."""
+    parked: Sequence[ParkedRow] = ()
+    unparked: Sequence[tuple[str, str]] = ()
+    """(service, id) of parked work that is finished."""
+    positions: Sequence[tuple[int, int]] = ()
+    """(target, position) up to which messages are consumed."""
 
     def __init__(self, done: Done, chain: int = 0) -> None:
         self.done = done
         self.chain = chain
-        self.runs: Sequence[RunRow] = ()
-        self.journal: Sequence[JournalRow] = ()
-        self.messages: Sequence[Message] = ()
-        self.inbox: Sequence[InboxRow] = ()
-        self.mail: Sequence[MailRow] = ()
-        self.mail_taken: Sequence[tuple[str, str, str]] = ()
-        """(service, run, id) of mail that was delivered; id "*" takes all of a run's."""
-        self.parked: Sequence[ParkedRow] = ()
-        self.unparked: Sequence[tuple[str, str]] = ()
-        """(service, id) of parked work that is finished."""
-        self.positions: Sequence[tuple[int, int]] = ()
-        """(target, position) up to which messages are consumed."""
 
 
 def broken_chain() -> Conflict:

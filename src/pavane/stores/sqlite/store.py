@@ -47,7 +47,7 @@ from pavane.stores.sqlite.statements import insert_all, migrations, statement
 APPLICATION_ID = 0x50415641  # "PAVA"
 SLOTS = 1024
 """Targets are `service number * SLOTS + partition`."""
-INLINE_MAX_ROWS = 12
+INLINE_MAX_COMMITS = 4
 INLINE_MAX_S = 0.002
 BUSY_MS = 20_000
 SWITCH_INTERVAL_S = 0.0001
@@ -280,11 +280,11 @@ class SqliteStore:
         if self._pid != os.getpid():
             done([self._unusable()] * len(batch))
             return
-        rows = sum(
-            len(c.runs) + len(c.journal) + len(c.messages) + len(c.inbox) + len(c.parked)
-            for c in batch
-        )
-        if rows <= INLINE_MAX_ROWS and self._inline_s < INLINE_MAX_S and self._jobs.empty():
+        if (
+            len(batch) <= INLINE_MAX_COMMITS
+            and self._inline_s < INLINE_MAX_S
+            and self._jobs.empty()
+        ):
             began = time.perf_counter()
             results = self._try_inline(batch, fence)
             self._inline_s += 0.1 * (time.perf_counter() - began - self._inline_s)
