@@ -1234,7 +1234,7 @@ def test_cleanup_that_forks_and_waits_is_put_away_whole() -> None:
 
 
 def test_a_saga_left_running_is_undone_before_the_run_ends() -> None:
-    """Invariant 7: `gather` leaves siblings running when one fails; a saga among them is not lost."""
+    """Invariant 7: `gather` leaves siblings of a failed one running; a saga among them counts."""
 
     async def sells() -> None:
         async with saga() as undo:
