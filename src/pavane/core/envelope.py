@@ -27,7 +27,7 @@ class Call(msgspec.Struct, array_like=True):
     reply_to: str
     conversation: str
     undo: bool = False
-    options: Raw | None = None
+    options: Raw = Raw(b"null")
 
     @property
     def id(self) -> str:

@@ -14,6 +14,7 @@ from pavane.workflow import Attribute
 
 _json = msgspec.json.Encoder()
 _chains = count(1)
+_plain = msgspec.json.Decoder(str)
 _trail = msgspec.json.Decoder(list[Stop])
 _attributes = msgspec.json.Decoder(dict[str, str | int | float | bool])
 _header = msgspec.json.Decoder(Header)
@@ -108,6 +109,10 @@ def blank_row(no: int, service: str, target: int, header: Header) -> RunRow:
 
 def encode_plain(value: object) -> bytes:
     return _json.encode(value)
+
+
+def decode_plain(raw: bytes) -> str:
+    return _plain.decode(raw)
 
 
 def decode_trail(raw: bytes) -> list[Stop]:

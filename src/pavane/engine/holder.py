@@ -12,7 +12,9 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from copy import copy
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
@@ -51,10 +53,18 @@ from pavane.engine.held import (
     blank_row,
     decode_attributes,
     decode_header,
+    decode_plain,
     decode_trail,
     encode_plain,
 )
-from pavane.errors import CorruptJournal, Mismatch, PavaneError, UnknownName
+from pavane.errors import (
+    CorruptJournal,
+    LeaseLost,
+    Mismatch,
+    PavaneError,
+    StoreError,
+    UnknownName,
+)
 from pavane.event import Event, key_of
 from pavane.stores.port import (
     Commit,
@@ -78,6 +88,8 @@ Action = Callable[[Held | None], None]
 HELD_BACK = "!"
 """Mail of a type that begins so is a message kept for a stuck run, delivered when it goes on."""
 SUSPECT_DEATHS = 2
+EVICT_LOOKS = 50
+BY_PARENT = "parent"
 
 
 class Holder:
@@ -286,6 +298,8 @@ class Holder:
         if row.service == row.home and definition_receives:
             await self._read_mail(held)
         self._add(held)
+        if entries[-1].what == "rewind":
+            self._retry_children(held)
         parked = await self._parked_steps(held)
         for op in execution.pending.values():
             if op.kind == "child":
@@ -298,6 +312,23 @@ class Holder:
         self._settle(held, replayed=True, recovered=True)
         return held
 
+    def _retry_children(self, held: Held) -> None:
+        """A run that was taken back waits again for children that ended: they answer once more."""
+        run, era, now = held.row.id, held.header.era, self._session.now_us()
+        children = [
+            (child_id(run, op.ordinal), op.service)
+            for op in held.execution.pending.values()
+            if op.kind == "child"
+        ]
+        if children:
+            body = pack(Request(BY_PARENT))
+            commit = Commit(_ignore)
+            commit.messages = [
+                self._message("retry", f"{child}#retry{era}", service, child, body, now)
+                for child, service in children
+            ]
+            self._session.submit(commit)
+
     async def _parked_steps(self, held: Held) -> set[str]:
         if not any(op.kind == "step" for op in held.execution.pending.values()):
             return set()
@@ -306,18 +337,18 @@ class Holder:
 
     def _add(self, held: Held) -> None:
         self.held[held.key] = held
-        if len(self.held) > self._config.live_runs_max:
-            self._evict()
+        self._evict(held)
 
-    def _evict(self) -> None:
+    def _evict(self, sparing: Held | None = None) -> None:
         """Put away the runs that waited longest, as long as too many are live."""
-        for looked, key in enumerate(list(self.held), 1):
-            held = self.held[key]
-            if held.row.status == "waiting" and not held.commits and not held.local:
-                self._drop(held)
-                if len(self.held) <= self._config.live_runs_max:
-                    return
-            if looked >= 50:
+        if len(self.held) <= self._config.live_runs_max:
+            return
+        for held in list(islice(self.held.values(), EVICT_LOOKS)):
+            if held.row.status != "waiting" or held.commits or held.local or held is sparing:
+                self.held.move_to_end(held.key)
+                continue
+            self._drop(held)
+            if len(self.held) <= self._config.live_runs_max:
                 return
 
     def _drop(self, held: Held) -> None:
@@ -414,6 +445,16 @@ class Holder:
             commit.mail = [
                 MailRow(row.service, row.id, message.id, kind, message.body, message.at_us)
             ]
+        elif row is not None and row.status == "continued" and row.result is not None:
+            next_run = decode_plain(row.result)
+            commit.messages = [
+                self._message(
+                    message.kind, f"{next_run}#{message.id.partition('#')[2]}", row.home, next_run,
+                    message.body, message.at_us,
+                )
+            ]  # fmt: skip
+            if message.kind == "signal":
+                commit.mail_taken = [(message.to, message.run, message.id)]
         elif row is not None and row.status in ENDED:
             self._session.consumed(message)
             return
@@ -489,9 +530,22 @@ class Holder:
 
     def _got_mail(self, held: Held | None, mail: MailRow | None, message: Message) -> None:
         """Deliver an event that is in the mailbox; its message is consumed with the delivery."""
-        if held is None or held.dead or held.outcome is not None or mail is None:
+        if held is None:
+            self._spawn(self._keep_or_send_on(message))
+        elif held.dead or held.outcome is not None or mail is None:
             self._session.consumed(message)
-            return
+        else:
+            self._deliver_kept(held, mail, message)
+
+    async def _keep_or_send_on(self, message: Message) -> None:
+        """The mailbox keeps an event for a run that is away; one that goes on anew has another."""
+        row = await self._store.run_row(message.to, message.run)
+        if row is not None and row.status == "continued":
+            self._not_here(message)
+        else:
+            self._session.consumed(message)
+
+    def _deliver_kept(self, held: Held, mail: MailRow, message: Message) -> None:
         if mail.id not in held.taken and all(known.id != mail.id for known in held.mail):
             held.mail.append(mail)
         pending = held.execution.pending.values()
@@ -550,7 +604,8 @@ class Holder:
             held.count = row.entries
             if row.service != row.home:
                 journal = (await self._store.journals([row.no]))[row.no]
-                held.entries = _split(journal)
+                with suppress(CorruptJournal):  # a kill needs no journal
+                    held.entries = _split(journal)
         held.consuming.append(message)
         held.execution.outcome = Outcome("killed")
         self._end(held)
@@ -561,8 +616,17 @@ class Holder:
         if row is None or (row.holder != row.service and row.status not in ENDED):
             self._not_here(message)
             return
-        again = message.id in await self._store.seen(message.to, [message.id])
-        if again or row.status not in ("stuck", "failed") or row.service != message.to:
+        if message.id in await self._store.seen(message.to, [message.id]):
+            self._session.consumed(message)
+            return
+        if unpack(Request, message.body).by == BY_PARENT and row.status in ENDED:
+            if row.status == "continued":
+                self._not_here(message)
+                return
+            if row.status != "failed" or row.undone:  # it does nothing again, but says it again
+                self._answer_again(message, row)
+                return
+        if row.status not in ("stuck", "failed") or row.service != message.to:
             self._session.consumed(message)
             return
         journal = (await self._store.journals([row.no]))[row.no]
@@ -599,6 +663,15 @@ class Holder:
         ]
         parked = await self._store.parked_of(row.service, row.id)
         commit.unparked = [(p.service, p.id) for p in parked]
+        self._session.submit(commit)
+
+    def _answer_again(self, message: Message, row: RunRow) -> None:
+        header, now = decode_header(row.header), self._session.now_us()
+        commit = Commit(lambda error: self._session.consumed(message))
+        commit.inbox = [self._mark(message)]
+        if header.parent is not None:
+            outcome = Outcome(row.status, Raw(row.result or b"null"))
+            commit.messages = [self._answer_parent(header, outcome, row, now)]
         self._session.submit(commit)
 
     def note_message(self, message: Message) -> None:
@@ -720,8 +793,11 @@ class Holder:
         row.status = "running"
         held.arrival = InboxRow(message.to, message.id, self._session.now_us())
         held.consuming.append(message)
-        if held.outcome is not None:
+        if held.outcome is not None and held.outcome.status != "continued":
             self._end(held)
+            return
+        if held.outcome is not None:
+            self._spawn(self._end_with_mail(held))
             return
         self._add(held)
         if row.service == row.home and self._has_receive(held):
@@ -731,6 +807,10 @@ class Holder:
 
     def _has_receive(self, held: Held) -> bool:
         return bool(getattr(held.execution.definition, "receives", ()))
+
+    async def _end_with_mail(self, held: Held) -> None:
+        await self._read_mail(held)
+        self._end(held)
 
     async def _settle_with_mail(self, held: Held) -> None:
         await self._read_mail(held)
@@ -1047,6 +1127,8 @@ class Holder:
                 held.execution.discard()  # another process goes on with it
             if launch and not held.dead:
                 self._launch(held, launch)
+            if row.status == "waiting":
+                self._evict(held)
 
         commit = Commit(written, held.chain)
         if keep_journal:
@@ -1202,6 +1284,14 @@ class Holder:
             row.reason = error_summary(bytes(outcome.value))
         if outcome.status == "continued":
             messages.append(self._continued(held, outcome, now))
+            successor = messages[-1].run
+            for mail in held.mail:
+                id = f"{successor}#{mail.id.partition('#')[2]}"
+                body = pack(Signal(mail.type, Raw(mail.body)))
+                messages.append(
+                    self._message("signal", id, row.service, successor, body, mail.at_us)
+                )
+            taken = [*taken, *((mail.service, mail.run, mail.id) for mail in held.mail)]
         elif header.parent is not None:
             messages.append(self._answer_parent(header, outcome, row, now))
         self._assign_number(held)
@@ -1328,7 +1418,7 @@ class Holder:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a duty of the holder failed", exc_info=error)
-            if self._session.open and isinstance(error, PavaneError):
+            if self._session.open and isinstance(error, (StoreError, LeaseLost)):
                 self._session.lost(error)
 
     async def settle(self) -> None:

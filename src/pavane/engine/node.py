@@ -132,7 +132,10 @@ class Session:
         if not isinstance(error, PavaneError):
             log.error("a duty of this node failed", exc_info=error)
             error = StoreError(f"A duty of this node failed: {error!r}.")
-        self.lost(error)
+        if isinstance(error, CorruptJournal):
+            log.error("%s", error)  # one bad row or message stops no other
+        else:
+            self.lost(error)
 
     def lost(self, error: PavaneError) -> None:
         """End the session: its lease is lost or its store does not work."""

@@ -24,6 +24,7 @@ from pavane.core.envelope import Call, Reply, Request, operation_id, pack, unpac
 from pavane.engine.held import Held
 from pavane.errors import (
     BadArguments,
+    CorruptJournal,
     HeartbeatTimeout,
     NotDecodable,
     NotEncodable,
@@ -43,6 +44,9 @@ log = logging.getLogger("pavane.steps")
 
 BEAT_EVERY_S = 1.0
 _decode_any = decoder(Any)
+
+
+AS_DECLARED = Raw(b"null")
 
 
 class _Options(msgspec.Struct, array_like=True):
@@ -151,11 +155,11 @@ class Steps:
 
     # -- asking --------------------------------------------------------------------------------
 
-    def encode_options(self, service: str, name: str, options: Any) -> Raw | None:
+    def encode_options(self, service: str, name: str, options: Any) -> Raw:
         """Return what a command must carry of options that were changed for one call."""
         declared = self._session.registry.services[service].steps.get(name)
         if declared is None or options is None or options is declared.options_:
-            return None
+            return AS_DECLARED
         return Raw(pack(_Options.of(options)))
 
     def launch_local(self, held: Held, call: Call, options: StepOptions) -> None:
@@ -176,11 +180,16 @@ class Steps:
         if message.id in await self._store.seen(message.to, [message.id]):
             self._session.consumed(message)
             return
+        try:
+            call = unpack(Call, message.body)
+        except CorruptJournal as error:
+            log.error("command %s: %s", message.id, error)
+            self._session.consumed(message)
+            return
         if not redelivered:
             self._command(message)
             return
         # It may have been under way when a process died: count that before touching it again.
-        call = unpack(Call, message.body)
         now = self._session.now_us()
         parked = ParkedRow(
             message.to, call.run, message.id, message.target, message.body, 1, now, now, b"null",
@@ -211,8 +220,9 @@ class Steps:
         service = self._session.registry.services.get(call.service)
         step = service.steps.get(call.step) if service else None
         options = step.options_ if step else StepOptions()
-        if call.options is not None:
-            options = unpack(_Options, bytes(call.options)).restored(options.undo)
+        changed = bytes(call.options)
+        if changed != b"null":
+            options = unpack(_Options, changed).restored(options.undo)
         return Attempt(self, call, step, options, owner)
 
     def resume(self, parked: ParkedRow) -> None:
@@ -342,9 +352,14 @@ class Steps:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self._config.step_threads, "pavane-step")
         context = copy_context()
-        return await self._loop.run_in_executor(
-            self._threads, lambda: context.run(step.fn, *args, **kwargs)
-        )
+
+        def call() -> Any:
+            try:
+                return context.run(step.fn, *args, **kwargs)
+            except StopIteration as error:  # which no future takes: it would wait for ever
+                raise RuntimeError(f"{step} raised StopIteration.") from error
+
+        return await self._loop.run_in_executor(self._threads, call)
 
     async def _bounded(self, attempt: Attempt, step: Step[..., Any], args: Any, kwargs: Any) -> Any:
         """Await the step within its timeout and, if asked for, while its heart beats."""
