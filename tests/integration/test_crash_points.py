@@ -31,6 +31,12 @@ CASES = [
 
 Case = tuple[str, str, str, str]
 
+# Taken once: pytest changes os.environ for each test, while threads would read it.
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+}
+
 
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future[str]]]:
@@ -43,11 +49,10 @@ def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Fut
 
 
 def _crash(case: Case, folder: Path) -> str:
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.crash_points", *case, str(folder)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
