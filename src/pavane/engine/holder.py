@@ -200,7 +200,10 @@ class Holder:
     # -- finding a run -------------------------------------------------------------------------
 
     def with_run(self, service: str, run: str, action: Action) -> None:
-        """Call `action` with the live run, loading it if need be; with None if it is not here."""
+        """Call `action` with the live run, loading it if need be; with None if it is not here.
+
+        In a partition that is another node's by now, nothing is done: that node does it.
+        """
         key = (service, run)
         held = self.held.get(key)
         if held is not None:
@@ -208,7 +211,7 @@ class Holder:
             action(held)
         elif key in self._loading:
             self._loading[key].append(action)
-        else:
+        elif self._session.owns(self._store.target_of(service, run)):
             self._loading[key] = [action]
             self._spawn(self._load(key))
 
@@ -403,6 +406,34 @@ class Holder:
         if operation.fingerprint != reply.fingerprint:
             self._stick(held, _other_operation(reply, operation), *_some(message))
             return
+        self._answered(held, operation, reply, message, unparked)
+
+    def local_done(
+        self, held: Held, operation: Operation, reply: Callable[[], Reply], ok: bool, raw: bytes,
+        attempts: int, began_us: int, unparked: Sequence[tuple[str, str]],
+    ) -> None:  # fmt: skip
+        """Deliver the result of a step that was launched here for a run held here."""
+        if held.dead or held.execution.pending.get(operation.ordinal) is not operation:
+            answer = reply()  # the run was put away and rebuilt, perhaps, and waits for it again
+            self.step_done(held.key, answer, unparked)
+        elif ok and not operation.undo:
+            held.local.discard(operation.ordinal)
+            now = self._session.now_us()
+            entry = Entry(
+                "done", now, operation.ordinal, Raw(raw), operation.service, attempts, began_us
+            )
+            self._feed(held, entry, unparked=unparked)
+        else:
+            self._answered(held, operation, reply(), None, unparked)
+
+    def _answered(
+        self,
+        held: Held,
+        operation: Operation,
+        reply: Reply,
+        message: Message | None,
+        unparked: Sequence[tuple[str, str]],
+    ) -> None:
         if not reply.ok and operation.undo:
             held.consuming += [message] if message else []
             held.local.discard(reply.op)
@@ -486,14 +517,14 @@ class Holder:
         for key, number in due:
             if number is None or key in self.held or key in self._loading:
                 self.with_run(*key, self._fire_due)
-            else:
+            elif self._session.owns(self._store.target_of(*key)):
                 self._loading[key] = [self._fire_due]
                 numbers[key] = number
         if numbers:
             self._spawn(self._load_numbered(numbers))
 
     def _fire_due(self, held: Held | None) -> None:
-        if held is None or held.dead:
+        if held is None or held.dead or held.row.target in self._session.draining:
             return
         fired = False
         while held.outcome is None and not held.dead:
@@ -992,7 +1023,7 @@ class Holder:
                     held.local.add(op.ordinal)
                     launch.append(op)
                 else:
-                    call = self._call(held, op)
+                    call = self.call(held, op)
                     messages.append(
                         self._message("command", call.id, op.service, row.id, pack(call), now)
                     )
@@ -1004,7 +1035,8 @@ class Holder:
                 op.sent = op.kind != "receive" or row.service == row.home
         return launch
 
-    def _call(self, held: Held, op: Operation) -> Call:
+    def call(self, held: Held, op: Operation) -> Call:
+        """Return the command for a step."""
         header = held.header
         return Call(
             header.run, op.ordinal, header.era, op.service, op.name, Raw(op.args),
@@ -1017,7 +1049,7 @@ class Holder:
             return  # the next owner does it
         for op in operations:
             if op.ordinal in held.local:
-                self._session.steps.launch_local(held, self._call(held, op), op.detail)
+                self._session.steps.launch_local(held, op)
 
     # -- writing -------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from msgspec import Raw
 
 from pavane.core.codec import decoder, encode, encode_error, error_summary, loaded_class
 from pavane.core.envelope import Call, Reply, Request, operation_id, pack, unpack
+from pavane.core.operations import Operation
 from pavane.engine.held import Held
 from pavane.errors import (
     BadArguments,
@@ -95,23 +96,25 @@ class Attempt:
     """
 
     __slots__ = (
-        "abandoned", "beaten", "began_us", "call", "details", "held", "key", "message", "number",
-        "options", "owner", "parked", "pending_beat", "revoked", "started_us", "step", "steps",
-        "task",
+        "abandoned", "args", "beaten", "began_us", "details", "held", "key", "made_call",
+        "message", "number", "operation", "options", "owner", "parked", "pending_beat", "revoked",
+        "started_us", "step", "steps", "task",
     )  # fmt: skip
 
     def __init__(
         self,
         steps: Steps,
-        call: Call,
+        key: tuple[str, str],
+        args: bytes,
         step: Step[..., Any] | None,
         options: StepOptions,
-        owner: str,
     ) -> None:
         self.steps = steps
-        self.call = call
-        self.owner = owner
-        self.key = (owner, call.id)
+        self.key = key
+        self.owner = key[0]
+        self.args = args
+        self.made_call: Call | None = None
+        self.operation: Operation | None = None
         self.step = step
         self.options = options
         self.number = 1
@@ -126,6 +129,14 @@ class Attempt:
         self.task: asyncio.Task[None] | None = None
         self.revoked = False
         self.abandoned = False
+
+    @property
+    def call(self) -> Call:
+        """The command, made when it is needed: most steps are done before anyone asks."""
+        if self.made_call is None:
+            assert self.held is not None and self.operation is not None
+            self.made_call = self.steps.call(self.held, self.operation)
+        return self.made_call
 
     def info(self) -> StepInfo:
         call = self.call
@@ -162,12 +173,17 @@ class Steps:
             return AS_DECLARED
         return Raw(pack(_Options.of(options)))
 
-    def launch_local(self, held: Held, call: Call, options: StepOptions) -> None:
+    def launch_local(self, held: Held, operation: Operation) -> None:
         """Run a step for a run held here; its result is delivered without a message."""
-        step = self._session.registry.services[call.service].steps.get(call.step)
-        attempt = Attempt(self, call, step, options, held.row.service)
-        attempt.held = held
+        step = self._session.registry.services[operation.service].steps.get(operation.name)
+        id = operation_id(held.row.id, operation.ordinal, held.header.era)
+        key = (held.row.service, id)
+        attempt = Attempt(self, key, operation.args, step, operation.detail)
+        attempt.held, attempt.operation = held, operation
         self._begin(attempt)
+
+    def call(self, held: Held, operation: Operation) -> Call:
+        return self._session.holder.call(held, operation)
 
     def command_message(self, message: Message, redelivered: bool) -> None:
         """Do a step that another service asks for, once."""
@@ -223,11 +239,13 @@ class Steps:
         changed = bytes(call.options)
         if changed != b"null":
             options = unpack(_Options, changed).restored(options.undo)
-        return Attempt(self, call, step, options, owner)
+        attempt = Attempt(self, (owner, call.id), bytes(call.args), step, options)
+        attempt.made_call = call
+        return attempt
 
     def resume(self, parked: ParkedRow) -> None:
         """Run the next attempt of a parked step, which is due."""
-        if (parked.service, parked.id) in self._running or self.draining:
+        if (parked.service, parked.id) in self._running or not self._session.owns(parked.target):
             return
         attempt = self._attempt(unpack(Call, parked.call), parked.service)
         attempt.parked = parked
@@ -303,7 +321,7 @@ class Steps:
         final = False
         raw = b"null"
         try:
-            args, kwargs = step.params.decode(bytes(attempt.call.args))
+            args, kwargs = step.params.decode(attempt.args)
             current_step.set(attempt)
             options = attempt.options
             if options.timeout_s is not None or options.heartbeat_s is not None:
@@ -478,15 +496,24 @@ class Steps:
         self._session.submit(commit)
 
     def _answer(self, attempt: Attempt, ok: bool, raw: bytes) -> None:
-        call = attempt.call
-        kind = "undo" if call.undo else "step"
-        reply = Reply(
-            call.run, call.op, call.era, f"{kind} {call.service}.{call.step}", ok, Raw(raw),
-            call.service, attempt.number, attempt.started_us,
-        )  # fmt: skip
         parked = attempt.parked
-        unparked = [(parked.service, parked.id)] if parked is not None else []
-        self.answer(call, reply, unparked, attempt.message, attempt.held)
+        unparked = [(parked.service, parked.id)] if parked is not None else ()
+
+        def reply() -> Reply:
+            call = attempt.call
+            kind = "undo" if call.undo else "step"
+            return Reply(
+                call.run, call.op, call.era, f"{kind} {call.service}.{call.step}", ok, Raw(raw),
+                call.service, attempt.number, attempt.started_us,
+            )  # fmt: skip
+
+        if attempt.held is not None and attempt.operation is not None:
+            self._session.holder.local_done(
+                attempt.held, attempt.operation, reply, ok, raw, attempt.number,
+                attempt.started_us, unparked,
+            )  # fmt: skip
+        else:
+            self.answer(attempt.call, reply(), unparked, attempt.message)
 
     def answer(
         self,
@@ -494,10 +521,9 @@ class Steps:
         reply: Reply,
         unparked: Sequence[tuple[str, str]],
         message: Message | None = None,
-        held: Held | None = None,
     ) -> None:
         """Deliver a reply: directly to a run held here, else by a message to its holder."""
-        direct = held is not None or (
+        direct = (
             message is None and (call.reply_to, call.run) in self._session.holder.held
             and call.op in self._session.holder.held[call.reply_to, call.run].local
         )  # fmt: skip

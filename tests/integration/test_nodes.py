@@ -1,0 +1,287 @@
+"""Several nodes on one store: they share the work, hand it over, and survive kills and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pavane import Client, Run
+from pavane.core.operations import Mode
+from pavane.stores.port import PartitionRow
+from tests.integration import crew
+from tests.integration.crew import most_executions, recorded
+from tests.integration.world import MODES, in_loop, until, until_status
+
+ROOT = Path(__file__).resolve().parents[2]
+LEASE_S = 0.6
+DEATHS_MAX = 5
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> Mode:
+    return request.param
+
+
+class Fleet:
+    """Worker processes on one store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = str(folder / "crew.db")
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def launch(self, *services: str, lease_s: float = LEASE_S) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tests.integration.crew", self.store]
+        with (self.folder / f"{len(self.processes)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, str(crew.RECORD), str(lease_s), *services],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
+                stderr=log,
+            )
+        self.processes.append(process)
+        return process
+
+    def sink(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    monkeypatch.setattr(crew, "RECORD", tmp_path / "record.txt")
+    fleet = Fleet(tmp_path)
+    try:
+        yield fleet
+    finally:
+        fleet.sink()
+
+
+async def connected(stack: AsyncExitStack, fleet: Fleet) -> Client:
+    return await stack.enter_async_context(crew.app_on(fleet.store, LEASE_S).connect())
+
+
+async def start(client: Client, flow: Any, *args: Any, **options: Any) -> Run[Any]:
+    return await client.start(flow, args, {}, **options)
+
+
+async def partitions(client: Client) -> list[PartitionRow]:
+    return await client.store.partition_rows([service.name for service in crew.SERVICES])
+
+
+async def owners(client: Client) -> set[int | None]:
+    return {row.owner for row in await partitions(client)}
+
+
+async def until_owned_by(client: Client, count: int, without: int | None = None) -> set[int]:
+    """Wait until every partition has an owner and there are so many of them."""
+
+    async def shared() -> set[int]:
+        found = await owners(client)
+        if None in found or len(found) != count or without in found:
+            return set()
+        return {owner for owner in found if owner is not None}
+
+    return await until(shared, f"{count} owners")
+
+
+# -- sharing -----------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_two_nodes_share_evenly_and_one_takes_over_when_the_other_is_killed(
+    fleet: Fleet, mode: Mode
+) -> None:
+    """Invariants 1, 4, 9: what is journalled is not done again, and nothing is lost."""
+    first, _ = fleet.launch(), fleet.launch()
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        await until_owned_by(client, 2)
+        counts = Counter(row.owner for row in await partitions(client))
+        assert max(counts.values()) - min(counts.values()) <= 2
+        runs = [await start(client, crew.steady, 6, 0.02, mode=mode) for _ in range(24)]
+
+        async def under_way() -> bool:
+            return len(recorded()) > 60
+
+        await until(under_way)
+        first.kill()
+        first.wait()
+        for run in runs:
+            assert await run.result(timeout=30) == 30
+        await until_owned_by(client, 1)
+        assert most_executions() <= 2
+        doubled = [key for key, count in Counter(k for _, k, _ in recorded()).items() if count > 1]
+        assert len(doubled) <= 24
+        for run in runs:
+            entries = (await run.history()).entries
+            done = [entry.op for entry in entries if entry.what == "done"]
+            assert len(done) == len(set(done)) == 12
+
+
+@in_loop
+async def test_a_node_that_was_stopped_for_three_leases_writes_nothing_more_and_joins_again(
+    fleet: Fleet, mode: Mode
+) -> None:
+    """Invariant 2: nothing under an older fence lands after a newer one."""
+    first = fleet.launch()
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        zombie = (await until_owned_by(client, 1)).pop()
+        fleet.launch()
+        await until_owned_by(client, 2)
+        runs = [await start(client, crew.steady, 8, 0.03, mode=mode) for _ in range(16)]
+
+        async def under_way() -> bool:
+            return len(recorded()) > 40
+
+        await until(under_way)
+        first.send_signal(signal.SIGSTOP)
+        await until_owned_by(client, 1, without=zombie)
+        head = await client.store.log_head()
+        await asyncio.sleep(2 * LEASE_S)  # until three leases are over
+        first.send_signal(signal.SIGCONT)
+        for run in runs:
+            assert await run.result(timeout=30) == 56
+        await until_owned_by(client, 2, without=zombie)
+        late = await client.store.read_log(head, None, None, 9999, None)
+        of_others = await client.store.read_log(head, None, None, 9999, zombie)
+        assert len(late) == len(of_others), "the zombie wrote messages"
+        assert most_executions() <= 2
+        for run in runs:
+            entries = (await run.history()).entries
+            done = [entry.op for entry in entries if entry.what == "done"]
+            assert len(done) == len(set(done)) == 16
+
+
+@in_loop
+async def test_a_node_that_joins_and_one_that_leaves_do_nothing_twice(
+    fleet: Fleet, mode: Mode
+) -> None:
+    """Invariants 1, 4: partitions are handed over in order, so each step is executed once."""
+    first = fleet.launch()
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        await until_owned_by(client, 1)
+        runs = [await start(client, crew.steady, 12, 0.05, mode=mode) for _ in range(12)]
+
+        async def under_way() -> bool:
+            return len(recorded()) > 20
+
+        await until(under_way)
+        fleet.launch()
+        await until_owned_by(client, 2)
+        first.terminate()
+        assert await asyncio.to_thread(first.wait, 30) == 0
+        await until_owned_by(client, 1)
+        for run in runs:
+            assert await run.result(timeout=30) == 132
+        assert most_executions() == 1
+        assert len(recorded()) == 12 * 24
+
+
+@in_loop
+async def test_sleepers_that_were_handed_over_wake_once(tmp_path: Path, fleet: Fleet) -> None:
+    """Invariants 2, 4: their old owner has forgotten them."""
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        first = crew.app_on(fleet.store, LEASE_S)
+        await stack.enter_async_context(first.worker())
+        await until_owned_by(client, 1)
+        runs = [await start(client, crew.naps, 1.2) for _ in range(40)]
+        for run in runs:
+            await until_status(run, "waiting", reason="timer")
+        await stack.enter_async_context(crew.app_on(fleet.store, LEASE_S).worker())
+        await until_owned_by(client, 2)
+        for run in runs:
+            assert await run.result(timeout=30) == 1
+        assert most_executions() == 1
+
+
+@in_loop
+async def test_services_may_live_in_processes_of_their_own(fleet: Fleet, mode: Mode) -> None:
+    """Invariant 8."""
+    fleet.launch("deck")
+    fleet.launch("galley")
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        runs = [await start(client, crew.steady, 3, 0.0, mode=mode) for _ in range(5)]
+        for run in runs:
+            assert await run.result(timeout=30) == 6
+        where = {name: {pid for n, _, pid in recorded() if n == name} for name in ("tick", "cook")}
+        assert len(where["tick"]) == len(where["cook"]) == 1
+        assert where["tick"] != where["cook"]
+        assert most_executions() == 1
+
+
+# -- ends --------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_node_that_is_terminated_lets_its_steps_end(fleet: Fleet, mode: Mode) -> None:
+    """Invariant 1: their results are journalled, so nobody does them again."""
+    first = fleet.launch()
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        run = await start(client, crew.lingers, mode=mode)
+
+        async def lingering() -> bool:
+            return bool(recorded("linger"))
+
+        await until(lingering)
+        first.terminate()
+        await asyncio.sleep(0.1)
+        assert first.poll() is None, "it did not wait for its step"
+        (fleet.folder / "go").touch()
+        assert await asyncio.to_thread(first.wait, 30) == 0
+        assert await owners(client) == {None}
+        fleet.launch()
+        assert await run.result(timeout=30) == "went"
+        assert len(recorded("linger")) == 1
+
+
+@in_loop
+async def test_a_run_sleeps_over_a_kill(fleet: Fleet, mode: Mode) -> None:
+    """Invariants 4, 10."""
+    first = fleet.launch()
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        run = await start(client, crew.naps, 0.8, mode=mode)
+        await until_status(run, "waiting", reason="timer")
+        first.kill()
+        first.wait()
+        fleet.launch()
+        assert await run.result(timeout=30) == 1
+        assert most_executions() == 1
+
+
+@in_loop
+async def test_what_a_step_reported_is_seen_by_the_attempt_after_a_crash(
+    fleet: Fleet, mode: Mode
+) -> None:
+    first = fleet.launch()
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        run = await start(client, crew.carries, mode=mode)
+
+        async def kept() -> bool:
+            return any(row.beat != b"null" for row in (await run.history()).parked)
+
+        await until(kept)
+        first.kill()
+        first.wait()
+        fleet.launch()
+        assert await run.result(timeout=30) == {"at": 7}
