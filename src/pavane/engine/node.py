@@ -42,7 +42,7 @@ PAGE = 500
 RUN_NUMBERS = 1000
 POSITIONS_EVERY_S = 2.0
 TICK_S = 0.5
-GC_YOUNG = 20_000
+GC_YOUNG = 50_000
 
 Key = tuple[str, str]
 

@@ -134,7 +134,8 @@ class Attempt:
     def call(self) -> Call:
         """The command, made when it is needed: most steps are done before anyone asks."""
         if self.made_call is None:
-            assert self.held is not None and self.operation is not None
+            assert self.held is not None
+            assert self.operation is not None
             self.made_call = self.steps.call(self.held, self.operation)
         return self.made_call
 
