@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 
 from pavane import Client, Run
@@ -98,6 +100,21 @@ async def until_owned_by(client: Client, count: int, without: int | None = None)
     return await until(shared, f"{count} owners")
 
 
+async def stop_between_transactions(process: subprocess.Popen[bytes], store: str) -> bool:
+    """Stop a process unless it is writing: SQLite's lock would be stopped with it, for all."""
+    process.send_signal(signal.SIGSTOP)
+    db = apsw.Connection(store)
+    db.set_busy_timeout(300)
+    try:
+        await asyncio.to_thread(db.execute, "BEGIN IMMEDIATE; ROLLBACK")
+        return True
+    except apsw.BusyError:
+        process.send_signal(signal.SIGCONT)
+        return False
+    finally:
+        db.close()
+
+
 # -- sharing -----------------------------------------------------------------------------------
 
 
@@ -149,7 +166,7 @@ async def test_a_node_that_was_stopped_for_three_leases_writes_nothing_more_and_
             return len(recorded()) > 40
 
         await until(under_way)
-        first.send_signal(signal.SIGSTOP)
+        await until(functools.partial(stop_between_transactions, first, fleet.store))
         await until_owned_by(client, 1, without=zombie)
         head = await client.store.log_head()
         await asyncio.sleep(2 * LEASE_S)  # until three leases are over
