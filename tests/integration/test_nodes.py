@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LEASE_S = 0.6
 DEATHS_MAX = 5
 
+PATIENT_S = 15.0
+"""A lease that no stall of the machine ends, for what must hold as long as it is held."""
+
 
 @pytest.fixture(params=MODES)
 def mode(request: pytest.FixtureRequest) -> Mode:
@@ -189,7 +192,7 @@ async def test_a_node_that_joins_and_one_that_leaves_do_nothing_twice(
     fleet: Fleet, mode: Mode
 ) -> None:
     """Invariants 1, 4: partitions are handed over in order, so each step is executed once."""
-    first = fleet.launch()
+    first = fleet.launch(lease_s=PATIENT_S)
     async with AsyncExitStack() as stack:
         client = await connected(stack, fleet)
         await until_owned_by(client, 1)
@@ -199,7 +202,7 @@ async def test_a_node_that_joins_and_one_that_leaves_do_nothing_twice(
             return len(recorded()) > 20
 
         await until(under_way)
-        fleet.launch()
+        fleet.launch(lease_s=PATIENT_S)
         await until_owned_by(client, 2)
         first.terminate()
         assert await asyncio.to_thread(first.wait, 30) == 0
@@ -215,13 +218,13 @@ async def test_sleepers_that_were_handed_over_wake_once(tmp_path: Path, fleet: F
     """Invariants 2, 4: their old owner has forgotten them."""
     async with AsyncExitStack() as stack:
         client = await connected(stack, fleet)
-        first = crew.app_on(fleet.store, LEASE_S)
+        first = crew.app_on(fleet.store, PATIENT_S)
         await stack.enter_async_context(first.worker())
         await until_owned_by(client, 1)
         runs = [await start(client, crew.naps, 1.2) for _ in range(40)]
         for run in runs:
             await until_status(run, "waiting", reason="timer")
-        await stack.enter_async_context(crew.app_on(fleet.store, LEASE_S).worker())
+        await stack.enter_async_context(crew.app_on(fleet.store, PATIENT_S).worker())
         await until_owned_by(client, 2)
         for run in runs:
             assert await run.result(timeout=30) == 1
@@ -231,8 +234,8 @@ async def test_sleepers_that_were_handed_over_wake_once(tmp_path: Path, fleet: F
 @in_loop
 async def test_services_may_live_in_processes_of_their_own(fleet: Fleet, mode: Mode) -> None:
     """Invariant 8."""
-    fleet.launch("deck")
-    fleet.launch("galley")
+    fleet.launch("deck", lease_s=PATIENT_S)
+    fleet.launch("galley", lease_s=PATIENT_S)
     async with AsyncExitStack() as stack:
         client = await connected(stack, fleet)
         runs = [await start(client, crew.steady, 3, 0.0, mode=mode) for _ in range(5)]
@@ -250,7 +253,7 @@ async def test_services_may_live_in_processes_of_their_own(fleet: Fleet, mode: M
 @in_loop
 async def test_a_node_that_is_terminated_lets_its_steps_end(fleet: Fleet, mode: Mode) -> None:
     """Invariant 1: their results are journalled, so nobody does them again."""
-    first = fleet.launch()
+    first = fleet.launch(lease_s=PATIENT_S)
     async with AsyncExitStack() as stack:
         client = await connected(stack, fleet)
         run = await start(client, crew.lingers, mode=mode)
@@ -265,7 +268,7 @@ async def test_a_node_that_is_terminated_lets_its_steps_end(fleet: Fleet, mode: 
         (fleet.folder / "go").touch()
         assert await asyncio.to_thread(first.wait, 30) == 0
         assert await owners(client) == {None}
-        fleet.launch()
+        fleet.launch(lease_s=PATIENT_S)
         assert await run.result(timeout=30) == "went"
         assert len(recorded("linger")) == 1
 
@@ -273,14 +276,14 @@ async def test_a_node_that_is_terminated_lets_its_steps_end(fleet: Fleet, mode: 
 @in_loop
 async def test_a_run_sleeps_over_a_kill(fleet: Fleet, mode: Mode) -> None:
     """Invariants 4, 10."""
-    first = fleet.launch()
+    first = fleet.launch(lease_s=PATIENT_S)
     async with AsyncExitStack() as stack:
         client = await connected(stack, fleet)
         run = await start(client, crew.naps, 0.8, mode=mode)
         await until_status(run, "waiting", reason="timer")
         first.kill()
         first.wait()
-        fleet.launch()
+        fleet.launch(lease_s=PATIENT_S)
         assert await run.result(timeout=30) == 1
         assert most_executions() == 1
 
