@@ -14,6 +14,7 @@ import msgspec
 
 from pavane.core.baton import Status
 from pavane.errors import PavaneError
+from pavane.stores.eventlog import EventRow, EventStore, Reaction
 
 LAST_US = 2**62
 """Later than any time; the end of an open range."""
@@ -203,6 +204,10 @@ class Commit:
     """(service, id) of parked work that is finished."""
     positions: Sequence[tuple[int, int]] = ()
     """(target, position) up to which messages are consumed."""
+    events: Sequence[EventRow] = ()
+    """Published events; each gets its `pos`, or 0 if its id is in the log already."""
+    reaction: Reaction | None = None
+    """What handlers made of events."""
 
     def __init__(self, done: Done, chain: int = 0) -> None:
         self.done = done
@@ -222,7 +227,7 @@ class Features(msgspec.Struct, frozen=True):
     """Other processes may use it at the same time."""
 
 
-class Store(Protocol):
+class Store(EventStore, Protocol):
     """See the module. Reads see everything committed before they began."""
 
     features: Features

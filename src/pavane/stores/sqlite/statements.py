@@ -40,11 +40,16 @@ def _widened(name: str, rows: int) -> tuple[str, int]:
     return f"{head}{values[:-1]}{', '.join([one] * rows)}{rest}", one.count("?")
 
 
-def insert_all(connection: Connection, name: str, rows: Sequence[Iterable[Any]]) -> None:
-    """Insert `rows` by statement `name`, as many rows a statement as are there, up to 256."""
-    at, count = 0, len(rows)
+def insert_all(connection: Connection, name: str, rows: Sequence[Iterable[Any]]) -> int:
+    """Insert `rows` by statement `name`, as many rows a statement as are there, up to 256.
+
+    Returns how many were inserted or replaced.
+    """
+    at, count, changed = 0, len(rows), 0
     for size in _CHUNKS:
         while count - at >= size:
             sql, _ = _widened(name, size)
             connection.execute(sql, [value for row in rows[at : at + size] for value in row])
             at += size
+            changed += connection.changes()
+    return changed

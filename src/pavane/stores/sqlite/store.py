@@ -42,6 +42,7 @@ from pavane.stores.port import (
     broken_chain,
 )
 from pavane.stores.sqlite.connection import Connection, connect
+from pavane.stores.sqlite.events import EventTables, write_events, write_reactions
 from pavane.stores.sqlite.statements import insert_all, migrations, statement
 
 APPLICATION_ID = 0x50415641  # "PAVA"
@@ -67,7 +68,7 @@ _PARKED_COLUMNS = ", ".join(ParkedRow.__struct_fields__)
 Results = Sequence[PavaneError | None]
 
 
-class SqliteStore:
+class SqliteStore(EventTables):
     """See the module. `path` is a file; its directory must exist."""
 
     features = Features(durable=True, shared=True)
@@ -422,6 +423,12 @@ class SqliteStore:
                 c.execute(statement("drop_parked"), unparked)
             if commit.positions:
                 c.executemany(statement("set_position"), commit.positions)
+        events = [event for commit in batch for event in commit.events]
+        if events:
+            write_events(c, events)
+        reactions = [commit.reaction for commit in batch if commit.reaction is not None]
+        if reactions:
+            write_reactions(c, reactions)
 
     def _write_messages(
         self, c: Connection, messages: Sequence[Message], fence: Fence | None
@@ -813,6 +820,8 @@ class SqliteStore:
             "runs": self._one("SELECT count(*) FROM runs WHERE service = home"),
             "messages": self._one("SELECT count(*) FROM log"),
             "parked": self._one("SELECT count(*) FROM parked"),
+            "events": self._one("SELECT count(*) FROM events"),
+            "dead letters": self._one("SELECT count(*) FROM dead_letters"),
         }
 
 
