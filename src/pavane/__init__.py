@@ -11,7 +11,8 @@ _HOMES = {
     "pavane.app": ("App", "Client", "Run", "RunHistory", "RunStatus"),
     "pavane.core.saga": ("saga",),
     "pavane.engine.config": ("EngineConfig",),
-    "pavane.event": ("Event",),
+    "pavane.event": ("Event", "event"),
+    "pavane.handler": ("Breaker", "Delivery", "Handler", "delivery"),
     "pavane.policy": ("Retry",),
     "pavane.service": ("Service", "Step", "StepInfo", "heartbeat", "step_info"),
     "pavane.stores.port": ("RunFilter",),
@@ -59,6 +60,11 @@ if TYPE_CHECKING:
     from pavane.errors import UnknownName as UnknownName
     from pavane.errors import UnknownRun as UnknownRun
     from pavane.event import Event as Event
+    from pavane.event import event as event
+    from pavane.handler import Breaker as Breaker
+    from pavane.handler import Delivery as Delivery
+    from pavane.handler import Handler as Handler
+    from pavane.handler import delivery as delivery
     from pavane.policy import Retry as Retry
     from pavane.service import Service as Service
     from pavane.service import Step as Step

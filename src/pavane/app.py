@@ -16,13 +16,15 @@ from msgspec import Raw
 from pavane.config import MEMORY, make_store, store_address
 from pavane.core.baton import ENDED, Header, Stop, decode_baton
 from pavane.core.codec import decode_error, decoder, encode
-from pavane.core.envelope import Published, Request, Signal, Start, pack, unpack
+from pavane.core.envelope import Request, Signal, Start, pack, unpack
 from pavane.core.journal import Entry, decode_chunk, effective, encode_entry
 from pavane.core.operations import Mode
 from pavane.engine.config import EngineConfig
+from pavane.engine.handlers import handler_spec
 from pavane.engine.held import blank_row, decode_header, decode_trail, encode_plain
 from pavane.engine.holder import start_claim
 from pavane.engine.node import Node, Session
+from pavane.engine.publishing import checked_size, event_row
 from pavane.engine.registry import Registry
 from pavane.errors import (
     BadArguments,
@@ -37,7 +39,7 @@ from pavane.errors import (
     UnknownName,
     UnknownRun,
 )
-from pavane.event import Event, is_event_type, key_of
+from pavane.event import class_of, is_event
 from pavane.policy import Duration, seconds
 from pavane.service import Service, checked_name
 from pavane.stores.port import (
@@ -117,7 +119,7 @@ class Run(Generic[R]):
         """Return the run's journal and stations, wherever in this store its baton is."""
         return await self._client.history(self.id)
 
-    async def send(self, event: Event, *, id: str | None = None) -> None:
+    async def send(self, event: Any, *, id: str | None = None) -> None:
         """Send `event` to the run's mailbox; a repeated `id` takes effect once.
 
         Raises RunEnded for a finished run, UnknownRun for none, BadArguments for an event type that
@@ -166,6 +168,9 @@ class Client:
         await self.store.open()
         try:
             await self.store.register(sorted(self.registry.services))
+            await self.store.register_handlers(
+                [handler_spec(h) for h in self.registry.handlers() if h.options.share is None]
+            )
             if self.node is not None:
                 await self.node.start()
         except BaseException:
@@ -315,19 +320,13 @@ class Client:
             f"`pavane runs list` shows what is there."
         )
 
-    async def send(self, run: str, event: Event, id: str | None) -> None:
-        if not is_event_type(type(event)):
+    async def send(self, run: str, event: Any, id: str | None) -> None:
+        if not is_event(event):
             raise BadArguments(f"{event!r} is no event. Derive its class from pavane.Event.")
         row = await self._open_row(run)
-        name = type(event).event_type
+        name = class_of(event).event_type
         with suppress(UnknownName):
-            workflow = self.registry.workflow(row.workflow, row.version)
-            if all(known.event_type != name for known in workflow.receives):
-                listed = ", ".join(e.event_type for e in workflow.receives) or "no events"
-                raise BadArguments(
-                    f"Workflow {row.workflow!r} does not receive {name}; it receives: {listed}. "
-                    f"Declare it with receives=[{name}]."
-                )
+            self.registry.workflow(row.workflow, row.version).check_receives(event)
         body = self._checked(encode(event), f"Event {name}")
         commit, future = self._commit()
         message_id = f"{row.id}#s-{id or new_run_id()}"
@@ -408,19 +407,24 @@ class Client:
             raise RunConflict(f"Run {header.run!r} exists already; choose another id.") from None
         return header.run
 
-    async def publish(self, event: Event, *, source: str) -> str:
-        if not is_event_type(type(event)):
-            raise BadArguments(f"{event!r} is no event. Derive its class from pavane.Event.")
-        id = new_run_id()
-        kind = type(event)
-        raw = self._checked(encode(event), f"Event {kind.event_type}")
-        body = pack(
-            Published(kind.event_type, kind.event_version, key_of(event), source, id, "", Raw(raw))
-        )
+    async def publish(
+        self, event: Any, *, source: str, id: str | None = None, conversation: str | None = None,
+        traceparent: str = "",
+    ) -> str:  # fmt: skip
+        """Publish an event durably; see `App.publish`."""
+        if not is_event(event):
+            raise BadArguments(
+                f"{event!r} is no event. Derive its class from pavane.Event, or use @event."
+            )
+        chosen = new_run_id() if id is None else checked_run_id(id)
+        row = event_row(
+            self.store, event, id=chosen, source=source, at_us=self.store.now_us(),
+            conversation=conversation or chosen, cause="", trace=traceparent,
+        )  # fmt: skip
         commit, future = self._commit()
-        commit.messages = [self._message("event", id, "", "", body)]
+        commit.events = [checked_size(row, self._config.payload_max_bytes)]
         await self._write(commit, future)
-        return id
+        return chosen
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -659,9 +663,13 @@ class App:
         """List runs, newest first."""
         return await self.client.list(which or RunFilter())
 
-    async def publish(self, event: Event) -> str:
-        """Publish `event`, durably; return its id."""
-        return await self.client.publish(event, source=self.name)
+    async def publish(self, event: Any, *, id: str | None = None, traceparent: str = "") -> str:
+        """Publish `event`, durably; return its id.
+
+        An `id` that was published before changes nothing, so a repeated call takes effect once.
+        `traceparent` is the W3C trace context that it belongs to; without one it begins its own.
+        """
+        return await self.client.publish(event, source=self.name, id=id, traceparent=traceparent)
 
     def run(self, main: Callable[[], Awaitable[R]]) -> R:
         """Open the app, await `main()`, close it: for scripts."""

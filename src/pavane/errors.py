@@ -154,6 +154,34 @@ class CorruptJournal(PavaneError):
     code = "corrupt-journal"
 
 
+class OnlyInHandler(PavaneError):
+    """A call that needs a running handler was made outside of one."""
+
+    code = "only-in-handler"
+
+
+class BadEvent(PavaneError):
+    """Data of an event does not fit its class, in its version or through its upcasts."""
+
+    code = "bad-event"
+
+
+class NotDeclared(PavaneError):
+    """A handler returned or published something that it does not declare to emit."""
+
+    code = "not-declared"
+
+
+class WorkFailed(PavaneError):
+    """What ran inside the store's transaction raised; `error` is what. Nothing was written."""
+
+    code = "work-failed"
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(repr(error))
+        self.error = error
+
+
 class Discarded(BaseException):
     """Raised in code of an execution that is being put away; never seen by callers."""
 

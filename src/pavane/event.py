@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
 from pavane.errors import BadDeclaration, UnknownName
+from pavane.policy import Duration, seconds
+
+Upcast = Callable[[dict[str, Any]], dict[str, Any]]
+C = TypeVar("C", bound=type)
+U = TypeVar("U", bound=Callable[[dict[str, Any]], dict[str, Any]])
 
 _StructMeta = type(msgspec.Struct)
 
 
+def _describe(
+    cls: Any,
+    fields: tuple[str, ...],
+    key: str | None,
+    version: int,
+    type_name: str | None,
+    ttl: Duration | None,
+) -> None:
+    name = type_name or cls.__name__
+    if key is not None and key not in fields:
+        raise BadDeclaration(
+            f"Event {cls.__name__} has key={key!r}, which is not one of its fields "
+            f"({', '.join(fields) or 'it has none'})."
+        )
+    if not name.replace(".", "_").replace("-", "_").isidentifier():
+        raise BadDeclaration(
+            f"{name!r} is no name for an event: use letters, digits, '_', '-' and '.'."
+        )
+    if version < 1:
+        raise BadDeclaration(f"Event {name} has version={version}; versions count from 1.")
+    cls.event_key = key
+    cls.event_version = version
+    cls.event_type = name
+    cls.event_ttl_s = None if ttl is None else seconds(ttl)
+    cls.event_upcasts = {}
+
+
+def _upcast(cls: Any, version: int) -> Callable[[U], U]:
+    if not 1 <= version < cls.event_version:
+        raise BadDeclaration(
+            f"{cls.event_type}.upcast({version}) must name an older version than "
+            f"{cls.event_version}, which the class has now."
+        )
+
+    def declare(fn: U) -> U:
+        if version in cls.event_upcasts:
+            raise BadDeclaration(f"{cls.event_type}.upcast({version}) is declared twice.")
+        cls.event_upcasts[version] = fn
+        return fn
+
+    return declare
+
+
 class EventMeta(_StructMeta):
-    """Takes `key=`, `version=` and `name=` off the class statement of an event."""
+    """Takes `key=`, `version=`, `type_name=` and `ttl=` off the class statement of an event."""
 
     def __new__(
         mcls,
@@ -23,20 +72,13 @@ class EventMeta(_StructMeta):
         key: str | None = None,
         version: int = 1,
         type_name: str | None = None,
+        ttl: Duration | None = None,
         **options: Any,
     ) -> Any:
         options.setdefault("frozen", True)
         options.setdefault("kw_only", True)
         cls: Any = super().__new__(mcls, name, bases, namespace, **options)
-        fields: tuple[str, ...] = cls.__struct_fields__
-        if key is not None and key not in fields:
-            raise BadDeclaration(
-                f"Event {name} has key={key!r}, which is not one of its fields "
-                f"({', '.join(fields) or 'it has none'})."
-            )
-        cls.event_key = key
-        cls.event_version = version
-        cls.event_type = type_name or name
+        _describe(cls, cls.__struct_fields__, key, version, type_name, ttl)
         return cls
 
 
@@ -44,30 +86,84 @@ class Event(msgspec.Struct, metaclass=EventMeta):
     """A fact that happened, published to whoever listens.
 
     ```python
-    class OrderPlaced(Event, key="order_id"):
+    class OrderPlaced(Event, key="order_id", version=2):
         order_id: str
         cents: int
+
+    @OrderPlaced.upcast(1)
+    def _(old: dict) -> dict:              # what version 1 said, in the words of version 2
+        return {"order_id": old["order_id"], "cents": old["euros"] * 100}
     ```
 
-    `key` names the field that orders events and routes them; `version` counts incompatible changes.
+    `key` names the field that orders events and routes them: those of one key are handled in order.
+    `version` counts incompatible changes; old ones are read through their upcasts, one version at
+    a time. With `ttl` an event that is older when its turn comes is not handled any more.
+    `type_name` is its name in the log, the class's name by default.
     """
 
     event_key: ClassVar[str | None]
     event_version: ClassVar[int]
     event_type: ClassVar[str]
+    event_ttl_s: ClassVar[float | None]
+    event_upcasts: ClassVar[dict[int, Upcast]]
+
+    @classmethod
+    def upcast(cls, version: int) -> Callable[[U], U]:
+        """Declare how data of `version` reads as the next version."""
+        return _upcast(cls, version)
+
+
+def event(
+    *,
+    key: str | None = None,
+    version: int = 1,
+    type_name: str | None = None,
+    ttl: Duration | None = None,
+) -> Callable[[C], C]:
+    """Make an event of a dataclass or pydantic model; see `Event` for what the options mean."""
+
+    def declare(cls: C) -> C:
+        fields = (
+            getattr(cls, "model_fields", None)
+            or getattr(cls, "__dataclass_fields__", None)
+            or getattr(cls, "__struct_fields__", None)
+        )
+        if fields is None:
+            raise BadDeclaration(
+                f"@event is for dataclasses and pydantic models; {cls.__name__} is neither. Put "
+                f"@event above @dataclass, or derive the class from pavane.Event."
+            )
+        _describe(cls, tuple(fields), key, version, type_name, ttl)
+        described: Any = cls
+        described.upcast = staticmethod(lambda version: _upcast(cls, version))  # pyright: ignore
+        return cls
+
+    return declare
 
 
 def is_event_type(cls: object) -> bool:
-    return isinstance(cls, type) and issubclass(cls, Event)
+    return isinstance(cls, type) and "event_type" in cls.__dict__ and cls is not Event
 
 
-def key_of(event: Event) -> str:
+def is_event(value: object) -> bool:
+    return is_event_type(type(value))
+
+
+def class_of(event: object) -> Any:
+    """Return the class of an event, whose attributes describe it."""
+    return type(event)
+
+
+def key_of(event: Any) -> str:
     """Return the ordering key of `event` as text; empty when its class declares none."""
-    name = type(event).event_key
-    return "" if name is None else str(getattr(event, name))
+    name: str | None = class_of(event).event_key
+    if name is None:
+        return ""
+    key = getattr(event, name)
+    return key if type(key) is str else str(key)
 
 
-def type_for(name: str, known: dict[str, type[Event]]) -> type[Event]:
+def type_for(name: str, known: dict[str, type[Any]]) -> type[Any]:
     """Return the event class called `name`, or raise UnknownName."""
     if name not in known:
         raise UnknownName(f"No event type is called {name!r}. Known: {', '.join(known) or 'none'}.")

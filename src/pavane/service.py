@@ -6,7 +6,17 @@ import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    overload,
+)
 
 import msgspec
 
@@ -14,8 +24,17 @@ from pavane.core.codec import Params
 from pavane.core.execution import Execution, current, required
 from pavane.core.operations import Mode
 from pavane.core.saga import current_saga
-from pavane.errors import BadDeclaration, OnlyInWorkflow
-from pavane.event import Event
+from pavane.errors import BadArguments, BadDeclaration, OnlyInWorkflow
+from pavane.event import class_of, is_event, is_event_type
+from pavane.handler import (
+    BREAKER,
+    Breaker,
+    Handler,
+    HandlerOptions,
+    Since,
+    current_handler,
+    per_second,
+)
 from pavane.policy import Duration, Retry, StepOptions, seconds
 
 if TYPE_CHECKING:
@@ -23,6 +42,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _NAME_MAX = 200
 
@@ -44,13 +64,19 @@ class Step(Generic[P, R]):
     """
 
     def __init__(
-        self, service: Service, fn: Callable[P, Any], name: str, options: StepOptions
+        self,
+        service: Service,
+        fn: Callable[..., Any],
+        name: str,
+        options: StepOptions,
+        transaction: bool = False,
     ) -> None:
         self.service = service
         self.fn = fn
         self.name = name
         self.options_ = options
-        self.params = Params.of(fn)
+        self.transaction = transaction
+        self.params = Params.of(fn, given=1 if transaction else 0)
         self.returns_none = self.params.returns in (None, type(None))
         _ = self.params.result  # a return type that cannot be stored is refused here
         self.is_async = inspect.iscoroutinefunction(fn)
@@ -61,6 +87,11 @@ class Step(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         execution = current()
         if execution is None:
+            if self.transaction:
+                raise OnlyInWorkflow(
+                    f"{self} is given its connection by the engine, so it can only be called from "
+                    f"a running workflow. In a test, call `{self.name}.fn(connection, …)`."
+                )
             return _plainly(self.fn, args, kwargs)
         return self._durably(execution, args, kwargs)
 
@@ -102,7 +133,7 @@ class Step(Generic[P, R]):
             heartbeat_s=self.options_.heartbeat_s if heartbeat is None else seconds(heartbeat),
             undo=self.options_.undo,
         )
-        return Step(self.service, self.fn, self.name, changed)
+        return Step(self.service, self.fn, self.name, changed, self.transaction)
 
     def __repr__(self) -> str:
         return f"{self.service.name}.{self.name}"
@@ -136,6 +167,7 @@ class Service:
         self.name = checked_name(name, "service")
         self.steps: dict[str, Step[..., Any]] = {}
         self.workflows: dict[tuple[str, int], Workflow[..., Any]] = {}
+        self.handlers: dict[str, Handler] = {}
 
     @overload
     def step(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Step[P, R]: ...
@@ -184,8 +216,133 @@ class Service:
             return StepDecorator(self, name, options)
         return self.add_step(fn, name, options)
 
+    def transaction(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, R]:
+        """Declare a step that runs inside the store's own transaction.
+
+        ```python
+        @ledger.transaction
+        def book(connection, account: str, cents: int) -> int:
+            sql = "UPDATE accounts SET cents = cents + ? WHERE id = ?"
+            connection.execute(sql, (cents, account))
+        ```
+
+        Its first parameter is a connection of the store's database (SQLite: of APSW), which callers
+        leave out. What it writes there and its result are one transaction: exactly once, whatever
+        crashes. It is a plain `def` and should be short, since nothing else is written meanwhile;
+        it must not commit. A failure rolls back what it did and goes to the workflow.
+        """
+        if inspect.iscoroutinefunction(fn):
+            raise BadDeclaration(
+                f"{fn.__name__} cannot be a transaction: write it as a plain `def`. It runs inside "
+                f"the store's own transaction, which must not wait for anything else."
+            )
+        return self.add_step(fn, None, StepOptions(), transaction=True)
+
+    def on(
+        self,
+        *events: type[Any],
+        name: str | None = None,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        concurrency: int = 100,
+        rate: str | float | None = None,
+        where: Callable[[Any], bool] | None = None,
+        state: type[Any] | None = None,
+        since: Since = None,
+        emits: list[type[Any]] | None = None,
+        on_dead: Literal["continue", "stop"] = "continue",
+        batch: int = 1,
+        linger: Duration = 0,
+        breaker: Breaker | None = BREAKER,
+        transaction: bool = False,
+        instead_of: Any = None,
+        shadow: bool = False,
+        share: float | None = None,
+    ) -> Callable[[F], F]:
+        """Declare a handler: a function, async or not, that reacts to events of these types.
+
+        ```python
+        @mail.on(OrderShipped, retry=Retry(attempts=8), concurrency=20)
+        async def thank(event: OrderShipped) -> MailSent | MailBounced: ...
+        ```
+
+        What it returns (an event, a list of them, or None) or publishes with `service.publish` is
+        written in one commit with the mark that it handled the event: exactly once, whatever
+        crashes. Events of one key are handled one at a time and in order, different keys at once,
+        up to `concurrency`, and not faster than `rate` ("100/s"), each per node.
+
+        `retry`: a failing event is tried again by this schedule (five attempts by default), and
+        holds back only its own key; then it becomes a dead letter, and its key goes on or, with
+        `on_dead="stop"`, waits for a person. `breaker` pauses the handler while most events fail.
+        `timeout` bounds one attempt.
+
+        `where` skips events for which it is false. `state=Account` gives the function, as second
+        parameter, what it keeps per key: made by `Account()` at first, saved with the commit.
+        A new handler starts with events from now on, or `since="beginning"` or a time.
+        With `batch=` it takes a list of up to so many events, waiting up to `linger` for more.
+        With `transaction=True` its last parameter is a connection of the store's database, in whose
+        transaction everything else is written too; see `Service.transaction`.
+
+        `shadow=True` runs it on live events and records what it would have published, without
+        publishing. `share=0.1` lets it take a stable tenth of the keys from the handler that it is
+        declared `instead_of`. `emits` lists what it publishes, if the return annotation does not.
+        """
+        for event in events:
+            if not is_event_type(event):
+                raise BadDeclaration(f"on({event!r}) must be given event classes.")
+        if not events:
+            raise BadDeclaration(f"@{self.name}.on(…) must name at least one event class.")
+        options = HandlerOptions(
+            retry=retry or Retry(),
+            timeout_s=None if timeout is None else seconds(timeout),
+            concurrency=concurrency, rate_per_s=per_second(rate), where=where, state=state,
+            since=since, on_dead=on_dead, batch=batch, linger_s=seconds(linger), breaker=breaker,
+            transaction=transaction, shadow=shadow, share=share,
+        )  # fmt: skip
+
+        def declare(fn: F) -> F:
+            chosen = checked_name(name or fn.__name__, "handler")
+            replaced = self._replaced(chosen, events, instead_of, shadow, share)
+            declared = None if emits is None else tuple(emits)
+            handler = Handler(self, fn, chosen, events, options, declared, replaced)
+            self.add_handler(handler)
+            return fn
+
+        return declare
+
+    def _replaced(
+        self, name: str, events: tuple[type[Any], ...], instead_of: Any, shadow: bool,
+        share: float | None,
+    ) -> Handler | None:  # fmt: skip
+        """Return the current handler that a shadow or a share is compared with or takes from."""
+        if not shadow and share is None:
+            return None
+        known = [h for h in self.handlers.values() if h.instead_of is None and h.starts is None]
+        if instead_of is None:
+            same = [h for h in known if set(h.events.values()) == set(events)]
+        else:
+            same = [h for h in known if h.fn is instead_of or h.name == instead_of]
+        if len(same) == 1:
+            return same[0]
+        raise BadDeclaration(
+            f"Handler {name!r} of service {self.name!r} must say which handler it is compared with "
+            f"or takes its share from: instead_of=… one of {', '.join(h.name for h in known)}."
+        )
+
+    def add_handler(self, handler: Handler) -> None:
+        if handler.name in self.handlers:
+            raise BadDeclaration(
+                f"Service {self.name!r} has a handler {handler.name!r} already. Give one another "
+                f'name: @{self.name}.on(…, name="…").'
+            )
+        self.handlers[handler.name] = handler
+
     def add_step(
-        self, fn: Callable[..., Any], name: str | None, options: StepOptions
+        self,
+        fn: Callable[..., Any],
+        name: str | None,
+        options: StepOptions,
+        transaction: bool = False,
     ) -> Step[..., Any]:
         if inspect.isasyncgenfunction(fn) or inspect.isgeneratorfunction(fn) or not callable(fn):
             raise BadDeclaration(f"{fn!r} cannot be a step: it must be a function that returns.")
@@ -195,7 +352,7 @@ class Service:
                 f"Service {self.name!r} has a step {chosen!r} already. Give one another name: "
                 f'@{self.name}.step(name="…").'
             )
-        step: Step[..., Any] = Step(self, fn, chosen, options)
+        step: Step[..., Any] = Step(self, fn, chosen, options, transaction)
         self.steps[chosen] = step
         return step
 
@@ -209,7 +366,9 @@ class Service:
         name: str | None = None,
         version: int = 1,
         mode: Mode = "orchestration",
-        receives: list[type[Event]] | None = None,
+        receives: list[type[Any]] | None = None,
+        starts_on: type[Any] | None = None,
+        keep: Duration = "1d",
         timeout: Duration | None = None,
     ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Workflow[P, R]]: ...
     def workflow(
@@ -220,14 +379,18 @@ class Service:
         name: str | None = None,
         version: int = 1,
         mode: Mode = "orchestration",
-        receives: list[type[Event]] | None = None,
+        receives: list[type[Any]] | None = None,
+        starts_on: type[Any] | None = None,
+        keep: Duration = "1d",
         timeout: Duration | None = None,
     ) -> Any:
         """Declare a workflow: a deterministic `async` function that describes a process.
 
         `mode` is how its runs are driven unless a start says otherwise. `receives` lists the event
-        types that may be sent to a run. A run goes on with the `version` it started with; keep old
-        versions declared until their runs have ended. `timeout` bounds a whole run.
+        types that it waits for; published ones are kept for as long as `keep`, for runs that wait
+        for them later. Each event of type `starts_on` starts a run, once, with the event as its
+        argument. A run goes on with the `version` it started with; keep old versions declared until
+        their runs have ended. `timeout` bounds a whole run.
         """
 
         def declare(function: Callable[..., Any]) -> Workflow[..., Any]:
@@ -250,22 +413,33 @@ class Service:
                 )
             workflow: Workflow[..., Any] = Workflow(
                 self, function, chosen, version, mode, tuple(receives or ()),
-                None if timeout is None else seconds(timeout),
+                None if timeout is None else seconds(timeout), seconds(keep),
             )  # fmt: skip
             self.workflows[chosen, version] = workflow
+            if starts_on is not None:
+                workflow.start_on(starts_on)
             return workflow
 
         return declare if fn is None else declare(fn)
 
-    async def publish(self, event: Event) -> str:
-        """Publish `event` from a workflow, with the next commit; return its id.
+    async def publish(self, event: Any) -> str:
+        """Publish `event` from a workflow or handler, with its next commit; return its id.
 
-        The id is derived from the run and the operation: a replay publishes nothing twice.
+        The id is derived from the run and the operation, or from the event that is handled: a
+        replay or another attempt publishes nothing twice.
         """
+        if not is_event(event):
+            raise BadArguments(
+                f"{event!r} is no event. Derive its class from pavane.Event, or use @event."
+            )
+        handling = current_handler.get()
+        if handling is not None:
+            return handling.publish(event, self.name)
         execution = required(f"{self.name}.publish(…)")
-        raw = execution.encoded(event, f"Event {type(event).__name__}")
+        kind = class_of(event)
+        raw = execution.encoded(event, f"Event {kind.event_type}")
         operation = execution.announce(
-            "publish", type(event).event_type, self.name, args=raw, detail=event
+            "publish", kind.event_type, self.name, args=raw, detail=event
         )
         return f"{execution.header.run}#{operation.ordinal}"
 

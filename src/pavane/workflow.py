@@ -12,15 +12,22 @@ from uuid import UUID
 from pavane.core.codec import Params, decoder
 from pavane.core.execution import Execution, current, required, section_mode
 from pavane.core.operations import Mode
-from pavane.errors import BadArguments, BadDeclaration, ContinueAsNew, UndeclaredReceive
-from pavane.event import Event, is_event_type
+from pavane.errors import (
+    BadArguments,
+    BadDeclaration,
+    ContinueAsNew,
+    OnlyInWorkflow,
+    UndeclaredReceive,
+)
+from pavane.event import class_of, is_event, is_event_type
+from pavane.handler import Handler, HandlerOptions, current_handler
 
 if TYPE_CHECKING:
     from pavane.service import Service
 
 P = ParamSpec("P")
 R = TypeVar("R")
-E = TypeVar("E", bound=Event)
+E = TypeVar("E")
 
 Attribute = str | int | float | bool
 
@@ -36,8 +43,9 @@ class Workflow(Generic[P, R]):
         name: str,
         version: int,
         mode: Mode,
-        receives: tuple[type[Event], ...],
+        receives: tuple[type[Any], ...],
         timeout_s: float | None,
+        keep_s: float = 86400.0,
     ) -> None:
         for event in receives:
             if not is_event_type(event):
@@ -49,6 +57,7 @@ class Workflow(Generic[P, R]):
         self.mode: Mode = mode
         self.receives = receives
         self.timeout_s = timeout_s
+        self.keep_s = keep_s
         self.params = Params.of(fn)
         _ = self.params.result  # a return type that cannot be stored is refused here
         self.__name__ = name
@@ -69,12 +78,58 @@ class Workflow(Generic[P, R]):
             "child", self.name, self.service.name, args=raw, decode=self.params.result, detail=self
         )
 
+    def start_on(self, event_type: type[Any]) -> None:
+        """Start a run for each event of this type; see `Service.workflow`."""
+        if not is_event_type(event_type):
+            raise BadDeclaration(f"starts_on={event_type!r} must be an event class.")
+
+        async def begin(event: Any) -> None:
+            raw = self.params.check((event,), {})
+            handling = current_handler.get()
+            assert handling is not None
+            handling.start(self, raw, handling.delivery().id)
+
+        name = f"start-{self.name}" if self.version == 1 else f"start-{self.name}-{self.version}"
+        options = HandlerOptions()
+        handler = Handler(self.service, begin, name, (event_type,), options, (), starts=self)
+        self.service.add_handler(handler)
+
     async def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
-        """Start a child run from workflow code and leave it to itself; return its id."""
+        """Start a run from workflow code or a handler and leave it to itself; return its id.
+
+        In a workflow it is a child run. In a handler it is started with the handler's commit, and
+        its id is derived from the event.
+        """
+        handling = current_handler.get()
+        if handling is not None:
+            return handling.start(self, self.params.check(args, kwargs), None)
         execution = required(f"{self.name}.start(…)")
         raw = execution.checked(self.params.encode(args, kwargs), f"The arguments of {self}")
         operation = execution.announce("spawn", self.name, self.service.name, args=raw, detail=self)
         return child_id(execution.header.run, operation.ordinal)
+
+    async def send(self, run: str, event: Any) -> None:
+        """Send `event` from a handler to the mailbox of a run of this workflow, with its commit."""
+        handling = current_handler.get()
+        if handling is None:
+            raise OnlyInWorkflow(
+                f"{self.name}.send(…) works only inside a handler. Elsewhere use "
+                f"`await app.get(id).send(event)`."
+            )
+        self.check_receives(event)
+        handling.send(self, run, event)
+
+    def check_receives(self, event: Any) -> None:
+        """Raise BadArguments for what this workflow does not declare to receive."""
+        if not is_event(event):
+            raise BadArguments(f"{event!r} is no event. Derive its class from pavane.Event.")
+        name: str = class_of(event).event_type
+        if all(known.event_type != name for known in self.receives):
+            listed = ", ".join(e.event_type for e in self.receives) or "no events"
+            raise BadArguments(
+                f"Workflow {self.name!r} does not receive {name}; it receives: {listed}. Declare "
+                f"it with receives=[{name}]."
+            )
 
     def __repr__(self) -> str:
         return f"{self.service.name}.{self.name}"
@@ -85,10 +140,14 @@ def child_id(run: str, ordinal: int) -> str:
     return f"{run}/{ordinal}"
 
 
-async def receive(event_type: type[E]) -> E:
-    """Await an event of this type that is sent to this run; early ones wait in its mailbox."""
+async def receive(event_type: type[E], *, key: str | int | None = None) -> E:
+    """Await an event of this type: one that is sent to this run or, with `key`, a published one.
+
+    What comes early waits: in the run's mailbox, or, with `key`, for as long as the workflow's
+    `keep` says. Published events of a key are received in order, each once per run.
+    """
     execution = required("receive(…)")
-    declared: tuple[type[Event], ...] = getattr(execution.definition, "receives", ())
+    declared: tuple[type[Any], ...] = getattr(execution.definition, "receives", ())
     if event_type not in declared:
         name = getattr(event_type, "__name__", repr(event_type))
         raise UndeclaredReceive(
@@ -96,8 +155,18 @@ async def receive(event_type: type[E]) -> E:
             f"event that comes early could not be kept. Write "
             f"@service.workflow(receives=[{name}])."
         )
+    described: Any = event_type
+    name, detail = described.event_type, None
+    if key is not None:
+        if described.event_key is None:
+            raise BadArguments(
+                f"{name} has no key, so no run can wait for one of key {key!r}. Write "
+                f'class {name}(Event, key="…").'
+            )
+        detail = (name, str(key))
+        name = f"{name} of {key}"
     return await execution.issue(
-        "receive", event_type.event_type, execution.header.home, decode=decoder(event_type)
+        "receive", name, execution.header.home, decode=decoder(event_type), detail=detail
     )
 
 

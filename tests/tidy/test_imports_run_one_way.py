@@ -11,7 +11,7 @@ from tests.tidy.source_tree import PACKAGE, SOURCE, Import, imports
 
 VOCABULARY = {"event", "policy", "errors"}
 CORE = VOCABULARY | {"core"}
-AUTHORING = CORE | {"service", "workflow"}
+AUTHORING = CORE | {"service", "workflow", "handler"}
 PORTS = CORE | {"stores", "brokers"}
 CONFIG = PORTS | {"config"}
 ENGINE = CONFIG | AUTHORING | {"engine"}
@@ -22,6 +22,7 @@ MAY_IMPORT = (
     dict.fromkeys(ON_TOP, ON_TOP)
     | {"app": APP, "engine": ENGINE, "config": CONFIG}
     | {"stores": PORTS, "brokers": PORTS, "service": AUTHORING, "workflow": AUTHORING}
+    | {"handler": AUTHORING}
     | {"core": CORE}
     | dict.fromkeys(VOCABULARY, VOCABULARY)
 )

@@ -43,6 +43,8 @@ class Header(msgspec.Struct):
     era: int = 0
     forced: str = ""
     """Why the run stays orchestrated whatever its mode says; empty if it does not."""
+    cause: str = ""
+    """The event that started it, if one did."""
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True):

@@ -56,6 +56,7 @@ __all__ = [
     "encode",
     "encode_error",
     "error_summary",
+    "resolve_hints",
 ]
 
 FORMAT: Final = 1
@@ -502,10 +503,13 @@ class Params:
     not be found: they are read as plain JSON data.
     """
 
-    def __init__(self, fn: Callable[..., object]) -> None:
+    def __init__(self, fn: Callable[..., object], given: int) -> None:
         self.name: str = _name_of(fn)
         signature = _signature(fn)
-        hints, self.unresolved = _resolve_hints(fn)
+        if given:
+            left = list(signature.parameters.values())[given:]
+            signature = signature.replace(parameters=left)
+        hints, self.unresolved = resolve_hints(fn)
         self.returns: object = _awaited(hints.get("return", Any))
         self._signature = signature
         self._params = [self._param(p, hints) for p in signature.parameters.values()]
@@ -523,13 +527,14 @@ class Params:
         ).decode
 
     @classmethod
-    def of(cls, fn: Callable[..., object]) -> Params:
+    def of(cls, fn: Callable[..., object], *, given: int = 0) -> Params:
         """Read a function's signature and type hints.
 
+        The first `given` parameters are left out: they are given when it is called, and not stored.
         Raises `BadDeclaration` for `*args` or `**kwargs`, for a type that cannot be read back, and
         for a default that does not fit its type. The return type is looked at by `result` only.
         """
-        return cls(fn)
+        return cls(fn, given)
 
     @functools.cached_property
     def result(self) -> Decode[Any]:
@@ -722,7 +727,7 @@ def _signature(fn: Callable[..., object]) -> inspect.Signature:
     return inspect.signature(fn)
 
 
-def _resolve_hints(fn: Callable[..., object]) -> tuple[dict[str, object], tuple[str, ...]]:
+def resolve_hints(fn: Callable[..., object]) -> tuple[dict[str, object], tuple[str, ...]]:
     """Return a function's type hints by parameter, and the parameters that have none to be found.
 
     Classes that are local to another function can only be found if this function mentions them

@@ -78,16 +78,35 @@ class Note(msgspec.Struct, array_like=True):
     reason: str
 
 
-class Published(msgspec.Struct, array_like=True):
-    """A published event."""
+class Await(msgspec.Struct, array_like=True):
+    """A run waits (or waits no more) for a published event of `type` and `key`."""
 
+    run: str
+    op: int
+    era: int
+    home: str
     type: str
-    version: int
     key: str
-    source: str
-    conversation: str
-    cause: str
-    body: Raw
+    fingerprint: str
+
+    @property
+    def id(self) -> str:
+        return operation_id(self.run, self.op, self.era)
+
+
+class Redo(msgspec.Struct, array_like=True):
+    """Handle the event at `pos` by `handler` (its number) once more, or with `drop` never.
+
+    `dead` is the dead letter it is about, 0 for a replay, which `again` names; `data` replaces the
+    event's payload.
+    """
+
+    handler: int
+    pos: int
+    dead: int = 0
+    again: str = ""
+    data: Raw | None = None
+    drop: bool = False
 
 
 def operation_id(run: str, op: int, era: int) -> str:

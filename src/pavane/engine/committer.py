@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.stores.eventlog import EventRow
 from pavane.stores.port import Commit, Fence, Message, Store, broken_chain
 
 BATCH_MAX = 1000
@@ -18,8 +19,8 @@ BATCH_MAX = 1000
 class Committer:
     """Owns the way to the store for everything fenced by one lease.
 
-    `deliver` gets the messages of each durable commit; `failed` is told once when the store
-    refuses a whole batch, after which nothing is written any more.
+    `deliver` gets the messages of each durable commit, `published` the events of a batch; `failed`
+    is told once when the store refuses a whole batch, after which nothing is written any more.
     """
 
     def __init__(
@@ -27,11 +28,13 @@ class Committer:
         store: Store,
         fence: Fence,
         deliver: Callable[[Sequence[Message]], None],
+        published: Callable[[Sequence[EventRow]], None],
         failed: Callable[[PavaneError], None],
     ) -> None:
         self._store = store
         self._fence = fence
         self._deliver = deliver
+        self._published = published
         self._failed = failed
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Commit] = []
@@ -72,12 +75,18 @@ class Committer:
             if isinstance(result, (LeaseLost, StoreError)) and self.closed is None:
                 self.closed = result
                 self._failed(result)
+        events: list[EventRow] = []
         for commit, result in zip(batch, results, strict=True):
             if result is not None and commit.chain:
                 self._broken.add(commit.chain)
             commit.done(result)
-            if result is None and commit.messages:
-                self._deliver(commit.messages)
+            if result is None:
+                if commit.messages:
+                    self._deliver(commit.messages)
+                if commit.events:
+                    events += commit.events
+        if events:
+            self._published(events)
         self.routed_tail = self._store.tail
         if self._waiting and not self._scheduled:
             self._scheduled = True

@@ -9,6 +9,7 @@ import msgspec
 from pavane.core.baton import Header, Outcome, Stop
 from pavane.core.execution import Execution
 from pavane.core.journal import Entry, encode_entry
+from pavane.stores.eventlog import EventRow
 from pavane.stores.port import InboxRow, JournalRow, MailRow, Message, RunRow
 from pavane.workflow import Attribute
 
@@ -28,13 +29,14 @@ class Held:
     first commit takes it. `local` are operations whose step runs here. `consuming` are log
     messages to be acknowledged with the next commit. `chain` ties its commits together. `dirty`:
     the row changed since it was written. `mail` waits in the mailbox, `taken` are ids of what was
-    delivered from there. `marks` go into the inbox with the next commit. `suspect`: it was touched
-    after a crash and has made no progress since.
+    delivered from there. `marks` and published `events` go with the next commit. `suspect`: it was
+    touched after a crash and has made no progress since.
     """
 
     __slots__ = (
         "arrival", "attributes", "chain", "commits", "consuming", "count", "dead", "dirty",
-        "entries", "execution", "exists", "header", "home_row", "local", "mail", "marks", "row",
+        "entries", "events", "execution", "exists", "header", "home_row", "local", "mail",
+        "marks", "row",
         "size_bytes", "suspect", "taken", "trail", "undone", "unwritten",
     )  # fmt: skip
 
@@ -55,6 +57,7 @@ class Held:
         self.mail: list[MailRow] = []
         self.taken: set[str] = set()
         self.marks: list[InboxRow] = []
+        self.events: list[EventRow] = []
         self.commits = 0
         self.dead = False
         self.chain = next(_chains)

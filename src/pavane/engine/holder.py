@@ -32,9 +32,9 @@ from pavane.core.baton import (
 )
 from pavane.core.codec import FORMAT, error_summary
 from pavane.core.envelope import (
+    Await,
     Call,
     Note,
-    Published,
     Reply,
     Request,
     Signal,
@@ -57,6 +57,7 @@ from pavane.engine.held import (
     decode_trail,
     encode_plain,
 )
+from pavane.engine.publishing import event_row
 from pavane.errors import (
     CorruptJournal,
     LeaseLost,
@@ -65,7 +66,7 @@ from pavane.errors import (
     StoreError,
     UnknownName,
 )
-from pavane.event import Event, key_of
+from pavane.stores.eventlog import EventRow
 from pavane.stores.port import (
     Commit,
     Conflict,
@@ -308,7 +309,8 @@ class Holder:
             if op.kind == "child":
                 op.sent = entries[-1].what != "fork"
             elif op.kind != "step":
-                op.sent = op.kind != "receive"
+                anew = entries[-1].what in ("fork", "rewind")
+                op.sent = op.kind != "receive" or (op.detail is not None and not anew)
             elif operation_id(row.id, op.ordinal, header.era) in parked:
                 op.sent = True  # its next attempt is due in the store's time
                 held.local.add(op.ordinal)
@@ -448,8 +450,9 @@ class Holder:
         held.local.discard(reply.op)
         if operation.undo:
             held.undone += 1
+        what = "failed" if not reply.ok else "received" if operation.kind == "receive" else "done"
         entry = Entry(
-            "done" if reply.ok else "failed", self._session.now_us(), reply.op, reply.value,
+            what, self._session.now_us(), reply.op, reply.value,
             reply.service, reply.attempts, reply.began_us,
         )  # fmt: skip
         self._feed(held, entry, message=message, unparked=unparked)
@@ -925,7 +928,7 @@ class Holder:
         now = self._session.now_us()
         for op in execution.new:
             if op.kind == "publish":
-                messages.append(self._published(held, op, now))
+                held.events.append(self._published(held, op, now))
             elif op.kind == "spawn":
                 messages.append(self._start_child(held, op, None, now))
             elif op.kind == "attributes":
@@ -948,6 +951,8 @@ class Holder:
                 messages.append(
                     self._message("cancel", f"{child}#cancel", op.service, child, body, now)
                 )
+            elif op.kind == "receive" and op.detail is not None:
+                messages.append(self._await(held, op, "unawait", now))
         execution.new, execution.given_up = [], []
 
     def _message(
@@ -955,14 +960,12 @@ class Holder:
     ) -> Message:
         return Message(kind, id, to, run, body, at_us, self._store.target_of(to, run), 0, live)
 
-    def _published(self, held: Held, op: Operation, now: int) -> Message:
-        event: Event = op.detail
+    def _published(self, held: Held, op: Operation, now: int) -> EventRow:
         header = held.header
-        body = Published(
-            op.name, type(event).event_version, key_of(event), op.service, header.conversation,
-            header.run, Raw(op.args),
+        return event_row(
+            self._store, op.detail, id=f"{header.run}#{op.ordinal}", source=op.service, at_us=now,
+            conversation=header.conversation, cause=header.run, data=op.args,
         )  # fmt: skip
-        return Message("event", f"{header.run}#{op.ordinal}", "", header.run, pack(body), now)
 
     def _start_child(self, held: Held, op: Operation, parent: Parent | None, now: int) -> Message:
         workflow: Workflow[..., Any] = op.detail
@@ -1033,7 +1036,21 @@ class Holder:
                 messages.append(self._start_child(held, op, parent, now))
             else:
                 op.sent = op.kind != "receive" or row.service == row.home
+                if op.sent and op.kind == "receive" and op.detail is not None:
+                    messages.append(self._await(held, op, "await", now))
         return launch
+
+    def _await(self, held: Held, op: Operation, kind: str, now: int) -> Message:
+        """Return what tells the mailbox that the run waits for a published event, or does no more.
+
+        It goes to the partition where events of this key are kept.
+        """
+        header = held.header
+        type, key = op.detail
+        wanted = Await(header.run, op.ordinal, header.era, header.home, type, key, op.fingerprint)
+        id = f"{wanted.id}{'w' if kind == 'await' else 'x'}"
+        target = self._store.target_of(header.home, key)
+        return Message(kind, id, header.home, header.run, pack(wanted), now, target)
 
     def call(self, held: Held, op: Operation) -> Call:
         """Return the command for a step."""
@@ -1178,6 +1195,8 @@ class Holder:
         commit.inbox = marks
         if messages:
             commit.messages = messages
+        if held.events:
+            commit.events, held.events = held.events, []
         if unparked or taken or parked:
             commit.unparked, commit.mail_taken, commit.parked = unparked, taken, parked
         self._session.submit(commit)

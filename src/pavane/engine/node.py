@@ -16,6 +16,7 @@ from typing import Any
 
 from pavane.engine.committer import Committer
 from pavane.engine.config import EngineConfig
+from pavane.engine.handlers import Handlers
 from pavane.engine.held import Held
 from pavane.engine.holder import SUSPECT_DEATHS, Holder
 from pavane.engine.lease import LeaseKeeper, is_gone, this_host
@@ -24,9 +25,11 @@ from pavane.engine.registry import Registry
 from pavane.engine.steps import Steps
 from pavane.engine.timers import DueQueue, Found
 from pavane.errors import CorruptJournal, LeaseLost, PavaneError, StoreError
+from pavane.stores.eventlog import EventRow, Reaction
 from pavane.stores.port import (
     Commit,
     Fence,
+    InboxRow,
     Message,
     ParkedRow,
     PartitionRow,
@@ -80,10 +83,11 @@ class Session:
         self._held_back: set[Key] = set()
         self._host = this_host()
         self.now_us = store.now_us
-        self.committer = Committer(store, fence, self._route, self.lost)
+        self.committer = Committer(store, fence, self._route, self._published, self.lost)
         self.submit = self.committer.submit
         self.holder = Holder(self)
         self.steps = Steps(self)
+        self.handlers = Handlers(self)
         self.run_timers = DueQueue(self.now_us, self._due_runs, 0, self.holder.wake)
         self.parked_timers = DueQueue(self.now_us, self._due_parked, "", self.steps.due)
         self.lease = LeaseKeeper(store, fence, self._lease_lost)
@@ -112,6 +116,18 @@ class Session:
         if self._next_numbers is None and self._refill is None:
             self._refill = self.spawn(self._reserve_numbers())
         return number
+
+    async def durable(
+        self, *, inbox: Sequence[InboxRow] = (), reaction: Reaction | None = None
+    ) -> None:
+        """Return when this is written; raise if it cannot be."""
+        future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()
+        commit = Commit(lambda error: None if future.done() else future.set_result(error))
+        commit.inbox, commit.reaction = inbox, reaction
+        self.submit(commit)
+        error = await future
+        if error is not None:
+            raise error
 
     async def _reserve_numbers(self) -> None:
         first = await self.store.take_run_numbers(RUN_NUMBERS)
@@ -158,6 +174,9 @@ class Session:
                 message.live = message.live or True
                 self._take(message, redelivered=False)
 
+    def _published(self, events: Sequence[EventRow]) -> None:
+        self.handlers.consumer.published(events)
+
     def _take(self, message: Message, *, redelivered: bool) -> None:
         self._flight[message.target][message.pos] = None
         if message.target not in self.draining:
@@ -182,6 +201,10 @@ class Session:
                 self.holder.request_message(message)
             elif kind == "note":
                 self.holder.note_message(message)
+            elif kind in ("await", "unawait"):
+                self.handlers.mailbox.await_message(message, redelivered)
+            elif kind == "redo":
+                self.handlers.redo_message(message, redelivered)
             elif kind == "revoke":
                 self.steps.revoke_message(message)
             else:
@@ -210,11 +233,14 @@ class Session:
         """Read what other processes wrote, soon after they did."""
         pause_s = POLL_MIN_S
         while True:
-            if self.store.changed() and await self._read_tail():
+            if self.store.changed() and (await self._read_tail()) | (await self._read_events()):
                 pause_s = POLL_MIN_S
             else:
                 pause_s = min(POLL_MAX_S, pause_s * 1.2)
             await asyncio.sleep(pause_s)
+
+    async def _read_events(self) -> bool:
+        return await self.handlers.consumer.read_tail()
 
     async def _read_tail(self) -> bool:
         head = await self.store.log_head()
@@ -243,7 +269,7 @@ class Session:
             log.info("taking over from %s", ", ".join(n.name for n in gone))
             await self.store.expire(gone)
             nodes = await self.store.nodes()
-        give: list[int] = []
+        give: list[PartitionRow] = []
         want: list[int] = []
         hosts = {
             service: sorted(n.no for n in nodes if service in n.services)
@@ -253,7 +279,7 @@ class Session:
             candidates = hosts[row.service]
             mine = candidates and candidates[row.partition % len(candidates)] == self.fence.node
             if row.owner == self.fence.node and not mine:
-                give.append(row.target)
+                give.append(row)
             elif row.owner is None and mine:
                 want.append(row.target)
         if give:
@@ -261,14 +287,19 @@ class Session:
         if want:
             await self._own(await self.store.claim(self.fence, want))
 
-    async def _give(self, targets: Sequence[int]) -> None:
+    async def _give(self, rows: Sequence[PartitionRow]) -> None:
         """Hand partitions over in order: let running steps end, write, forget, release."""
+        targets = [row.target for row in rows]
         self.draining.update(targets)
         leaving = set(targets)
-        ends = asyncio.get_running_loop().time() + self.config.grace_s
-        while self.steps.busy(leaving) and asyncio.get_running_loop().time() < ends:
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self.config.grace_s
+        while self.steps.busy(leaving) and loop.time() < ends:
             await asyncio.sleep(0.005)
         self.steps.abandon(leaving)
+        for service in {row.service for row in rows}:
+            slots = {row.partition for row in rows if row.service == service}
+            await self.handlers.give(service, slots, max(0.0, ends - loop.time()))
         await self.committer.flush()
         await self.holder.settle()
         await self.committer.flush()
@@ -307,6 +338,12 @@ class Session:
                 break
             at = messages[-1].pos
             await asyncio.sleep(0)
+        for service in dict.fromkeys(row.service for row in rows):
+            own = [row for row in rows if row.service == service]
+            await self.handlers.own(
+                service, [row.partition for row in own],
+                {row.partition for row in own if not row.clean},
+            )  # fmt: skip
         self.spawn(self.run_timers.catch_up(targets))
         self.spawn(self.parked_timers.catch_up(targets))
 
@@ -409,6 +446,7 @@ class Session:
         self._numbers = iter(range(first, first + RUN_NUMBERS))
         await self._reserve_numbers()
         self.lease.start()
+        await self.handlers.start()
         await self.balance()
         self.spawn(self._poll_log())
         self.spawn(self._tick())
@@ -427,6 +465,7 @@ class Session:
         while True:
             await asyncio.sleep(TICK_S)
             await self.balance()
+            await self.handlers.tick()
             self.steps.take_custody(self.now_us() - round(self.config.custody_after_s * 1e6))
             if loop.time() >= positions_due:
                 positions_due = loop.time() + POSITIONS_EVERY_S
@@ -448,6 +487,7 @@ class Session:
         """Stop in order: let steps end, write everything, release the partitions."""
         self.draining.update(self._floors)
         await self.steps.drain(self.config.grace_s)
+        await self.handlers.drain(self.config.grace_s)
         await self.holder.settle()
         await self.committer.flush()
         positions = [(target, self._position(target)) for target in self._floors]
@@ -468,6 +508,7 @@ class Session:
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=5)
         await self.steps.close()
+        await self.handlers.close()
         self.holder.close()
         await self.committer.flush()
 

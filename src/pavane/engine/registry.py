@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from pavane.engine.mailbox import mailbox_of
 from pavane.errors import BadDeclaration, UnknownName
-from pavane.event import Event
+from pavane.handler import Handler
 from pavane.service import Service, Step
 from pavane.workflow import Workflow
 
@@ -18,7 +19,8 @@ class Registry:
     def __init__(self, services: Sequence[Service]) -> None:
         self.services: dict[str, Service] = {}
         self.workflows: dict[tuple[str, int], Workflow[..., Any]] = {}
-        self.events: dict[str, type[Event]] = {}
+        self.events: dict[str, type[Any]] = {}
+        self._handlers: dict[str, list[Handler]] = {}
         for service in services:
             if service.name in self.services:
                 raise BadDeclaration(
@@ -36,8 +38,21 @@ class Registry:
                 self.workflows[name, version] = workflow
                 for event in workflow.receives:
                     self._add_event(event)
+            handlers = list(service.handlers.values())
+            mailbox = mailbox_of(service)
+            self._handlers[service.name] = [*handlers, mailbox] if mailbox else handlers
+            for handler in handlers:
+                for event in [*handler.events.values(), *(handler.emits or ())]:
+                    self._add_event(event)
 
-    def _add_event(self, event: type[Event]) -> None:
+    def handlers_of(self, service: str) -> list[Handler]:
+        """Return the handlers of a service, with the one that keeps events for its runs."""
+        return self._handlers.get(service, [])
+
+    def handlers(self) -> list[Handler]:
+        return [handler for handlers in self._handlers.values() for handler in handlers]
+
+    def _add_event(self, event: type[Any]) -> None:
         known = self.events.setdefault(event.event_type, event)
         if known is not event:
             raise BadDeclaration(

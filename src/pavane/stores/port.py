@@ -208,6 +208,10 @@ class Commit:
     """Published events; each gets its `pos`, or 0 if its id is in the log already."""
     reaction: Reaction | None = None
     """What handlers made of events."""
+    work: Callable[[Any, bytes | None], None] | None = None
+    """Called inside the transaction, before this commit's rows are read, with a connection and the
+    state named by `work_state`. What it raises refuses the commit, as WorkFailed."""
+    work_state: tuple[str, str, str] | None = None
 
     def __init__(self, done: Done, chain: int = 0) -> None:
         self.done = done
@@ -225,6 +229,8 @@ class Features(msgspec.Struct, frozen=True):
     durable: bool
     shared: bool
     """Other processes may use it at the same time."""
+    transactions: bool = False
+    """Commits can carry `work` that is given a connection."""
 
 
 class Store(EventStore, Protocol):

@@ -7,7 +7,7 @@ costs what it costs without them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import apsw
@@ -30,6 +30,8 @@ class Cursor(Protocol):
 
 class Connection(Protocol):
     """One connection; to be used by one thread at a time."""
+
+    authorizer: Callable[..., int] | None
 
     @property
     def in_transaction(self) -> bool: ...

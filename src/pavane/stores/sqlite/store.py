@@ -44,6 +44,7 @@ from pavane.stores.port import (
 from pavane.stores.sqlite.connection import Connection, connect
 from pavane.stores.sqlite.events import EventTables, write_events, write_reactions
 from pavane.stores.sqlite.statements import insert_all, migrations, statement
+from pavane.stores.sqlite.work import do_work
 
 APPLICATION_ID = 0x50415641  # "PAVA"
 SLOTS = 1024
@@ -71,7 +72,7 @@ Results = Sequence[PavaneError | None]
 class SqliteStore(EventTables):
     """See the module. `path` is a file; its directory must exist."""
 
-    features = Features(durable=True, shared=True)
+    features = Features(durable=True, shared=True, transactions=True)
 
     def __init__(self, path: str | os.PathLike[str], *, partitions: int = 32) -> None:
         self.path = Path(path).absolute()
@@ -285,6 +286,7 @@ class SqliteStore(EventTables):
             len(batch) <= INLINE_MAX_COMMITS
             and self._inline_s < INLINE_MAX_S
             and self._jobs.empty()
+            and not any(commit.work for commit in batch)
         ):
             began = time.perf_counter()
             results = self._try_inline(batch, fence)
@@ -345,11 +347,13 @@ class SqliteStore(EventTables):
             if fence is not None:
                 self._prove(connection, fence)
             self._appended = (-1, -1)
-            self._write_rows(connection, batch, fence)
+            refused = do_work(connection, batch)
+            good = [commit for commit in batch if commit not in refused] if refused else batch
+            self._write_rows(connection, good, fence)
             connection.execute("COMMIT")
             if fence is not None and self.tail == self._appended[0]:
                 self.tail = self._appended[1]  # nobody else wrote: there is nothing to read
-            return [None] * len(batch)
+            return [refused.get(commit) for commit in batch] if refused else [None] * len(batch)
         except LeaseLost as lost:
             self._roll_back()
             return [lost] * len(batch)

@@ -1,0 +1,135 @@
+"""Events on their way into the log and out of it: rows, ids, CloudEvents, upcasting."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from hashlib import blake2s
+from typing import Any
+
+import msgspec
+
+from pavane.core.codec import decoder, encode
+from pavane.errors import BadEvent, NotDecodable, TooLarge
+from pavane.event import class_of, key_of
+from pavane.stores.eventlog import EventRow, EventStore
+
+_plain = msgspec.json.Decoder(dict[str, Any])
+_TRACE_ID = slice(3, 35)
+
+
+def event_row(
+    store: EventStore, event: Any, *, id: str, source: str, at_us: int, conversation: str,
+    cause: str, trace: str = "", data: bytes | None = None,
+) -> EventRow:  # fmt: skip
+    """Return the row that publishes `event`; `data` is its encoding, if that is at hand."""
+    kind = class_of(event)
+    key = key_of(event)
+    return EventRow(
+        id, kind.event_type, kind.event_version, key, source, at_us, conversation, cause, trace,
+        encode(event) if data is None else data, store.slot_of(key, id),
+    )  # fmt: skip
+
+
+def checked_size(row: EventRow, limit: int) -> EventRow:
+    if len(row.data) > limit:
+        raise TooLarge(
+            f"Event {row.type} takes {len(row.data):,} bytes; the limit is {limit:,}. Store large "
+            f"data elsewhere and pass a reference. Nothing was written."
+        )
+    return row
+
+
+def derived_id(conversation: str, *parts: object) -> str:
+    """Return an id that is the same whenever the same cause asks for it.
+
+    It begins with the conversation's, so that what belongs together lies together in an index.
+    """
+    seed = "\0".join(map(str, parts)).encode()
+    return f"{conversation}.{blake2s(seed, digest_size=8).hexdigest()}"
+
+
+def read_event(cls: Any, row: EventRow, data: bytes | None = None) -> Any:
+    """Return the event of a row as an instance of `cls`, through its upcasts; raise BadEvent."""
+    if data is None and type(row.value) is cls:
+        return row.value
+    raw = upcast(cls, row.version, row.data if data is None else data)
+    try:
+        value = decoder(cls)(raw)
+    except NotDecodable as error:
+        newer = (
+            f" It was written by newer code (version {row.version})."
+            if row.version > cls.event_version
+            else ""
+        )
+        raise BadEvent(
+            f"Event {row.id} is no {cls.event_type} (version {cls.event_version}): "
+            f"{error.__cause__ or error}.{newer}"
+        ) from error
+    if data is None:
+        row.value = value
+    return value
+
+
+def upcast(cls: Any, version: int, data: bytes) -> bytes:
+    """Return `data` of an older version in the words of the class as it is now; raise BadEvent."""
+    if version >= cls.event_version:
+        return data
+    try:
+        plain = _plain.decode(data)
+        for step in range(version, cls.event_version):
+            if step not in cls.event_upcasts:
+                raise BadEvent(
+                    f"Nothing tells how {cls.event_type} version {step} reads as version "
+                    f"{step + 1}. Declare @{cls.__name__}.upcast({step})."
+                )
+            plain = cls.event_upcasts[step](plain)
+        return encode(plain)
+    except BadEvent:
+        raise
+    except Exception as error:
+        raise BadEvent(
+            f"Upcasting {cls.event_type} from version {version} failed: {error!r}."
+        ) from error
+
+
+def cloud_event(row: EventRow, app: str = "pavane") -> dict[str, Any]:
+    """Return the event with its CloudEvents 1.0 attributes, as a dict that is valid JSON."""
+    envelope: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": row.id,
+        "source": f"/{app}/{row.source}",
+        "type": row.type,
+        "time": datetime.fromtimestamp(row.at_us / 1e6, UTC).isoformat().replace("+00:00", "Z"),
+        "datacontenttype": "application/json",
+        "dataschema": schema_uri(row.type, row.version),
+        "correlationid": row.conversation,
+        "traceparent": traceparent(row),
+        "data": msgspec.Raw(row.data),
+    }
+    if row.key:
+        envelope["subject"] = row.key
+    if row.cause:
+        envelope["causationid"] = row.cause
+    return envelope
+
+
+def schema_uri(type: str, version: int) -> str:
+    return f"pavane:event:{type}:{version}"
+
+
+def traceparent(row: EventRow) -> str:
+    """Return the W3C trace context: one trace a conversation, one span an event."""
+    trace = row.trace[_TRACE_ID] if row.trace else _hex(row.conversation, 16)
+    return f"00-{trace}-{_hex(row.id, 8)}-01"
+
+
+def _hex(text: str, size: int) -> str:
+    return blake2s(text.encode(), digest_size=size).hexdigest()
+
+
+def json_schema(cls: Any) -> dict[str, Any]:
+    """Return the JSON Schema of an event class."""
+    schema = (
+        cls.model_json_schema() if hasattr(cls, "model_json_schema") else msgspec.json.schema(cls)
+    )
+    return {"$id": schema_uri(cls.event_type, cls.event_version), **schema}

@@ -1,0 +1,220 @@
+"""Handlers: functions of a service that react to events."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable
+from contextvars import ContextVar
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
+
+import msgspec
+
+from pavane.core.codec import decoder, resolve_hints
+from pavane.errors import BadDeclaration, OnlyInHandler
+from pavane.event import is_event_type
+from pavane.policy import Duration, Retry, seconds
+
+if TYPE_CHECKING:
+    from pavane.service import Service
+    from pavane.workflow import Workflow
+
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(.+?)\s*")
+BEGINNING = "beginning"
+Since = datetime | Literal["beginning"] | None
+
+
+class Breaker(msgspec.Struct, frozen=True):
+    """When a handler is paused because most of its events fail.
+
+    It opens when, of the last `window` attempts, at least the share `failures` failed; after
+    `pause` one event is tried, and only if that succeeds the handler goes on. Each failed trial
+    doubles the pause, up to `most`.
+    """
+
+    window: int = 20
+    failures: float = 0.8
+    pause: Duration = "5s"
+    most: Duration = "5m"
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or not 0 < self.failures <= 1:
+            raise BadDeclaration(
+                f"{self!r}: window must be at least 1, failures above 0 and at most 1."
+            )
+        for duration in (self.pause, self.most):
+            seconds(duration)
+
+
+BREAKER = Breaker()
+
+
+class HandlerOptions(msgspec.Struct, frozen=True):
+    """The declared behaviour of a handler. Times are seconds here; None means none."""
+
+    retry: Retry = Retry()
+    timeout_s: float | None = None
+    concurrency: int = 100
+    rate_per_s: float | None = None
+    where: Callable[[Any], bool] | None = None
+    state: type[Any] | None = None
+    since: Since = None
+    on_dead: Literal["continue", "stop"] = "continue"
+    batch: int = 1
+    linger_s: float = 0.0
+    breaker: Breaker | None = BREAKER
+    transaction: bool = False
+    shadow: bool = False
+    share: float | None = None
+
+
+class Handler:
+    """A function of a service that reacts to events; called directly it is just the function."""
+
+    def __init__(
+        self,
+        service: Service,
+        fn: Callable[..., Any],
+        name: str,
+        events: tuple[type[Any], ...],
+        options: HandlerOptions,
+        emits: tuple[type[Any], ...] | None,
+        instead_of: Handler | None = None,
+        starts: Workflow[..., Any] | None = None,
+    ) -> None:
+        self.service = service
+        self.fn = fn
+        self.name = name
+        self.events = {event.event_type: event for event in events}
+        self.options = options
+        self.instead_of = instead_of
+        self.starts = starts
+        self.is_async = inspect.iscoroutinefunction(fn)
+        hints, _ = resolve_hints(fn)
+        first = next(iter(inspect.signature(fn).parameters), "")
+        self.takes_list = typing.get_origin(hints.get(first)) is list
+        self.emits = emits
+        if emits is None and hints.get("return", Any) is not Any:
+            self.emits = emitted(hints["return"], f"{self!r}")
+        self.state_decoder = None if options.state is None else decoder(options.state)
+        self._check(fn)
+        self.__name__ = name
+        self.__doc__ = fn.__doc__
+        self.__wrapped__ = fn
+
+    def _check(self, fn: Callable[..., Any]) -> None:
+        options = self.options
+        given = ["event"]
+        given += ["state"] if options.state is not None else []
+        given += ["connection"] if options.transaction else []
+        takes = list(inspect.signature(fn).parameters.values())
+        if len(takes) != len(given):
+            raise BadDeclaration(
+                f"Handler {self!r} must take {len(given)} parameter{'s'[: len(given) > 1]} "
+                f"({', '.join(given)}); it takes {len(takes)}: {inspect.signature(fn)}."
+            )
+        if options.batch > 1 and not self.takes_list:
+            raise BadDeclaration(
+                f"Handler {self!r} has batch={options.batch}, so its first parameter must be "
+                f"annotated as a list of events."
+            )
+        if options.state is not None and self.takes_list:
+            raise BadDeclaration(f"Handler {self!r} cannot have both state= and a batch of events.")
+        if options.transaction and self.is_async:
+            raise BadDeclaration(
+                f"Handler {self!r} has transaction=True: write it as a plain `def`. It runs inside "
+                f"the store's own transaction, which must not wait for anything else."
+            )
+        if not 0 < (options.share or 1) <= 1:
+            raise BadDeclaration(f"share={options.share} of {self!r} must be above 0, at most 1.")
+        if options.concurrency < 1 or options.batch < 1:
+            raise BadDeclaration(f"concurrency= and batch= of {self!r} must be at least 1.")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
+
+    @property
+    def state_name(self) -> str:
+        """Under which name its keyed state is kept; a shadow has one of its own."""
+        assert self.options.state is not None
+        name = self.options.state.__name__
+        return f"{name}~{self.name}" if self.options.shadow else name
+
+    def __repr__(self) -> str:
+        return f"{self.service.name}.{self.name}"
+
+
+def emitted(returns: object, what: str) -> tuple[type[Any], ...]:
+    """Return the event types that a return annotation declares: `A | B | None` or `list[A]`."""
+    if returns in (None, type(None), Any, inspect.Parameter.empty):
+        return ()
+    if typing.get_origin(returns) in (list, tuple):
+        inner = [arg for arg in typing.get_args(returns) if arg is not Ellipsis]
+        return tuple(dict.fromkeys(kind for arg in inner for kind in emitted(arg, what)))
+    if typing.get_origin(returns) in (Union, types.UnionType):
+        parts = typing.get_args(returns)
+        return tuple(dict.fromkeys(kind for part in parts for kind in emitted(part, what)))
+    if is_event_type(returns):
+        return (typing.cast("type[Any]", returns),)
+    raise BadDeclaration(
+        f"Handler {what} returns {returns!r}, which is no event. Return an event, a list of events "
+        f"or None, and annotate it so."
+    )
+
+
+def per_second(rate: str | float | None) -> float | None:
+    """Return a rate such as "100/s", "50/m" or a number a second, per second."""
+    if rate is None or isinstance(rate, (int, float)):
+        value = rate
+    else:
+        found = _RATE.fullmatch(rate)
+        if found is None:
+            raise BadDeclaration(f'{rate!r} is no rate. Write "100/s", "50/m", "10/5s".')
+        every = found[2] if found[2][0].isdigit() else f"1{found[2]}"
+        value = float(found[1]) / (seconds(every) or 1)
+    if value is not None and value <= 0:
+        raise BadDeclaration(f"{rate!r} is no rate: it must be above 0.")
+    return value
+
+
+# -- inside a running handler ------------------------------------------------------------------
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """What a running handler can know of the event that it handles (of a batch, the first one).
+
+    `idempotency_key` is the same on every attempt. `attempt` counts from 1.
+    """
+
+    id: str
+    type: str
+    key: str
+    source: str
+    time: datetime
+    conversation: str
+    cause: str
+    attempt: int
+    idempotency_key: str
+
+
+class HandlerContext(Protocol):
+    """The engine's side of a running handler."""
+
+    def delivery(self) -> Delivery: ...
+    def publish(self, event: Any, source: str) -> str: ...
+    def start(self, workflow: Any, args: bytes, id: str | None) -> str: ...
+    def send(self, workflow: Any, run: str, event: Any) -> None: ...
+
+
+current_handler: ContextVar[HandlerContext | None] = ContextVar("pavane_handler", default=None)
+
+
+def delivery() -> Delivery:
+    """Return what the running handler can know of the event that it handles."""
+    context = current_handler.get()
+    if context is None:
+        raise OnlyInHandler("delivery() works only inside a handler that Pavane calls.")
+    return context.delivery()
