@@ -21,6 +21,10 @@ BENCHES = {
     "long": "bench.scale",
     "import": "bench.imports",
     "incidents": "bench.incidents",
+    "events": "bench.events",
+    "publish": "bench.events",
+    "fanout": "bench.events",
+    "backlog": "bench.events",
 }
 
 

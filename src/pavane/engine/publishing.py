@@ -39,13 +39,12 @@ def checked_size(row: EventRow, limit: int) -> EventRow:
     return row
 
 
-def derived_id(conversation: str, *parts: object) -> str:
-    """Return an id that is the same whenever the same cause asks for it.
+def derived_id(conversation: str, seed: str) -> str:
+    """Return an id that is the same whenever the same cause asks for it, by the same `seed`.
 
     It begins with the conversation's, so that what belongs together lies together in an index.
     """
-    seed = "\0".join(map(str, parts)).encode()
-    return f"{conversation}.{blake2s(seed, digest_size=8).hexdigest()}"
+    return f"{conversation}.{blake2s(seed.encode(), digest_size=8).hexdigest()}"
 
 
 def read_event(cls: Any, row: EventRow, data: bytes | None = None) -> Any:

@@ -200,19 +200,21 @@ class Subscription:
 
     def may_begin(self) -> bool:
         """Tell whether one more call may be made now; if not, `pump` is called when it may."""
+        if self.running >= self.options.concurrency or self._hold or self.paused_until_us:
+            return False
+        circuit = self.circuit
+        if self.options.rate_per_s is not None:
+            if self._now_s() < self._next_s:
+                self._pump_at(self._next_s)
+                return False
+        if circuit is None or circuit.retry_at_s is None:
+            return True
         now_s = self._now_s()
-        if self.running >= self.options.concurrency or self._hold:
-            return False
-        if self.paused_until_us:
-            return False
-        if self.options.rate_per_s is not None and now_s < self._next_s:
-            self._pump_at(self._next_s)
-            return False
-        if self.circuit is not None and not self.circuit.allows(now_s):
-            if self.circuit.retry_at_s is not None and now_s < self.circuit.retry_at_s:
-                self._pump_at(self.circuit.retry_at_s)
-            return False
-        return True
+        if circuit.allows(now_s):
+            return True
+        if now_s < circuit.retry_at_s:  # else its trial is under way
+            self._pump_at(circuit.retry_at_s)
+        return False
 
     def began(self) -> None:
         self.running += 1
