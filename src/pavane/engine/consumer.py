@@ -111,13 +111,14 @@ class Consumer:
                 await subscription.room.wait()
             slots = list(subscription.slots)
             after, until = subscription.position, self.tail
+            takeovers = subscription.takeovers
             rows: list[EventRow] = []
             if slots and after < until:
                 types = list(subscription.handler.events)
                 rows = await self._store.read_events(after, until, PAGE, types, slots)
             upto = rows[-1].pos if len(rows) == PAGE else until
             handled = await self._handled(subscription, after, upto)
-            if subscription.position != after:
+            if subscription.takeovers != takeovers:
                 continue  # slots were taken over meanwhile, which need an earlier start
             for row in rows:
                 if row.pos in handled:

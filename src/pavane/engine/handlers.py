@@ -211,6 +211,7 @@ class Handlers:
             subscription.live = False
             subscription.position = self.consumer.tail
         subscription.position = min(subscription.position, first)
+        subscription.takeovers += 1
         self.consumer.read(subscription)
         for lane in [lane for lane in subscription.lanes.values() if lane.slot in set(slots)]:
             if lane not in suspects:
@@ -317,14 +318,14 @@ class Handlers:
         """Let what is under way in these slots end, and forget the rest."""
         ends = self._loop.time() + grace_s
         mine = self._by_service.get(service, ())
-        for subscription in mine:
-            for lane in subscription.lanes.values():
-                if lane.slot in slots:
-                    lane.stopped = True  # nothing more is begun
-        while self._loop.time() < ends and any(
-            lane.busy for s in mine for lane in s.lanes.values() if lane.slot in slots
-        ):
+        busy = [lane for s in mine for lane in s.leave(slots, self.consumer.tail)]
+        while self._loop.time() < ends and any(lane.busy for lane in busy):
             await asyncio.sleep(0.002)
+        calls = {lane.call for lane in busy if lane.busy and lane.call is not None}
+        for call in calls:
+            call.cancel()
+        if calls:
+            await asyncio.wait(calls, timeout=1.0)
         self._write_cursors([(s, slot) for s in mine for slot in slots if slot in s.slots])
         for subscription in mine:
             subscription.drop(slots)
@@ -381,9 +382,10 @@ class Handlers:
 
     def _call_soon(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
         # A task made directly, and no callback when it is done, save a tenth of an event's cost.
-        self._calls[items[0]] = asyncio.Task(
-            self._handle(subscription, lanes, items), loop=self._loop
-        )
+        task = asyncio.Task(self._handle(subscription, lanes, items), loop=self._loop)
+        for lane in lanes:
+            lane.call = task
+        self._calls[items[0]] = task
 
     def _spawn(self, work: Any) -> None:
         task = self._loop.create_task(work)
@@ -471,8 +473,10 @@ class Handlers:
         except BaseException as failure:  # a handler that exits has failed; its node goes on
             error = failure
         subscription.ended()
-        if isinstance(error, asyncio.CancelledError) and not self._session.open:
-            return
+        if isinstance(error, asyncio.CancelledError) and (
+            lanes[0].stopped or not self._session.open
+        ):
+            return  # the next owner handles it
         if subscription.circuit is not None:
             self._recorded(subscription, subscription.circuit, error)
         if error is None:
@@ -702,6 +706,7 @@ class Handlers:
 
     async def _next_parked(self, subscription: Subscription, lane: Lane) -> None:
         """Find the parked event that is next in its key; it is durable or about to be."""
+        flushed = False
         after, key = (lane.key - 1, "") if isinstance(lane.key, int) else (0, lane.key)
         while self._session.open:
             rows = await self.store.parked_events(subscription.no, [lane.slot], after, 1, key)
@@ -709,8 +714,11 @@ class Handlers:
                 lane.head = rows[0]
                 lane.behind -= 1
                 break
+            if flushed:
+                lane.behind = 0
+                break
             await self._session.committer.flush()
-            await asyncio.sleep(0)
+            flushed = True
         lane.busy = False
         self._go_on(subscription, lane)
 
@@ -909,6 +917,10 @@ class Handlers:
                 self._session.consumed(message)
                 return
             dead = letters[0]
+        while row.slot not in subscription.slots:  # its partition is being taken over
+            if not self._session.owns(message.target):
+                return
+            await asyncio.sleep(0.01)
         now = self._session.now_us()
         key = row.key or row.pos
         lane = subscription.lanes.get(key)

@@ -48,16 +48,17 @@ class Lane:
     """The events of one key, in order.
 
     `head` is the parked event that is next; `behind` counts those parked after it. `stopped`: a
-    dead letter holds the key.
+    dead letter holds the key, or its slot leaves this node. `call` is the task that is busy with it.
     """
 
-    __slots__ = ("behind", "busy", "head", "key", "queue", "ready", "slot", "stopped")
+    __slots__ = ("behind", "busy", "call", "head", "key", "queue", "ready", "slot", "stopped")
 
     def __init__(self, key: LaneKey, slot: int) -> None:
         self.key = key
         self.slot = slot
         self.queue: deque[Item] = deque()
         self.busy = False
+        self.call: asyncio.Task[None] | None = None
         self.ready = False
         self.head: ParkedEvent | None = None
         self.behind = 0
@@ -76,14 +77,16 @@ class Progress:
     """How far one slot was read (`offered`) and handled: `pending` is not durable yet.
 
     `written` is the cursor in the store; up to `known`, marks and custody of earlier owners count.
+    Once the slot is to leave this node, `limit` is the position up to which it was read.
     """
 
-    __slots__ = ("known", "offered", "pending", "written")
+    __slots__ = ("known", "limit", "offered", "pending", "written")
 
     def __init__(self, position: int, known: int) -> None:
         self.offered = position
         self.written = position
         self.known = known
+        self.limit: int | None = None
         self.pending: dict[int, None] = {}
 
 
@@ -113,6 +116,7 @@ class Subscription:
         self.position = 0
         """Everything up to here was offered, unless `live`: then the consumer's tail is meant."""
         self.live = False
+        self.takeovers = 0
         self.reader: asyncio.Task[None] | None = None
         self.queued = 0
         self.running = 0
@@ -145,7 +149,7 @@ class Subscription:
     def offer(self, row: EventRow) -> None:
         """Take an event that was not offered before, in log order."""
         progress = self.slots.get(row.slot)
-        if progress is None or row.pos <= progress.offered:
+        if progress is None or row.pos <= progress.offered or progress.limit is not None:
             return
         progress.offered = row.pos
         progress.pending[row.pos] = None
@@ -203,10 +207,9 @@ class Subscription:
         if self.running >= self.options.concurrency or self._hold or self.paused_until_us:
             return False
         circuit = self.circuit
-        if self.options.rate_per_s is not None:
-            if self._now_s() < self._next_s:
-                self._pump_at(self._next_s)
-                return False
+        if self.options.rate_per_s is not None and self._now_s() < self._next_s:
+            self._pump_at(self._next_s)
+            return False
         if circuit is None or circuit.retry_at_s is None:
             return True
         now_s = self._now_s()
@@ -301,7 +304,17 @@ class Subscription:
         progress = self.slots[slot]
         if progress.pending:
             return next(iter(progress.pending)) - 1
-        return max(progress.written, tail if self.live else self.position)
+        read = (tail if self.live else self.position) if progress.limit is None else progress.limit
+        return max(progress.written, read)
+
+    def leave(self, slots: set[int], tail: int) -> list[Lane]:
+        """Begin nothing more in these slots; return their lanes that are busy."""
+        for slot in slots & self.slots.keys():
+            self.slots[slot].limit = tail if self.live else self.position
+        lanes = [lane for lane in self.lanes.values() if lane.slot in slots]
+        for lane in lanes:
+            lane.stopped = True
+        return [lane for lane in lanes if lane.busy]
 
     def drop(self, slots: set[int]) -> None:
         """Forget what waits in these slots; another node goes on with it."""
