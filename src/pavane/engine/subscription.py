@@ -48,7 +48,7 @@ class Lane:
     """The events of one key, in order.
 
     `head` is the parked event that is next; `behind` counts those parked after it. `stopped`: a
-    dead letter holds the key, or its slot leaves this node. `call` is the task that is busy with it.
+    dead letter holds the key, or its slot leaves this node. `call` is the task that it keeps busy.
     """
 
     __slots__ = ("behind", "busy", "call", "head", "key", "queue", "ready", "slot", "stopped")
@@ -250,6 +250,7 @@ class Subscription:
                     continue
                 lane.busy = True
                 lanes.append(lane)
+                items.append(lane.queue.popleft())
                 while lane.queue and len(items) < self.options.batch:
                     items.append(lane.queue.popleft())
             self._waiting_since_s = None

@@ -248,7 +248,8 @@ class EventTables:
             " WHERE pos > (SELECT min(position) FROM cursors WHERE handler = ?1)"
             " AND pos > position AND type IN ("
             "  SELECT value FROM handlers, json_each(handlers.types) WHERE handlers.no = ?1)"
-            " AND NOT EXISTS (SELECT 1 FROM marks WHERE marks.handler = ?1 AND marks.pos = events.pos)"
+            " AND NOT EXISTS (SELECT 1 FROM marks AS m"
+            "  WHERE m.handler = ?1 AND m.pos = events.pos)"
             " AND NOT EXISTS (SELECT 1 FROM parked_events AS p"
             "  WHERE p.handler = ?1 AND p.pos = events.pos)",
             (handler,),
