@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import apsw
 import pytest
 
 from pavane import App, BadArguments, EngineConfig, Retry, RunFilter, Service, saga
@@ -48,6 +50,12 @@ async def back_and_forth() -> list[str]:
 async def nap(seconds: float) -> str:
     await asyncio.sleep(seconds)
     return "rested"
+
+
+@home.workflow(mode="choreography")
+async def rests_and_leaves() -> str:
+    await asyncio.sleep(0.2)
+    return await at_away()
 
 
 @home.workflow(mode="choreography")
@@ -119,6 +127,32 @@ def test_a_cancel_right_behind_the_start_is_not_lost(tmp_path: Path) -> None:
                 await run.cancel()
                 row = await client.wait_end(run.id)
                 assert row.status == "cancelled"
+
+    asyncio.run(body())
+
+
+def test_a_run_that_leaves_as_soon_as_it_is_loaded_is_not_loaded_again(tmp_path: Path) -> None:
+    """Invariants 1 and 5: until it is durable that it left, its row says it is still here."""
+    path = str(tmp_path / "test.db")
+
+    async def body() -> None:
+        async with make_app(path, live_runs_max=0) as app:
+            run = await app.start(rests_and_leaves)
+            await app.start(nap, 3600.0)  # puts the other one away
+            session = app.client.node.session if app.client.node else None
+            assert session is not None
+            found: list[object] = []
+            loads = session.holder.replays
+            with closing(apsw.Connection(path)) as other:
+                other.execute("BEGIN IMMEDIATE")  # no commit gets through
+                while session.holder.replays == loads:
+                    await asyncio.sleep(0.001)
+                session.holder.with_run("home", run.id, found.append)
+                for _ in range(50):
+                    await asyncio.sleep(0)
+                assert found == []
+                assert session.holder.replays == loads + 1
+            assert await run.result("10s") == "away"
 
     asyncio.run(body())
 

@@ -103,6 +103,7 @@ class Holder:
         self._registry = session.registry
         self.held: OrderedDict[Key, Held] = OrderedDict()
         self._loading: dict[Key, list[Action]] = {}
+        self._leaving: set[Key] = set()
         self._claiming: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._again: set[Key] = set()
@@ -248,14 +249,26 @@ class Holder:
             for key in keys:
                 self._act(key, None)
 
+    def _leave_soon(self, key: Key) -> None:
+        """Keep what comes for a run until its last commit here is settled."""
+        self._leaving.add(key)
+        self._loading.setdefault(key, [])
+
     def _left(self, key: Key) -> None:
         """A run's last commit here is settled: what came for it meanwhile goes where it is now."""
+        self._leaving.discard(key)
         for action in self._loading.pop(key, ()):
             self.with_run(*key, action)
 
     def _act(self, key: Key, held: Held | None) -> None:
+        """Do what was asked for while a run was loaded; if it leaves at once, after that."""
+        if key in self._leaving:
+            return
         for action in self._loading.pop(key, ()):
-            action(self.held.get(key) or held)
+            if key in self._leaving:
+                self._loading[key].append(action)
+            else:
+                action(self.held.get(key) or held)
 
     async def recover(self, rows: Sequence[RunRow]) -> None:
         """Take up runs that were under way when their last holder stopped."""
@@ -1157,7 +1170,7 @@ class Holder:
 
         leaving = held.dead
         if leaving:
-            self._loading.setdefault(held.key, [])
+            self._leave_soon(held.key)
 
         def written(error: PavaneError | None) -> None:
             held.commits -= 1
@@ -1411,7 +1424,7 @@ class Holder:
         self._assign_number(held)
         consuming, held.consuming = held.consuming, []
 
-        self._loading.setdefault(held.key, [])
+        self._leave_soon(held.key)
 
         def written(error: PavaneError | None) -> None:
             self._left(held.key)
