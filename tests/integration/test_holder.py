@@ -10,8 +10,11 @@ from pathlib import Path
 
 import apsw
 import pytest
+from msgspec import Raw
 
 from pavane import App, BadArguments, EngineConfig, Retry, RunFilter, Service, saga
+from pavane.core.envelope import Call, pack
+from pavane.stores.port import Commit, Message
 
 home, away = Service("home"), Service("away")
 
@@ -33,6 +36,14 @@ async def broken_undo() -> None:
 
 
 REPAIRED: list[bool] = []
+VISITS: list[asyncio.Event] = []
+
+
+@away.step
+async def visits() -> None:
+    """Stay until the event is set."""
+    VISITS.append(asyncio.Event())
+    await VISITS[-1].wait()
 
 
 @home.workflow(mode="choreography")
@@ -153,6 +164,38 @@ def test_a_run_that_leaves_as_soon_as_it_is_loaded_is_not_loaded_again(tmp_path:
                 assert found == []
                 assert session.holder.replays == loads + 1
             assert await run.result("10s") == "away"
+
+    asyncio.run(body())
+
+
+def test_a_command_that_is_asked_again_is_not_done_again(store: str) -> None:
+    """Invariant 1: a run that was taken up asks again, perhaps while its command is under way."""
+    VISITS.clear()
+
+    async def body() -> None:
+        async with make_app(store) as app:
+            session = app.client.node.session if app.client.node else None
+            assert session is not None
+            call = Call("r", 0, 0, "away", "visits", Raw(b"[]"), "home", "r")
+            target = session.store.target_of("away", "r")
+
+            async def ask() -> None:
+                written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                commit = Commit(lambda _: written.set_result(None))
+                commit.messages = [Message("command", call.id, "away", "r", pack(call), 1, target)]
+                session.submit(commit)
+                await written
+
+            await ask()
+            while not VISITS:
+                await asyncio.sleep(0)
+            await ask()
+            VISITS[0].set()
+            while not await session.store.seen("away", [call.id]):
+                await asyncio.sleep(0.001)
+            await ask()
+            assert await (await app.start(nap, 0.05)).result("10s") == "rested"
+            assert len(VISITS) == 1
 
     asyncio.run(body())
 

@@ -304,6 +304,7 @@ class Session:
         await self.holder.settle()
         await self.committer.flush()
         self.holder.release(leaving)
+        self.steps.release(leaving)
         positions = [
             (target, self._position(target)) for target in targets if target in self._flight
         ]

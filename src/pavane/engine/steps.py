@@ -161,6 +161,8 @@ class Steps:
         self._config = session.config
         self._loop = asyncio.get_running_loop()
         self._running: dict[tuple[str, str], Attempt] = {}
+        self._commands: dict[tuple[str, str], Message] = {}
+        """Commands whose effect is not durable yet."""
         self._threads: ThreadPoolExecutor | None = None
         self._done: asyncio.Event = asyncio.Event()
         self.draining = False
@@ -187,21 +189,27 @@ class Steps:
         return self._session.holder.call(held, operation)
 
     def command_message(self, message: Message, redelivered: bool) -> None:
-        """Do a step that another service asks for, once."""
-        if redelivered or message.live is None:
-            self._session.spawn(self._command_unless_seen(message, redelivered))
-        else:
-            self._command(message)
+        """Do a step that another service asks for, once.
+
+        A run that was taken up asks again, so a command may come while its first copy is under way;
+        that one answers, and is delivered again should its effect not become durable.
+        """
+        key = (message.to, message.id)
+        if key in self._commands:
+            self._session.consumed(message)
+            return
+        self._commands[key] = message
+        self._session.spawn(self._command_unless_seen(message, redelivered))
 
     async def _command_unless_seen(self, message: Message, redelivered: bool) -> None:
         if message.id in await self._store.seen(message.to, [message.id]):
-            self._session.consumed(message)
+            self._consumed(message)
             return
         try:
             call = unpack(Call, message.body)
         except CorruptJournal as error:
             log.error("command %s: %s", message.id, error)
-            self._session.consumed(message)
+            self._consumed(message)
             return
         if not redelivered:
             self._command(message)
@@ -218,7 +226,7 @@ class Steps:
         self, message: Message, parked: ParkedRow, then: Callable[[], None] | None
     ) -> None:
         def written(error: PavaneError | None) -> None:
-            self._session.consumed(message)
+            self._consumed(message)
             if error is None and then is not None:
                 then()
 
@@ -361,7 +369,7 @@ class Steps:
         """Forget a revoked attempt; a command is marked as consumed."""
         if attempt.message is not None:
             message = attempt.message
-            commit = Commit(lambda error: self._session.consumed(message))
+            commit = Commit(self._consume(message))
             commit.inbox = [InboxRow(message.to, message.id, self._session.now_us())]
             self._session.submit(commit)
 
@@ -543,7 +551,11 @@ class Steps:
         self._session.submit(commit)
 
     def _consume(self, message: Message) -> Callable[[PavaneError | None], None]:
-        return lambda error: self._session.consumed(message)
+        return lambda error: self._consumed(message)
+
+    def _consumed(self, message: Message) -> None:
+        self._commands.pop((message.to, message.id), None)
+        self._session.consumed(message)
 
     def quarantine(self, parked: ParkedRow) -> None:
         """Give up a step that was under way in too many process deaths; its run gets stuck."""
@@ -569,6 +581,12 @@ class Steps:
             if self._target(attempt) in targets and attempt.task is not None:
                 attempt.abandoned = True
                 attempt.task.cancel()
+
+    def release(self, targets: set[int]) -> None:
+        """Forget the commands of these partitions; the next owner reads them again."""
+        for key, message in list(self._commands.items()):
+            if message.target in targets:
+                del self._commands[key]
 
     def _target(self, attempt: Attempt) -> int:
         return self._store.target_of(attempt.owner, attempt.call.run)
