@@ -4,83 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import signal
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 import apsw
-import pytest
 
-from pavane import Client, Run
+from pavane import Client
 from pavane.core.operations import Mode
 from pavane.stores.port import PartitionRow
 from tests.integration import crew
 from tests.integration.crew import most_executions, recorded
-from tests.integration.world import MODES, in_loop, until, until_status
-
-ROOT = Path(__file__).resolve().parents[2]
-LEASE_S = 0.6
-DEATHS_MAX = 5
+from tests.integration.fleet import LEASE_S, Fleet, connected, start
+from tests.integration.world import in_loop, until, until_status
 
 PATIENT_S = 15.0
 """A lease that no stall of the machine ends, for what must hold as long as it is held."""
-
-
-@pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest) -> Mode:
-    return request.param
-
-
-class Fleet:
-    """Worker processes on one store."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.store = str(folder / "crew.db")
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def launch(self, *services: str, lease_s: float = LEASE_S) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.integration.crew", self.store]
-        with (self.folder / f"{len(self.processes)}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [*command, str(crew.RECORD), str(lease_s), *services],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
-                stderr=log,
-            )
-        self.processes.append(process)
-        return process
-
-    def sink(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-            process.wait()
-
-
-@pytest.fixture
-def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
-    monkeypatch.setattr(crew, "RECORD", tmp_path / "record.txt")
-    fleet = Fleet(tmp_path)
-    try:
-        yield fleet
-    finally:
-        fleet.sink()
-
-
-async def connected(stack: AsyncExitStack, fleet: Fleet) -> Client:
-    return await stack.enter_async_context(crew.app_on(fleet.store, LEASE_S).connect())
-
-
-async def start(client: Client, flow: Any, *args: Any, **options: Any) -> Run[Any]:
-    return await client.start(flow, args, {}, **options)
 
 
 async def partitions(client: Client) -> list[PartitionRow]:

@@ -14,8 +14,9 @@ from pavane.errors import CorruptJournal
 class Call(msgspec.Struct, array_like=True):
     """A command: have `step` of `service` done for operation `op` of `run`.
 
-    `options` overrides the declared ones; `reply_to` is the service that holds the run. The
-    message id and the idempotency key derive from run and operation.
+    `options` overrides the declared ones; `reply_to` is the service that holds the run. `deaths` is
+    how many times the run was touched after a crash before it asked. The message id and the
+    idempotency key derive from run and operation.
     """
 
     run: str
@@ -28,6 +29,7 @@ class Call(msgspec.Struct, array_like=True):
     conversation: str
     undo: bool = False
     options: Raw = Raw(b"null")
+    deaths: int = 0
 
     @property
     def id(self) -> str:

@@ -13,6 +13,8 @@ from pavane.stores.eventlog import EventRow
 from pavane.stores.port import InboxRow, JournalRow, MailRow, Message, RunRow
 from pavane.workflow import Attribute
 
+CLEARED_BY = 2
+"""Deliveries that clear a suspect: the first may have been there, not durable, when it struck."""
 _json = msgspec.json.Encoder()
 _chains = count(1)
 _plain = msgspec.json.Decoder(str)
@@ -30,7 +32,7 @@ class Held:
     messages to be acknowledged with the next commit. `chain` ties its commits together. `dirty`:
     the row changed since it was written. `mail` waits in the mailbox, `taken` are ids of what was
     delivered from there. `marks` and published `events` go with the next commit. `suspect`: it was
-    touched after a crash and has made no progress since.
+    touched after a crash, and is cleared by so many more deliveries.
     """
 
     __slots__ = (
@@ -62,7 +64,7 @@ class Held:
         self.dead = False
         self.chain = next(_chains)
         self.dirty = not exists
-        self.suspect = False
+        self.suspect = 0
         self.undone = row.undone
         self.home_row: RunRow | None = None
 

@@ -49,6 +49,7 @@ from pavane.core.journal import Entry, decode_chunk, effective, encode_entry, er
 from pavane.core.operations import EXPIRY, Operation
 from pavane.core.policy import Pass, decide
 from pavane.engine.held import (
+    CLEARED_BY,
     Held,
     blank_row,
     decode_attributes,
@@ -118,6 +119,7 @@ class Holder:
         *,
         message: Message | None = None,
         done: Callable[[PavaneError | None], None] | None = None,
+        redelivered: bool = False,
     ) -> None:
         """Begin a run at its home, here, in one commit with whatever it asks for first."""
         service = header.home
@@ -130,20 +132,23 @@ class Holder:
             self._store.target_of(service, header.run), header,
         )  # fmt: skip
         entry = Entry("start", header.started_us, value=Raw(args), service=service)
+        held = Held(row, header, _no_execution(header), exists=False)
+        held.trail.append(Stop(service, header.started_us, 0))
+        if redelivered and message is not None:
+            held.record(entry, self._config.journal_max_bytes)
+            self._take_custody(held, message)
+            return
         try:
             definition = self._registry.workflow(header.workflow, header.version)
         except UnknownName as error:
-            held = Held(row, header, _no_execution(header), exists=False)
             held.record(entry, self._config.journal_max_bytes)
             held.consuming += [message] if message else []
             self._stick(held, str(error))
             return
-        execution = Execution(header, definition, (), self._config.payload_max_bytes)
-        held = Held(row, header, execution, exists=False)
+        held.execution = Execution(header, definition, (), self._config.payload_max_bytes)
         held.home_row = row
         if message is None:
             held.arrival = start_claim(header)
-        held.trail.append(Stop(service, header.started_us, 0))
         if message is not None:
             held.consuming.append(message)
             self._add(held)
@@ -174,25 +179,27 @@ class Holder:
         if done is not None:
             done(Conflict("This run exists already."))
 
-    def start_message(self, message: Message) -> None:
+    def start_message(self, message: Message, redelivered: bool) -> None:
         start = unpack(Start, message.body)
         key = (message.to, start.header.run)
         if key in self._claiming:  # in vain, if this start came first
-            asyncio.get_running_loop().call_later(0.001, self.start_message, message)
+            asyncio.get_running_loop().call_later(0.001, self.start_message, message, redelivered)
             return
         if self._is_known(key):
             self._session.consumed(message)
             return
         self._loading[key] = []  # what comes for the run meanwhile waits for it
-        self._spawn(self._start_if_new(message, start, key))
+        self._spawn(self._start_if_new(message, start, key, redelivered))
 
-    async def _start_if_new(self, message: Message, start: Start, key: Key) -> None:
+    async def _start_if_new(
+        self, message: Message, start: Start, key: Key, redelivered: bool
+    ) -> None:
         try:
             row = await self._store.run_row(*key)
         finally:
             waiting = self._loading.pop(key, [])
         if row is None:
-            self.start(start.header, bytes(start.args), message=message)
+            self.start(start.header, bytes(start.args), message=message, redelivered=redelivered)
         else:
             self.with_run(*key, _nothing)
             self._session.consumed(message)
@@ -280,6 +287,35 @@ class Holder:
                 numbers[key] = row.no
         await self._load_numbered(numbers, stuck_too=True)
 
+    def set_aside(self, row: RunRow) -> None:
+        """Keep what comes for a run that may have ended processes, until its turn."""
+        self._loading.setdefault((row.service, row.id), [])
+
+    async def try_again(self, row: RunRow) -> None:
+        """Go on with a run that was set aside; it has all that came, and its timers, at once."""
+        key = (row.service, row.id)
+        self._loading.setdefault(key, []).append(self._fire_due)
+        await self._load_numbered({key: row.no})
+
+    def acquit(self, key: Key) -> None:
+        """Clear a run that was touched alone and ended no process; perhaps it only waits."""
+        held = self.held.get(key)
+        if held is not None and held.suspect == CLEARED_BY and not self.is_busy(key):
+            held.suspect = 0
+            self._settle(held, replayed=True)
+
+    def _take_custody(self, held: Held, message: Message) -> None:
+        """Write down what a process may have died of, and that it did, before its code is run."""
+        row = held.row
+        row.status, row.deaths, row.header = "running", 1, encode_plain(held.header)
+        held.consuming.append(message)
+        held.dead = True  # it is loaded from the store
+        self._loading[held.key] = [*self._loading.get(held.key, ()), _nothing]
+        self._assign_number(held)
+        away = row.service != row.home
+        note = self._note_home(row, row.service, row.status, "") if away else None
+        self._write(held, _some(note), (), (), None)
+
     async def _activate(self, row: RunRow, journal: list[JournalRow]) -> Held | None:
         """Rebuild a run from its journal; a run that cannot be rebuilt is stuck, alone."""
         header = decode_header(row.header)
@@ -292,7 +328,9 @@ class Holder:
             definition = self._registry.workflow(header.workflow, header.version)
             delivered = effective(entries)
             execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
-            execution.replay(delivered)
+            begun = len(delivered) > 1 or bool(delivered and delivered[0].issued)
+            if begun:
+                execution.replay(delivered)
         except (CorruptJournal, Mismatch, UnknownName) as error:
             if row.status != "stuck" or row.reason != str(error):
                 held = Held(row, header, _no_execution(header), exists=True)
@@ -306,7 +344,7 @@ class Holder:
         for raw in raws:
             held.append(raw, self._config.journal_max_bytes)
         held.unwritten.clear()
-        held.suspect = row.deaths > 0
+        held.suspect = CLEARED_BY if row.deaths else 0
         if row.service == row.home:
             held.home_row = row
         if row.status == "stuck":
@@ -315,6 +353,9 @@ class Holder:
         if row.service == row.home and definition_receives:
             await self._read_mail(held)
         self._add(held)
+        if not begun:
+            self._begin(held, entries[0])
+            return held
         if entries[-1].what == "rewind":
             self._retry_children(held)
         parked = await self._parked_steps(held)
@@ -329,6 +370,12 @@ class Holder:
                 held.local.add(op.ordinal)
         self._settle(held, replayed=True, recovered=True)
         return held
+
+    def _begin(self, held: Held, start: Entry) -> None:
+        """Begin a run that was written down before its code ran; a rewind voids that entry."""
+        held.header.era += 1
+        held.record(Entry("rewind", self._session.now_us(), 0), self._config.journal_max_bytes)
+        self._feed(held, Entry("start", start.at_us, value=start.value, service=start.service))
 
     def _retry_children(self, held: Held) -> None:
         """A run that was taken back waits again for children that ended: they answer once more."""
@@ -807,10 +854,16 @@ class Holder:
         held.entries = raws
         held.unwritten = raws[row.entries :] if exists else list(raws)
         held.home_row = row if message.to == header.home else None
+        held.undone = _undone(raws)
         if baton.outcome is not None:
             held.execution.outcome = baton.outcome
-            held.undone = _undone(raws)
             self._arrived(held, message, baton.hop)
+            return
+        if redelivered:
+            row.hop, row.holder = baton.hop, row.service
+            row.attributes = encode_plain(baton.attributes)
+            held.arrival = self._mark(message)
+            self._take_custody(held, message)
             return
         try:
             entries = decode_chunk(bytes(baton.entries))
@@ -824,17 +877,12 @@ class Holder:
             held.row.hop, held.row.holder = baton.hop, message.to
             self._stick(held, str(error))
             return
-        held.undone = _undone(raws)
         held.execution = execution
         for op in execution.pending.values():
             op.sent = op.kind == "timer" or op.ordinal in baton.sent
-        if redelivered and not exists:
-            self._assign_number(held)
-            held.row.deaths = 1
-            held.suspect = True
-        self._arrived(held, message, baton.hop, redelivered)
+        self._arrived(held, message, baton.hop)
 
-    def _arrived(self, held: Held, message: Message, hop: int, redelivered: bool = False) -> None:
+    def _arrived(self, held: Held, message: Message, hop: int) -> None:
         row = held.row
         row.hop, row.holder = hop, row.service
         row.status = "running"
@@ -850,7 +898,7 @@ class Holder:
         if row.service == row.home and self._has_receive(held):
             self._spawn(self._settle_with_mail(held))
         else:
-            self._settle(held, replayed=True, custody=redelivered)
+            self._settle(held, replayed=True)
 
     def _has_receive(self, held: Held) -> bool:
         return bool(getattr(held.execution.definition, "receives", ()))
@@ -883,7 +931,7 @@ class Holder:
             self._stick(held, str(error), *_some(message))
             return
         held.record(entry, self._config.journal_max_bytes)
-        held.suspect = False  # it made progress
+        held.suspect = max(0, held.suspect - 1)
         if message is not None:
             held.consuming.append(message)
         self._settle(held, unparked=unparked, done=done)
@@ -894,7 +942,6 @@ class Holder:
         *,
         replayed: bool = False,
         recovered: bool = False,
-        custody: bool = False,
         unparked: Sequence[tuple[str, str]] = (),
         done: Callable[[PavaneError | None], None] | None = None,
     ) -> None:
@@ -922,7 +969,7 @@ class Holder:
             self._pass(held, decision, messages, unparked, taken, done)
             return
         launch = self._dispatch(held, execution.pending.values(), messages, recovered)
-        if replayed and not (messages or taken or custody or unparked):
+        if replayed and not (messages or taken or unparked):
             # Nothing was delivered. A baton whose step runs right here is marked with its result.
             at_once = held.arrival is not None and len(launch) == len(
                 [op for op in execution.pending.values() if op.name != EXPIRY]
@@ -1011,6 +1058,7 @@ class Holder:
                 )  # fmt: skip
                 held.execution.feed(entry)
                 held.record(entry, self._config.journal_max_bytes)
+                held.suspect = max(0, held.suspect - 1)
                 taken.append((mail.service, mail.run, mail.id))
                 return True
         return False
@@ -1072,6 +1120,7 @@ class Holder:
             header.run, op.ordinal, header.era, op.service, op.name, Raw(op.args),
             held.row.service, header.conversation, op.undo,
             self._session.steps.encode_options(op.service, op.name, op.detail),
+            held.row.deaths if held.suspect == CLEARED_BY else 0,
         )  # fmt: skip
 
     def _launch(self, held: Held, operations: Sequence[Operation]) -> None:
@@ -1450,8 +1499,8 @@ class Holder:
         held.trail = decode_trail(row.trail)
         self._stick(
             held,
-            f"Quarantined: {row.deaths} processes died while this run was under way. Find out why, "
-            f"then `pavane runs retry {row.id}`.",
+            f"Quarantined: {row.deaths + 1} processes died while this run was under way. Find out "
+            f"why, then `pavane runs retry {row.id}`.",
             kept_journal=True,
         )
 
@@ -1461,9 +1510,11 @@ class Holder:
             self._commit(held, [], parked=[parked])
 
     def is_busy(self, key: Key) -> bool:
-        """Tell whether a run is live and has made no progress since it was suspected."""
+        """Tell whether a suspect does something here, or did what is not durable yet."""
         held = self.held.get(key)
-        return held is not None and held.suspect and held.row.status == "running"
+        if held is None:
+            return key in self._leaving
+        return held.commits > 0 or (held.suspect > 0 and bool(held.local))
 
     # -- housekeeping --------------------------------------------------------------------------
 
@@ -1472,6 +1523,8 @@ class Holder:
         for held in list(self.held.values()):
             if held.row.target in targets:
                 self._drop(held)
+        for key in [key for key in self._loading if self._store.target_of(*key) in targets]:
+            del self._loading[key]  # it was set aside
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -10,8 +10,9 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from pavane.engine.committer import Committer
@@ -46,6 +47,8 @@ RUN_NUMBERS = 1000
 POSITIONS_EVERY_S = 2.0
 TICK_S = 0.5
 GC_YOUNG = 50_000
+ALONE_LOOK_S = 0.01
+ALONE_MAX_LOOKS = 500
 
 Key = tuple[str, str]
 
@@ -78,9 +81,9 @@ class Session:
         self._next_numbers: range | None = None
         self._refill: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._suspects: list[RunRow | ParkedRow] = []
+        self._suspects: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self._aside: dict[Key, RunRow | ParkedRow] = {}
         self._lane: asyncio.Task[None] | None = None
-        self._held_back: set[Key] = set()
         self._host = this_host()
         self.now_us = store.now_us
         self.committer = Committer(store, fence, self._route, self._published, self.lost)
@@ -194,7 +197,7 @@ class Session:
             elif kind == "reply":
                 self.holder.reply_message(message)
             elif kind == "start":
-                self.holder.start_message(message)
+                self.holder.start_message(message, redelivered)
             elif kind == "signal":
                 self.holder.signal_message(message)
             elif kind in ("cancel", "kill", "retry"):
@@ -305,6 +308,7 @@ class Session:
         await self.committer.flush()
         self.holder.release(leaving)
         self.steps.release(leaving)
+        self._aside = {key: row for key, row in self._aside.items() if row.target not in leaving}
         positions = [
             (target, self._position(target)) for target in targets if target in self._flight
         ]
@@ -319,16 +323,16 @@ class Session:
         """Take partitions up where they were left: messages, runs, parked steps, timers."""
         if not rows:
             return
-        head = await self.store.log_head()
         position = {row.target: row.position for row in rows}
-        dirty = {row.target for row in rows if not row.clean}
+        dirty = {row.target: row.position for row in rows if not row.clean}
+        suspects = await self._count_deaths(dirty) if dirty else []
+        head = await self.store.log_head()
         for row in rows:
             self._flight[row.target] = {}
             self._floors[row.target] = head
         targets = list(position)
-        if dirty:
-            await self._count_parked(sorted(dirty))
-        await self._recover_runs(targets, dirty)
+        suspects = self._set_aside(suspects)
+        await self._recover_runs(targets)
         at = min(position.values())
         while at < head:
             messages = await self.store.read_log(at, head, targets, PAGE, None)
@@ -345,82 +349,118 @@ class Session:
                 service, [row.partition for row in own],
                 {row.partition for row in own if not row.clean},
             )  # fmt: skip
+        for row in suspects:
+            self.suspect(partial(self._try, row))
         self.spawn(self.run_timers.catch_up(targets))
         self.spawn(self.parked_timers.catch_up(targets))
 
-    async def _recover_runs(self, targets: Sequence[int], dirty: set[int]) -> None:
+    async def _recover_runs(self, targets: Sequence[int]) -> None:
         after = 0
-        while True:
-            rows = await self.store.live_runs(targets, after, PAGE)
-            if not rows:
-                return
+        while rows := await self.store.live_runs(targets, after, PAGE):
             after = rows[-1].no
-            touched: list[RunRow] = []
-            calm: list[RunRow] = []
-            for row in rows:
-                if row.status == "stuck":
-                    # Perhaps the code that fits it has been deployed again.
-                    if not row.reason.startswith(("Quarantined", "The compensation")):
-                        calm.append(row)
-                elif row.target not in dirty:
-                    calm.append(row)
-                elif row.deaths >= self.config.deaths_max:
-                    self.holder.quarantine(row)
-                elif row.deaths >= SUSPECT_DEATHS:
-                    self._suspect(row)
-                else:
-                    row.deaths += 1
-                    touched.append(row)
-            if touched:
-                await self.store.touch(self.fence, [row.no for row in touched], ())
-            await self.holder.recover(calm + touched)
+            # A stuck run goes on if the code that fits it has been deployed again, perhaps.
+            final = ("Quarantined", "The compensation")
+            await self.holder.recover(
+                [row for row in rows if row.status != "stuck" or not row.reason.startswith(final)]
+            )
             await asyncio.sleep(0)
 
-    async def _count_parked(self, targets: Sequence[int]) -> None:
-        """Count a touch of each parked step that may have been running when a process died."""
-        at, until = (0, ""), self.now_us()
-        while True:
-            rows = await self.store.due_parked(targets, at, until, PAGE)
-            calm: list[ParkedRow] = []
-            for row in rows:
-                if row.deaths < SUSPECT_DEATHS:
-                    row.deaths += 1
-                    calm.append(row)
-                    continue
-                self._held_back.add((row.service, row.id))
-                if row.deaths >= self.config.deaths_max:
-                    self.steps.quarantine(row)
-                else:
-                    self._suspect(row)
-            if calm:
-                await self.store.touch(self.fence, (), calm)
-            if len(rows) < PAGE:
-                return
-            at = (rows[-1].due_us, rows[-1].id)
+    # -- after a process death -----------------------------------------------------------------
 
-    def _suspect(self, row: RunRow | ParkedRow) -> None:
-        """Queue what may have killed processes; it is touched alone, one at a time."""
-        self._suspects.append(row)
+    async def _count_deaths(self, positions: Mapping[int, int]) -> list[RunRow | ParkedRow]:
+        """Count a death, durably, for all that a dead process may have died of, and not touch it.
+
+        Return those for which that is not enough, because they saw several already: each is
+        counted when it is touched again, alone. A start, baton or command that nobody has a row of
+        is counted when it is taken into custody.
+        """
+        suspects: list[RunRow | ParkedRow] = []
+        async for rows in self._under_way(positions):
+            suspects += [row for row in rows if row.deaths >= SUSPECT_DEATHS]
+            calm = [row for row in rows if row.deaths < SUSPECT_DEATHS]
+            parked = [row for row in calm if isinstance(row, ParkedRow)]
+            for row in parked:
+                row.deaths += 1
+            if calm:
+                runs = [row.no for row in calm if isinstance(row, RunRow)]
+                await self.store.touch(self.fence, runs, parked)
+        return suspects
+
+    async def _under_way(
+        self, positions: Mapping[int, int]
+    ) -> AsyncIterator[Sequence[RunRow | ParkedRow]]:
+        """Find parked steps that are due, runs that are running, and those something came for."""
+        targets, now = list(positions), self.now_us()
+        due = (0, "")
+        while parked := await self.store.due_parked(targets, due, now, PAGE):
+            yield parked
+            due = (parked[-1].due_us, parked[-1].id)
+        after = 0
+        while rows := await self.store.live_runs(targets, after, PAGE):
+            yield [row for row in rows if row.status == "running"]
+            after = rows[-1].no
+        woken: set[int] = set()
+        wake = (0, 0)
+        while rows := await self.store.due_runs(targets, wake, now, PAGE):
+            yield [row for row in rows if row.status == "waiting"]
+            woken.update(row.no for row in rows)
+            wake = (rows[-1].wake_us or 0, rows[-1].no)
+        at, head = min(positions.values()), await self.store.log_head()
+        while messages := await self.store.read_log(at, head, targets, PAGE, None):
+            told = {(m.to, m.run) for m in messages if m.pos > positions[m.target]}
+            found = [await self.store.run_row(*key) for key in sorted(told)]
+            rows = [row for row in found if row is not None and row.no not in woken]
+            yield [row for row in rows if row.status == "waiting" and row.holder == row.service]
+            woken.update(row.no for row in rows)
+            at = messages[-1].pos
+
+    def _set_aside(self, rows: Sequence[RunRow | ParkedRow]) -> list[RunRow | ParkedRow]:
+        """Quarantine what saw too many deaths; return the rest, each to be kept until its turn."""
+        rest: list[RunRow | ParkedRow] = []
+        for row in rows:
+            self._aside[row.service, row.id] = row
+            if row.deaths + 1 < self.config.deaths_max:
+                rest.append(row)
+                if isinstance(row, RunRow):
+                    self.holder.set_aside(row)
+            elif isinstance(row, RunRow):
+                self.holder.quarantine(row)
+            else:
+                self.steps.quarantine(row)
+        return rest
+
+    def suspect(self, attempt: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Queue what may have ended processes; it has its turn alone.
+
+        `attempt` counts one more touch, durably, then touches, and returns when that is over.
+        """
+        self._suspects.append(attempt)
         if self._lane is None or self._lane.done():
             self._lane = self.spawn(self._try_suspects())
 
     async def _try_suspects(self) -> None:
         while self._suspects:
-            row = self._suspects.pop(0)
+            await self._suspects.pop(0)()
+
+    async def _try(self, row: RunRow | ParkedRow) -> None:
+        """Go on with a run or a step that was set aside."""
+        key = (row.service, row.id)
+        if self._aside.get(key) is not row or not self.owns(row.target):
+            return  # its partition was handed over, or is about to be
+        if isinstance(row, RunRow):
+            await self.store.touch(self.fence, [row.no], ())
+            if self._aside.pop(key, None) is row:
+                await self.holder.try_again(row)
+        else:
             row.deaths += 1
-            if isinstance(row, RunRow):
-                await self.store.touch(self.fence, [row.no], ())
-                await self.holder.recover([row])
-                key = (row.service, row.id)
-            else:
-                await self.store.touch(self.fence, (), [row])
-                self._held_back.discard((row.service, row.id))
+            await self.store.touch(self.fence, (), [row])
+            if self._aside.pop(key, None) is row:
                 self.steps.resume(row)
-                key = (row.service, row.run)
-            for _ in range(500):
-                await asyncio.sleep(0.01)
-                if not self.holder.is_busy(key) and not self.steps.is_running(row.service, row.id):
-                    break
+        for _ in range(ALONE_MAX_LOOKS):
+            if not (self.holder.is_busy(key) or self.steps.is_running(*key)):
+                break
+            await asyncio.sleep(ALONE_LOOK_S)
+        self.holder.acquit(key)
 
     # -- timers --------------------------------------------------------------------------------
 
@@ -437,7 +477,7 @@ class Session:
         return [
             (row.due_us, row.id, (row.service, row.id), None)
             for row in rows
-            if (row.service, row.id) not in self._held_back
+            if (row.service, row.id) not in self._aside
         ]
 
     # -- life ----------------------------------------------------------------------------------

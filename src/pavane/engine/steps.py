@@ -211,14 +211,14 @@ class Steps:
             log.error("command %s: %s", message.id, error)
             self._consumed(message)
             return
-        if not redelivered:
+        if not redelivered and not call.deaths:
             self._command(message)
             return
         # It may have been under way when a process died: count that before touching it again.
         now = self._session.now_us()
         parked = ParkedRow(
             message.to, call.run, message.id, message.target, message.body, 1, now, now, b"null",
-            b"null", 1,
+            b"null", max(1, call.deaths),
         )  # fmt: skip
         self._park_command(message, parked, lambda: self.resume(parked))
 
@@ -563,8 +563,9 @@ class Steps:
         reply = Reply(
             call.run, call.op, call.era, "", False, Raw(b"null"), call.service, parked.attempt,
             parked.began_us,
-            f"Quarantined: {parked.deaths} processes died while step {call.service}.{call.step} of "
-            f"this run was under way. Find out why, then `pavane runs retry {call.run}`.",
+            f"Quarantined: {parked.deaths + 1} processes died while step "
+            f"{call.service}.{call.step} of this run was under way. Find out why, then `pavane "
+            f"runs retry {call.run}`.",
         )  # fmt: skip
         self.answer(call, reply, [(parked.service, parked.id)])
 

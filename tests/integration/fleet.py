@@ -1,0 +1,53 @@
+"""Worker processes on one store, to be killed, stopped and replaced by tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from pavane import Client, Run
+from tests.integration import crew
+
+ROOT = Path(__file__).resolve().parents[2]
+LEASE_S = 0.6
+
+
+class Fleet:
+    """Worker processes on one store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = str(folder / "crew.db")
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def launch(self, *services: str, lease_s: float = LEASE_S) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tests.integration.crew", self.store]
+        with (self.folder / f"{len(self.processes)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, str(crew.RECORD), str(lease_s), *services],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
+                stderr=log,
+            )
+        self.processes.append(process)
+        return process
+
+    def sink(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
+
+
+async def connected(stack: AsyncExitStack, fleet: Fleet) -> Client:
+    return await stack.enter_async_context(crew.app_on(fleet.store, LEASE_S).connect())
+
+
+async def start(client: Client, flow: Any, *args: Any, **options: Any) -> Run[Any]:
+    return await client.start(flow, args, {}, **options)
