@@ -6,11 +6,13 @@ import asyncio
 import functools
 import signal
 import subprocess
+import sys
 from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import apsw
+import pytest
 
 from pavane import Client
 from pavane.core.operations import Mode
@@ -212,6 +214,31 @@ async def test_a_node_that_is_terminated_lets_its_steps_end(fleet: Fleet, mode: 
         fleet.launch(lease_s=PATIENT_S)
         assert await run.result(timeout=30) == "went"
         assert len(recorded("linger")) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits another process")
+@in_loop
+async def test_a_node_whose_disk_failed_opens_its_store_anew_and_goes_on(fleet: Fleet) -> None:
+    """Invariants 4, 10: after an I/O error what the old connections remember is not trusted."""
+    import resource  # not everywhere
+
+    node = fleet.launch()
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        await until_owned_by(client, 1)
+        run = await start(client, crew.naps, 0.3)
+        await until_status(run, "waiting", reason="timer")
+        _, hard = resource.prlimit(node.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(node.pid, resource.RLIMIT_FSIZE, (4096, hard))
+
+        async def opens_anew() -> bool:
+            return "opens its store anew" in (fleet.folder / "0.log").read_text()
+
+        await until(opens_anew)
+        assert not recorded("tick")
+        resource.prlimit(node.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        assert await run.result(timeout=30) == 1
+        assert node.poll() is None
 
 
 @in_loop

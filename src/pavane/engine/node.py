@@ -591,22 +591,34 @@ class Node:
         session = Session(
             self._store, self._registry, self.services, self._config, fence, self._ended
         )
-        await session.start()
+        try:
+            await session.start()
+        except BaseException:
+            await session.close()  # else it would renew its lease for ever
+            raise
         self.session = session
 
     async def _supervise(self) -> None:
-        """Join again, with growing pauses, each time the session is lost."""
+        """Join again, with growing pauses, each time the session is lost.
+
+        When the store failed, its connections are not trusted any more.
+        """
         pause_s = 0.1
+        failure: PavaneError | None = None
         while not self._stopping:
             session = self.session
             if session is not None:
-                await asyncio.shield(session.failure)
+                failure = await asyncio.shield(session.failure)
                 self.session = None
                 await session.close()
             try:
+                if isinstance(failure, StoreError):
+                    log.warning("this node opens its store anew")
+                    await self._store.reopen()
                 await self._join()
                 pause_s = 0.1
             except PavaneError as error:
+                failure = error
                 log.error("this node cannot join: %s", error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(5.0, pause_s * 2)

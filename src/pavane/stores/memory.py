@@ -218,6 +218,9 @@ class MemoryStore:
             self.tail = self._data.head
             self._version = -1
 
+    async def reopen(self) -> None:
+        self._open_data()
+
     async def close(self) -> None:
         self._users = max(0, self._users - 1)
 

@@ -254,6 +254,14 @@ class Store(EventStore, Protocol):
         """Open or create it, and set `tail` to the log's end; raise StoreError with a remedy."""
         ...
 
+    async def reopen(self) -> None:
+        """Go on with new connections after a StoreError; raise one, and stay closed, if it lasts.
+
+        What the old ones have in memory may not be what is on disk. What was submitted is written
+        or refused before, what is asked for meanwhile is done after.
+        """
+        ...
+
     async def close(self) -> None:
         """Write what was submitted, then close; what is asked for afterwards gets a StoreError."""
         ...

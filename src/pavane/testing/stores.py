@@ -576,6 +576,25 @@ async def the_newest_message_of_an_id_is_found(connections: Connections) -> None
 
 
 @_check
+async def a_store_that_is_reopened_goes_on(connections: Connections) -> None:
+    store, other = await connections.open(), await connections.open()
+    fence = await joined(store)
+    await write(store, fence, messages=[a_message(store, "a")])
+    commit = Commit(lambda error: None)
+    commit.messages = [a_message(store, "b")]
+    results: asyncio.Future[Results] = asyncio.get_running_loop().create_future()
+    reopening = asyncio.ensure_future(store.reopen())
+    await asyncio.sleep(0)
+    store.submit([commit], fence, results.set_result)
+    assert await store.log_head() >= 1, "it can be read all the time"
+    await reopening
+    assert await results == [None]
+    assert store.renew(fence)
+    assert store.target_of("shop", "r") == other.target_of("shop", "r")
+    assert [m.id for m in await whole_log(other)] == ["a", "b"]
+
+
+@_check
 async def the_tail_moves_over_own_messages_only(connections: Connections) -> None:
     mine, other = await connections.open(), await connections.open()
     fence, theirs = await joined(mine), await joined(other)

@@ -102,6 +102,23 @@ class SqliteStore(EventTables):
             )
         self._loop = asyncio.get_running_loop()
         self._services.clear()
+        self._connect_all()
+
+    async def reopen(self) -> None:
+        if self._pid not in (0, os.getpid()):
+            raise self._unusable()
+        await self._stop_writer()
+        # Nothing is awaited from here on: whoever reads never finds the store closed.
+        self._pid = 0
+        self._close_all()
+        try:
+            self._connect_all()
+        finally:
+            while not self._pid and not self._jobs.empty():
+                if (job := self._jobs.get()) is not None:
+                    job()  # it is refused, since its connection is closed
+
+    def _connect_all(self) -> None:
         self._version = -1
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         try:
@@ -226,11 +243,14 @@ class SqliteStore(EventTables):
         if self._pid not in (0, os.getpid()):
             return  # closing what was inherited by a fork could harm the parent's file
         self._pid = 0
+        await self._stop_writer()
+        self._close_all()
+
+    async def _stop_writer(self) -> None:
         if self._thread is not None:
             self._jobs.put(None)
             await asyncio.to_thread(self._thread.join)
             self._thread = None
-        self._close_all()
 
     def _unusable(self) -> StoreError:
         """Say why this store, in this process, takes no work."""
@@ -386,8 +406,8 @@ class SqliteStore(EventTables):
         return self._write_begun(half, fence)
 
     def _roll_back(self) -> None:
-        if self._write_to.in_transaction:
-            with suppress(apsw.Error):  # if it stays open, the next BEGIN says so
+        with suppress(apsw.Error):  # if it stays open, the next BEGIN says so
+            if self._write_to.in_transaction:
                 self._write_to.execute("ROLLBACK")
 
     def _prove(self, connection: Connection, fence: Fence) -> None:
