@@ -456,6 +456,36 @@ async def test_a_cancel_reaches_a_run_that_sleeps_in_the_store(world: World) -> 
 
 
 @desk.workflow
+async def shrugs() -> str:
+    """Catch the first cancellation and go on as if nothing had been asked."""
+    try:
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        await asyncio.sleep(3600)
+    return "slept"
+
+
+@in_loop
+async def test_a_cancel_that_workflow_code_swallows_is_seen_and_may_be_asked_again(
+    world: World,
+) -> None:
+    """Invariant 7: it is never sent again by itself, since that would break into a clean-up."""
+    async with world.working(*SERVICES) as director:
+        run = await director.start(shrugs)
+        await until_status(run, "waiting", reason="timer")
+        await run.cancel()
+
+        async def asked() -> bool:
+            return [e.what for e in (await run.history()).entries] == ["start", "cancel"]
+
+        await until(asked)
+        await until_status(run, "waiting", reason="timer")
+        await run.cancel()
+        with pytest.raises(RunFailed, match="cancelled"):
+            await run.result(timeout=30)
+
+
+@desk.workflow
 async def plain(what: str) -> list[str]:
     return [await buy(what), await store(what), await write(what)]
 
