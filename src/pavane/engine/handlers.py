@@ -626,10 +626,11 @@ class Handlers:
         self, subscription: Subscription, handler: Handler, context: Handling,
         lanes: list[Lane], items: list[Item],
     ) -> Commit:  # fmt: skip
+        # Made without a cycle (`written` must not know `commit`), to spare the garbage collector.
         def written(error: PavaneError | None) -> None:
             for settle in context.settled:
                 settle()
-            if commit.work is not None and subscription.circuit is not None:
+            if handler.options.transaction and subscription.circuit is not None:
                 self._recorded(subscription, subscription.circuit, error)
             if error is None or isinstance(error, Conflict):
                 # A conflict: another node handled it, in whose custody this partition was.
@@ -681,7 +682,7 @@ class Handlers:
         if subscription.options.state is not None:
             self._leave(subscription, items[0])
         for lane in lanes:
-            lane.busy = False
+            lane.busy, lane.call = False, None
             self._go_on(subscription, lane)
 
     def _go_on(self, subscription: Subscription, lane: Lane) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pavane.engine.handlers import Handling
     from pavane.engine.node import Session
 
-MAILBOX = "mailbox"
+MAILBOX = "~mailbox"
 Place = tuple[str, str, str]
 """Home service, event type, key."""
 
