@@ -17,7 +17,7 @@ from typing import Any
 from pavane.errors import LeaseLost, PavaneError, StoreError
 from pavane.stores.port import Fence, InboxRow, JournalRow
 from pavane.stores.sqlite import SqliteStore
-from pavane.testing.stores import SERVICES, a_commit, a_message, joined, refusal, written
+from pavane.testing.store_check import SERVICES, a_commit, a_message, joined, refusal, written
 
 FILE_LIMIT_BYTES = 400_000
 

@@ -21,7 +21,7 @@ import pytest
 from pavane.errors import StoreError
 from pavane.stores.port import Message
 from pavane.stores.sqlite import SqliteStore
-from pavane.testing.stores import SERVICES, joined, whole_log, written
+from pavane.testing.store_check import SERVICES, joined, whole_log, written
 from tests.conformance.sqlite_process import numbered
 from tests.tidy.source_tree import ROOT, SOURCE
 

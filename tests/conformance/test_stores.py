@@ -11,7 +11,8 @@ import pytest
 from pavane.stores.memory import MemoryStore
 from pavane.stores.port import Store
 from pavane.stores.sqlite import SqliteStore
-from pavane.testing.stores import STORE_CHECKS, Connect, StoreCheck
+from pavane.testing.store_check import Connect, StoreCheck
+from pavane.testing.stores import STORE_CHECKS
 
 
 def memory(tmp_path: Path) -> Connect:
