@@ -228,7 +228,10 @@ class ConversationFilter(msgspec.Struct, frozen=True):
 
 
 class Reaction:
-    """What a handler's progress changes, as the part of a commit; see `Commit`."""
+    """What a handler's progress changes, as the part of a commit; see `Commit`.
+
+    What takes rows away comes before what writes rows of the same kind.
+    """
 
     marks: Sequence[MarkRow] = ()
     """A mark that is there already refuses the commit with a Conflict."""
@@ -249,9 +252,11 @@ class Reaction:
     unawaited: Sequence[tuple[str, str]] = ()
     """(run, id); id "*" forgets all of a run's."""
     kept: Sequence[KeptRow] = ()
+    """One that is kept already stays as it is."""
     cursors: Sequence[tuple[int, int, int]] = ()
     """(handler, slot, position) up to which everything is handled; never moves back."""
     conversations: Sequence[ConversationRow] = ()
+    """Replaces the row of the same contract and id."""
     members: Sequence[tuple[str, str]] = ()
     """(conversation, run) of runs that an event started."""
 
@@ -264,7 +269,7 @@ class EventStore(Protocol):
         ...
 
     async def events_head(self) -> int:
-        """The newest position ever given, also if its event was deleted."""
+        """A position that every event so far is at or below, and every later one above."""
         ...
 
     async def read_events(
@@ -289,7 +294,10 @@ class EventStore(Protocol):
 
     # handlers
     async def register_handlers(self, specs: Sequence[HandlerSpec]) -> list[HandlerRow]:
-        """Make handlers known; a new one gets a cursor in every slot. Rows in the order given."""
+        """Make handlers known; a new one gets a cursor in every slot. Rows in the order given.
+
+        A known one keeps its cursors, and gets the types given now.
+        """
         ...
 
     async def handler_rows(self) -> list[HandlerRow]:
@@ -350,7 +358,11 @@ class EventStore(Protocol):
         ...
 
     async def prune_events(self, before_us: int, limit: int) -> int:
-        """Delete up to `limit` events older than `before_us` that every handler has handled and
-        nothing parked or dead refers to, with their marks; and conversations that ended, kept
-        events and waits whose time is over. Return how many events."""
+        """Delete up to `limit` events older than `before_us` that every handler is past and nothing
+        parked, dead or kept refers to, with their marks and shadows; and up to as many each of
+        conversations that ended before, kept events that expired before, and older waits whose
+        event has left the log. Return how many of all.
+
+        It may look at a part of the log at a time, and go on there at the next call.
+        """
         ...

@@ -413,8 +413,9 @@ class Store(EventStore, Protocol):
         """Delete up to `limit` runs that ended before `before_us`, and as many consumed messages
         older than that; return how many of both.
 
-        A run goes with all its rows, journals, mail and marks. A message goes when its partition
-        has consumed it (a published event when all have), its mark when its run is over too.
+        A run goes with all its rows, journals, mail, marks, open waits and memberships. A message
+        goes when its partition has consumed it (a published event when all have), its mark when its
+        run is over too.
         """
         ...
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
@@ -24,13 +26,18 @@ from pavane.stores.eventlog import (
     Reaction,
     ShadowRow,
 )
+from pavane.stores.port import LAST_US
 from pavane.stores.sqlite.connection import Connection
 from pavane.stores.sqlite.statements import insert_all, statement
 
 EVENTS_HEAD = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
 SCAN_MAX = 20_000
-"""Positions that one read looks at, so that it holds the event loop for milliseconds only."""
+"""Positions that are looked at in one go, so that it takes milliseconds; others run in between."""
 EVENT_COLUMNS = "id, type, version, key, source, at_us, conversation, cause, trace, data, slot, pos"
+_OF_CONVERSATION = (
+    f"SELECT {EVENT_COLUMNS} FROM events WHERE id = ?3 AND conversation = ?3 UNION ALL"
+    f" SELECT {EVENT_COLUMNS} FROM events WHERE conversation = ?3 AND conversation <> id"
+)
 _MARK = "handler, pos, at_us, took_us, attempts, outcome, variant"
 _PARKED = "handler, pos, slot, key, attempt, due_us, began_us, error, deaths, again, data, dead"
 _DEAD = (
@@ -63,15 +70,17 @@ def write_events(c: Connection, events: Sequence[EventRow]) -> None:
         for event in events:
             if event.pos not in new:
                 event.pos = 0
+    _count(c, Counter((event.type, event.version) for event in events if event.pos))
+
+
+def _count(c: Connection, counts: Counter[tuple[str, int]]) -> None:
+    """Add to how many events of each type and version there are; counting them would read all."""
+    c.executemany(statement("count_events"), [(*what, number) for what, number in counts.items()])
 
 
 def write_reactions(c: Connection, reactions: Sequence[Reaction]) -> None:
-    marks = [_mark_values(row) for r in reactions for row in r.marks]
-    if marks:
-        insert_all(c, "add_mark", marks)
+    _write_marks(c, reactions)
     for r in reactions:
-        if r.remarks:
-            insert_all(c, "put_mark", [_mark_values(row) for row in r.remarks])
         for key in r.unparked:
             c.execute(statement("unpark_event"), key)
         if r.parked:
@@ -113,10 +122,23 @@ def write_reactions(c: Connection, reactions: Sequence[Reaction]) -> None:
             insert_all(c, "add_member", r.members)
 
 
+def _write_marks(c: Connection, reactions: Sequence[Reaction]) -> None:
+    """Write marks in few statements, but none before a remark that it may repeat."""
+    marks: list[tuple[Any, ...]] = []
+    for r in reactions:
+        marks += map(_mark_values, r.marks)
+        if r.remarks:
+            insert_all(c, "add_mark", marks)
+            insert_all(c, "put_mark", [_mark_values(row) for row in r.remarks])
+            marks.clear()
+    insert_all(c, "add_mark", marks)
+
+
 class EventTables:
     """The reading side, and what is written outside of commits; a part of `SqliteStore`."""
 
     partitions: int
+    _pruned_to: int = 0
     _rows: Callable[..., list[Any]]
     _row: Callable[..., Any]
     _one: Callable[..., Any]
@@ -143,16 +165,28 @@ class EventTables:
             more.append(_json(slots))
         sql += " ORDER BY pos LIMIT ?"
         found: list[EventRow] = []
-        while after < until and len(found) < limit:
-            upto = min(until, after + SCAN_MAX)
-            rows = self._rows(sql, (after, upto, *more, limit - len(found)))
-            found += map(_event, rows)
-            after = upto
+        for at, (low, high) in enumerate(self._pages(after, until)):
+            if len(found) >= limit:
+                break
+            if at:
+                await asyncio.sleep(0)
+            found += map(_event, self._rows(sql, (low, high, *more, limit - len(found))))
         return found
+
+    def _pages(self, after: int, until: int) -> list[tuple[int, int]]:
+        """Split a range of positions into (above, up to) pairs that one statement may look at."""
+        if until - after > SCAN_MAX:  # it may be open, and what is pruned need not be looked at
+            first, last = self._row(
+                "SELECT (SELECT min(pos) FROM events), (SELECT max(pos) FROM events)"
+            )
+            if first is None:
+                return []
+            after, until = max(after, first - 1), min(until, last)
+        return [(low, min(until, low + SCAN_MAX)) for low in range(after, until, SCAN_MAX)]
 
     async def find_events(self, which: EventFilter) -> list[EventRow]:
         where, values = ["at_us >= ?"], list[Any]([which.since_us])
-        for column in ("key", "source", "conversation", "cause"):
+        for column in ("key", "source", "cause"):
             value = getattr(which, column)
             if value is not None:
                 where.append(f"{column} = ?")
@@ -160,14 +194,27 @@ class EventTables:
         if which.types:
             where.append("type IN (SELECT value FROM json_each(?))")
             values.append(_json(which.types))
-        if which.before is not None:
-            where.append("pos < ?")
-            values.append(which.before)
+        until = LAST_US if which.before is None else which.before - 1
+        # Only conversations have an index: each one costs every publish, and people look for what
+        # is new, which is found at the log's end.
+        if which.conversation is None:
+            source, pages = "events", self._pages(0, until)
+        else:
+            source, pages = f"({_OF_CONVERSATION})", [(0, until)]
+            values = [which.conversation, *values]
         sql = (
-            f"SELECT {EVENT_COLUMNS} FROM events WHERE {' AND '.join(where)}"
-            f" ORDER BY pos DESC LIMIT ?"
+            f"SELECT {EVENT_COLUMNS} FROM {source} WHERE pos > ?1 AND pos <= ?2"
+            f" AND {' AND '.join(where)} ORDER BY pos DESC LIMIT ?"
         )
-        return [_event(row) for row in self._rows(sql, (*values, which.limit))]
+        found: list[EventRow] = []
+        for at, (low, high) in enumerate(reversed(pages)):
+            if len(found) >= which.limit:
+                break
+            if at:
+                await asyncio.sleep(0)
+            rows = self._rows(sql, (low, high, *values, which.limit - len(found)))
+            found += map(_event, rows)
+        return found
 
     async def event(self, id: str) -> EventRow | None:
         row = self._row(f"SELECT {EVENT_COLUMNS} FROM events WHERE id = ?", (id,))
@@ -179,7 +226,7 @@ class EventTables:
 
     async def event_types(self) -> list[tuple[str, int, int]]:
         return self._rows(
-            "SELECT type, max(version), count(*) FROM events GROUP BY type ORDER BY type"
+            "SELECT type, max(version), sum(count) FROM event_types GROUP BY type ORDER BY type"
         )
 
     # -- handlers ------------------------------------------------------------------------------
@@ -192,16 +239,36 @@ class EventTables:
             or sorted(row.types) != sorted(spec.types)
         ]  # fmt: skip
         if changed:
+            older = {spec.since_us: await self._older_than(spec.since_us) for spec in changed}
 
             def write(c: Connection) -> None:
                 for spec in changed:
-                    self._register(c, spec)
+                    self._register(c, spec, older[spec.since_us])
 
             await self._execute(write)
             rows = {(row.service, row.name): row for row in await self.handler_rows()}
         return [rows[spec.service, spec.name] for spec in specs]
 
-    def _register(self, c: Connection, spec: HandlerSpec) -> None:
+    async def _older_than(self, at_us: int | None) -> int:
+        """Return a position up to which no event is of that time or later; None is the end.
+
+        Times need not rise with positions, so this reads from the log's beginning.
+        """
+        if at_us is None:
+            return 0
+        sql = (
+            "SELECT pos FROM events WHERE pos > ? AND pos <= ? AND at_us >= ? ORDER BY pos LIMIT 1"
+        )
+        older = 0
+        for at, (low, high) in enumerate(self._pages(0, LAST_US)):
+            if at:
+                await asyncio.sleep(0)
+            if found := self._row(sql, (low, high, at_us)):
+                return found[0] - 1
+            older = high
+        return older
+
+    def _register(self, c: Connection, spec: HandlerSpec, older: int) -> None:
         types = _json(sorted(spec.types))
         found = c.execute(
             "UPDATE handlers SET types = ? WHERE service = ? AND name = ? RETURNING no",
@@ -216,7 +283,8 @@ class EventTables:
         ).get
         position = c.execute(EVENTS_HEAD).get
         if spec.since_us is not None:
-            first = c.execute("SELECT min(pos) FROM events WHERE at_us >= ?", (spec.since_us,)).get
+            sql = "SELECT pos FROM events WHERE pos > ? AND at_us >= ? ORDER BY pos LIMIT 1"
+            first = c.execute(sql, (older, spec.since_us)).get
             position = position if first is None else first - 1
         c.executemany(
             "INSERT INTO cursors (handler, slot, position) VALUES (?, ?, ?)",
@@ -242,18 +310,23 @@ class EventTables:
         return dict(self._rows("SELECT slot, position FROM cursors WHERE handler = ?", (handler,)))
 
     async def backlog(self, handler: int) -> int:
-        return self._one(
+        sql = (
             "SELECT count(*) FROM events JOIN cursors ON cursors.handler = ?1"
-            " AND cursors.slot = events.slot"
-            " WHERE pos > (SELECT min(position) FROM cursors WHERE handler = ?1)"
-            " AND pos > position AND type IN ("
-            "  SELECT value FROM handlers, json_each(handlers.types) WHERE handlers.no = ?1)"
-            " AND NOT EXISTS (SELECT 1 FROM marks AS m"
-            "  WHERE m.handler = ?1 AND m.pos = events.pos)"
-            " AND NOT EXISTS (SELECT 1 FROM parked_events AS p"
-            "  WHERE p.handler = ?1 AND p.pos = events.pos)",
-            (handler,),
+            " AND cursors.slot = events.slot WHERE pos > ?2 AND pos <= ?3 AND pos > position"
+            " AND type IN"
+            " (SELECT value FROM handlers, json_each(handlers.types) WHERE handlers.no = ?1)"
+            " AND NOT EXISTS"
+            " (SELECT 1 FROM marks AS m WHERE m.handler = ?1 AND m.pos = events.pos)"
+            " AND NOT EXISTS"
+            " (SELECT 1 FROM parked_events AS p WHERE p.handler = ?1 AND p.pos = events.pos)"
         )
+        count = 0
+        lowest = min((await self.cursors(handler)).values(), default=LAST_US)
+        for at, (low, high) in enumerate(self._pages(lowest, LAST_US)):
+            if at:
+                await asyncio.sleep(0)
+            count += self._one(sql, (handler, low, high))
+        return count
 
     async def marks(self, handler: int, after: int, until: int) -> list[MarkRow]:
         sql = f"SELECT {_MARK} FROM marks WHERE handler = ? AND pos > ? AND pos <= ? ORDER BY pos"
@@ -262,14 +335,17 @@ class EventTables:
     async def marks_at(self, positions: Sequence[int]) -> list[MarkRow]:
         sql = (
             f"SELECT {_MARK} FROM json_each(?) AS at CROSS JOIN handlers"
-            f" CROSS JOIN marks ON handler = handlers.no AND pos = at.value ORDER BY marks.at_us"
+            f" CROSS JOIN marks ON handler = handlers.no AND pos = at.value"
+            f" ORDER BY marks.at_us, handler, pos"
         )
         return [MarkRow(*row) for row in self._rows(sql, (_json(positions),))]
 
     async def parked_events(
         self, handler: int, slots: Sequence[int], after: int, limit: int, key: str | None = None
     ) -> list[ParkedEvent]:
-        sql = f"SELECT {_PARKED} FROM parked_events WHERE handler = ? AND pos > ?"
+        # Left alone, SQLite looks for a key among all that is parked for the handler.
+        index = "" if key is None else " INDEXED BY parked_events_by_key"
+        sql = f"SELECT {_PARKED} FROM parked_events{index} WHERE handler = ? AND pos > ?"
         values: list[Any] = [handler, after]
         if key is not None:
             sql += " AND key = ?"
@@ -296,7 +372,8 @@ class EventTables:
         where, values = _dead_where(which)
         return self._rows(
             f"SELECT handler, type, cause, count(*), min(at_us), max(at_us) FROM dead_letters"
-            f" WHERE {where} GROUP BY handler, type, cause ORDER BY count(*) DESC, handler, cause",
+            f" WHERE {where} GROUP BY handler, type, cause "
+            f" ORDER BY count(*) DESC, handler, type, cause",
             values,
         )
 
@@ -338,23 +415,30 @@ class EventTables:
 
     async def conversations(self, which: ConversationFilter) -> list[ConversationRow]:
         where, values = ["1"], list[Any]()
+        index = "conversations_started"
         if which.contract is not None:
             where.append("contract = ?")
             values.append(which.contract)
-        if which.id is not None:
-            where.append("id = ?")
-            values.append(which.id)
         if which.state == "open":
             where.append("ended_us IS NULL")
+            index = "conversations_due"
         elif which.state == "overdue":
             where.append("ended_us IS NULL AND due_us <= ?")
             values.append(which.now_us)
+            index = "conversations_due"
         elif which.state == "ended":
             where.append("ended_us IS NOT NULL")
         elif which.state == "twice":
             where.append("ends > 1")
+            index = "conversations_twice"
+        source = f"conversations INDEXED BY {index}"
+        if which.id is not None:
+            where.append("id = ?")
+            values.append(which.id)
+            source = "conversations"
+        # Left alone, SQLite sorts all conversations of a contract to find the newest few.
         sql = (
-            f"SELECT {_CONVERSATION} FROM conversations WHERE {' AND '.join(where)}"
+            f"SELECT {_CONVERSATION} FROM {source} WHERE {' AND '.join(where)}"
             f" ORDER BY started_us DESC, contract, id LIMIT ?"
         )
         return [_conversation(row) for row in self._rows(sql, (*values, which.limit))]
@@ -378,40 +462,64 @@ class EventTables:
 
     async def prune_events(self, before_us: int, limit: int) -> int:
         def delete(c: Connection) -> int:
-            done = c.execute("SELECT min(position) FROM cursors").get
-            sql = (
-                "SELECT pos, at_us, id, conversation FROM events WHERE pos <= coalesce(?, pos)"
-                " AND NOT EXISTS (SELECT 1 FROM parked_events AS p WHERE p.pos = events.pos)"
-                " AND NOT EXISTS (SELECT 1 FROM dead_letters AS d WHERE d.pos = events.pos)"
-                " AND NOT EXISTS (SELECT 1 FROM kept_events AS k WHERE k.pos = events.pos)"
-                " ORDER BY pos"
-            )
-            c.execute("DELETE FROM kept_events WHERE expires_us < ?", (before_us,))
-            old: list[int] = []
-            cursor = c.execute(sql, (done,))
-            for pos, at_us, id, conversation in cursor:
-                if at_us >= before_us or len(old) == limit:
-                    break
-                old.append(pos)
-                if id == conversation:
-                    members.append(id)
-            cursor.close(True)
-            for pos in old:
-                c.execute("DELETE FROM events WHERE pos = ?", (pos,))
-            for (no,) in c.execute("SELECT no FROM handlers").fetchall():
-                c.executemany(
-                    "DELETE FROM marks WHERE handler = ? AND pos = ?", [(no, pos) for pos in old]
-                )
-                c.executemany(
-                    "DELETE FROM shadows WHERE handler = ? AND pos = ?", [(no, pos) for pos in old]
-                )
-            c.executemany("DELETE FROM members WHERE conversation = ?", [(id,) for id in members])
-            c.execute("DELETE FROM conversations WHERE ended_us < ?", (before_us,))
-            c.execute("DELETE FROM awaits WHERE pos > 0 AND at_us < ?", (before_us,))
-            return len(old)
+            expired = _delete_some(c, "unkeep_events", before_us, limit)
+            events = self._prunable(c, before_us, limit)
+            _delete_events(c, events)
+            over = _delete_some(c, "drop_given_awaits", before_us, limit)
+            ended = _delete_some(c, "drop_ended_conversations", before_us, limit)
+            return expired + len(events) + over + ended
 
-        members: list[str] = []
         return await self._execute(delete)
+
+    def _prunable(self, c: Connection, before_us: int, limit: int) -> list[_Prunable]:
+        """Find events to delete, from where the last call stopped looking.
+
+        Much may be held for long at the log's beginning, and that is not looked at each time.
+        Times need not rise with positions, so only a stretch of young events ends the search.
+        """
+        handled = dict(c.execute("SELECT slot, min(position) FROM cursors GROUP BY slot"))
+        head = c.execute(EVENTS_HEAD).get
+        first = c.execute("SELECT min(pos) FROM events").get or head
+        after = max(self._pruned_to, first - 1)
+        until = min(after + SCAN_MAX, head, max(handled.values(), default=head))
+        found: list[_Prunable] = []
+        young = 0
+        self._pruned_to = until if until == after + SCAN_MAX else 0
+        rows = c.execute(statement("prunable"), (after, until))
+        for pos, slot, type, version, at_us in rows:
+            if at_us >= before_us:
+                young += 1
+            elif pos <= handled.get(slot, pos):
+                found.append((pos, type, version))
+            if len(found) == limit:
+                self._pruned_to = pos
+                break
+            if young == limit:
+                self._pruned_to = 0
+                break
+        rows.close(True)
+        return found
+
+
+_Prunable = tuple[int, str, int]
+"""Position, type and version of an event that may go."""
+
+
+def _delete_events(c: Connection, events: Sequence[_Prunable]) -> None:
+    positions = [(pos,) for pos, _, _ in events]
+    c.executemany("DELETE FROM events WHERE pos = ?", positions)
+    for (no,) in c.execute("SELECT no FROM handlers").fetchall():
+        of_handler = [(no, pos) for (pos,) in positions]
+        c.executemany("DELETE FROM marks WHERE handler = ? AND pos = ?", of_handler)
+        c.executemany("DELETE FROM shadows WHERE handler = ? AND pos = ?", of_handler)
+    gone = Counter((type, version) for _, type, version in events)
+    _count(c, Counter({what: -number for what, number in gone.items()}))
+    c.execute("DELETE FROM event_types WHERE count = 0")
+
+
+def _delete_some(c: Connection, name: str, before_us: int, limit: int) -> int:
+    c.execute(statement(name), (before_us, limit))
+    return c.changes()
 
 
 def _json(values: Sequence[Any]) -> str:

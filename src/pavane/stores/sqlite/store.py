@@ -808,6 +808,8 @@ class SqliteStore(EventTables):
                 c.execute("DELETE FROM journal WHERE run = ?", (no,))
                 c.execute("DELETE FROM runs WHERE no = ?", (no,))
                 c.execute(statement("take_mail"), (service, id, "*"))
+            c.execute(statement("forget_awaits"), (id,))
+            c.execute(statement("forget_members"), (id,))
             c.execute(
                 "DELETE FROM inbox WHERE (id = ?1 OR id > ?1 || '#' AND id < ?1 || '$')"
                 " AND id NOT IN (SELECT value FROM json_each(?2))",
@@ -844,7 +846,7 @@ class SqliteStore(EventTables):
             "runs": self._one("SELECT count(*) FROM runs WHERE service = home"),
             "messages": self._one("SELECT count(*) FROM log"),
             "parked": self._one("SELECT count(*) FROM parked"),
-            "events": self._one("SELECT count(*) FROM events"),
+            "events": self._one("SELECT coalesce(sum(count), 0) FROM event_types"),
             "dead letters": self._one("SELECT count(*) FROM dead_letters"),
         }
 

@@ -16,7 +16,16 @@ CREATE TABLE events (
     data TEXT NOT NULL
 );
 CREATE UNIQUE INDEX events_by_id ON events (id);
-CREATE INDEX events_by_conversation ON events (conversation);
+-- Without the events that began one: they are found by their id, and are what is published most.
+CREATE INDEX events_by_conversation ON events (conversation) WHERE conversation <> id;
+
+-- How many there are, kept with them: counting would read the whole log.
+CREATE TABLE event_types (
+    type TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    count INTEGER NOT NULL,
+    PRIMARY KEY (type, version)
+) WITHOUT ROWID;
 
 CREATE TABLE handlers (
     no INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -82,7 +91,10 @@ CREATE TABLE dead_letters (
     asked TEXT NOT NULL,
     again TEXT NOT NULL
 );
-CREATE INDEX dead_letters_by_handler ON dead_letters (handler, key);
+-- Dead letters are few and written seldom, so each way of asking for them has its index.
+CREATE INDEX dead_letters_by_handler ON dead_letters (handler);
+CREATE INDEX dead_letters_by_key ON dead_letters (key);
+CREATE INDEX dead_letters_holding ON dead_letters (handler) WHERE holds = 1;
 CREATE INDEX dead_letters_by_pos ON dead_letters (pos);
 
 CREATE TABLE states (
@@ -114,6 +126,7 @@ CREATE TABLE awaits (
     PRIMARY KEY (run, id)
 ) WITHOUT ROWID;
 CREATE INDEX awaits_by_key ON awaits (service, type, key);
+CREATE INDEX awaits_given ON awaits (at_us) WHERE pos > 0;
 
 CREATE TABLE kept_events (
     service TEXT NOT NULL,
@@ -139,10 +152,12 @@ CREATE TABLE conversations (
     last_us INTEGER NOT NULL,
     milestones TEXT NOT NULL,
     raised INTEGER NOT NULL,
-    PRIMARY KEY (contract, id)
+    PRIMARY KEY (id, contract)
 ) WITHOUT ROWID;
 CREATE INDEX conversations_due ON conversations (due_us) WHERE ended_us IS NULL;
 CREATE INDEX conversations_started ON conversations (started_us);
+CREATE INDEX conversations_ended ON conversations (ended_us) WHERE ended_us IS NOT NULL;
+CREATE INDEX conversations_twice ON conversations (started_us) WHERE ends > 1;
 
 -- Runs that a handler started, by the conversation they belong to; children are found by their ids.
 CREATE TABLE members (
@@ -150,3 +165,4 @@ CREATE TABLE members (
     run TEXT NOT NULL,
     PRIMARY KEY (conversation, run)
 ) WITHOUT ROWID;
+CREATE INDEX members_by_run ON members (run);

@@ -4,6 +4,6 @@ INSERT INTO parked_events (
 )
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (handler, pos) DO UPDATE SET
-    attempt = excluded.attempt, due_us = excluded.due_us, began_us = excluded.began_us,
-    error = excluded.error, deaths = excluded.deaths, again = excluded.again,
-    data = excluded.data, dead = excluded.dead
+    slot = excluded.slot, key = excluded.key, attempt = excluded.attempt, due_us = excluded.due_us,
+    began_us = excluded.began_us, error = excluded.error, deaths = excluded.deaths,
+    again = excluded.again, data = excluded.data, dead = excluded.dead

@@ -2,4 +2,5 @@
 INSERT INTO awaits (service, type, key, run, id, at_us, reply, pos)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (run, id) DO UPDATE SET
+    service = excluded.service, type = excluded.type, key = excluded.key,
     at_us = excluded.at_us, reply = excluded.reply, pos = excluded.pos

@@ -5,6 +5,7 @@ INSERT INTO conversations (
 )
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (contract, id) DO UPDATE SET
+    key = excluded.key, started_us = excluded.started_us, due_us = excluded.due_us,
     ended_us = excluded.ended_us, first_end = excluded.first_end, ends = excluded.ends,
     last = excluded.last, last_us = excluded.last_us, milestones = excluded.milestones,
     raised = excluded.raised
