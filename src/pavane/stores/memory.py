@@ -25,6 +25,7 @@ from zlib import crc32
 import msgspec
 
 from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.stores.memory_events import EventData, EventViews, event_values
 from pavane.stores.port import (
     Commit,
     Conflict,
@@ -84,6 +85,7 @@ class _Data:
         """By (service, run) and message id."""
         self.parked: dict[tuple[str, str], ParkedRow] = {}
         """By (service, id)."""
+        self.events = EventData(partitions, clock)
 
     # -- the fence -----------------------------------------------------------------------------
 
@@ -118,6 +120,9 @@ class _Data:
             runs[key] = row.no
         _check_new("entry", ((r.seq, r.run) for r in commit.journal), self._has_entry)
         _check_new("message", ((r.id, r.service) for r in commit.inbox), self._has_mark)
+        if commit.reaction is not None:
+            marks = ((row.pos, row.handler) for row in commit.reaction.marks)
+            _check_new("mark", marks, self.events.has_mark)
 
     def _has_entry(self, seq: int, run: int) -> bool:
         return seq in self.journals.get(run, ())
@@ -149,6 +154,9 @@ class _Data:
             self.parked.pop((service, id), None)
         for target, position in commit.positions:
             self.advance(target, position)
+        self.events.publish(commit.events)
+        if commit.reaction is not None:
+            self.events.react(commit.reaction)
 
     def put_run(self, row: RunRow) -> None:
         new = copy(row)
@@ -194,7 +202,7 @@ class _Data:
         return min((p.position for p in self.partitions.values()), default=0)
 
 
-class MemoryStore:
+class MemoryStore(EventViews):
     """See the module. `clock` returns microseconds since the epoch."""
 
     features = Features(durable=False, shared=False)
@@ -505,6 +513,8 @@ class MemoryStore:
             "runs": sum(row.service == row.home for row in data.runs.values()),
             "messages": len(data.log),
             "parked": len(data.parked),
+            "events": len(data.events.log),
+            "dead letters": len(data.events.dead),
         }
 
 
@@ -520,6 +530,7 @@ def _values_of(commit: Commit) -> Iterator[Iterable[Any]]:
     yield from commit.mail_taken
     yield from commit.unparked
     yield from commit.positions
+    yield from event_values(commit.events, commit.reaction)
 
 
 def _check_value(value: Any) -> None:
@@ -582,6 +593,7 @@ def _prune_runs(data: _Data, before_us: int, limit: int) -> int:
             data.journals.pop(row.no, None)
             data.mail.pop((row.service, id), None)
         del data.numbers[id]
+        data.events.forget_run(id)
         for mark in [it for it in data.inbox if it == id or it.startswith(f"{id}#")]:
             if mark not in pending:
                 del data.inbox[mark]
