@@ -19,8 +19,17 @@ from typing import Any
 import pytest
 
 from pavane.errors import StoreError
-from pavane.stores.port import Message
+from pavane.stores.eventlog import ConversationFilter, DeadFilter, EventFilter, HandlerSpec
+from pavane.stores.port import LAST_US, Message
 from pavane.stores.sqlite import SqliteStore
+from pavane.testing.event_stores import (
+    a_dead_letter,
+    an_event,
+    ids_in_log,
+    published,
+    react,
+    registered,
+)
 from pavane.testing.store_check import SERVICES, joined, whole_log, written
 from tests.conformance.sqlite_process import numbered
 from tests.tidy.source_tree import ROOT, SOURCE
@@ -359,3 +368,94 @@ def test_an_odd_error_in_one_commit_does_not_stop_the_writer(path: Path) -> None
         await store.close()
 
     asyncio.run(use())
+
+
+# -- large logs --------------------------------------------------------------------------------
+
+GROWING = "events|marks|states|shadows|awaits|kept_events|members|conversations|runs|log"
+
+
+def test_no_question_about_events_reads_a_whole_table(path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def note(cursor: Any, sql: str, bindings: Any) -> bool:
+        asked[sql] = bindings
+        return True
+
+    async def ask() -> list[str]:
+        store = await open_store(path)
+        (no,) = await registered(store, "h")
+        await published(store, an_event(store, "e"))
+        store._read_from.exec_trace = store._write_to.exec_trace = note
+        await ask_everything(store, no)
+        store._read_from.exec_trace = store._write_to.exec_trace = None
+        plans = [
+            f"{line}: {sql}"
+            for sql, bindings in asked.items()
+            if re.match(r"(--.*\n)*(SELECT|DELETE)", sql)
+            for _, _, _, line in store._read_from.execute(f"EXPLAIN QUERY PLAN {sql}", bindings)
+        ]
+        await store.close()
+        return plans
+
+    plans = asyncio.run(ask())
+    assert len(asked) > 50
+    # Conversations are listed from the newest on, which ends at a limit.
+    scans = [it for it in plans if re.match(rf"SCAN ({GROWING})\b(?! USING INDEX convers)", it)]
+    assert not scans, "\n".join(scans)
+    sorts = [it for it in plans if it.startswith("USE TEMP B-TREE FOR ORDER BY") and "LIMIT" in it]
+    # What is sorted is few: dead letters, open conversations, those of one id.
+    assert [
+        it for it in sorts if not re.search(r"dead_letters|conversations_due|\bid = ", it)
+    ] == []
+
+
+async def ask_everything(store: SqliteStore, no: int) -> None:
+    """Ask all that can be asked about events, with every filter, and prune."""
+    for types, slots in ((None, None), (["Placed"], [1])):
+        await store.read_events(0, LAST_US, 9, types, slots)
+    for which in (
+        {}, {"key": "k"}, {"source": "s"}, {"conversation": "c"}, {"cause": "c"}, {"before": 9},
+        {"types": ("Placed",)}, {"since_us": 9}, {"key": "k", "conversation": "c"},
+    ):  # fmt: skip
+        await store.find_events(EventFilter(**which))
+    for which in (
+        {}, {"handlers": (no,)}, {"type": "T"}, {"key": "k"}, {"cause": "c"}, {"numbers": (1,)},
+        {"slots": (1,)}, {"holding": True}, {"positions": (1,)},
+        {"handlers": (no,), "slots": (1,), "holding": True}, {"handlers": (no,), "key": "k"},
+    ):  # fmt: skip
+        await store.dead_letters(DeadFilter(**which))
+        await store.dead_counts(DeadFilter(**which))
+    for state in ("any", "open", "overdue", "ended", "twice"):
+        for which in ({}, {"contract": "c"}, {"id": "i"}):
+            await store.conversations(ConversationFilter(state=state, **which))
+    await store.register_handlers([HandlerSpec("shop", "late", ("Placed",), 5)])
+    for question in (
+        store.events_head(), store.event("e"), store.events_at([1]), store.event_types(),
+        store.handler_rows(), store.cursors(no), store.backlog(no), store.marks(no, 0, 9),
+        store.marks_at([1]), store.parked_events(no, [1], 0, 9),
+        store.parked_events(no, [1], 0, 9, "k"), store.parked_at([1]), store.parked_count(no),
+        store.state("shop", "s", "k"), store.shadows(no, 9), store.awaits("shop", "Paid", "k"),
+        store.awaits_of("r"), store.kept_events("shop", "Paid", "k"),
+        store.conversation("c", "i"), store.runs_in("c"), store.prune_events(9, 9),
+    ):  # fmt: skip
+        await question
+
+
+def test_pruning_gets_past_what_is_held_for_long(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pavane.stores.sqlite.events.SCAN_MAX", 10)
+
+    async def prune() -> None:
+        store = await open_store(path)
+        events = await published(store, *(an_event(store, f"e{n}") for n in range(40)))
+        await react(store, dead=[a_dead_letter(1, event) for event in events[:25]])
+        pruned = [await store.prune_events(LAST_US, 4) for _ in range(8)]
+        assert pruned == [0, 0, 4, 1 + 3, 4, 3, 0, 0]
+        assert await ids_in_log(store) == [event.id for event in events[:25]]
+        await react(store, undead=[1])
+        assert sum([await store.prune_events(LAST_US, 4) for _ in range(4)]) == 1
+        await store.close()
+
+    asyncio.run(prune())

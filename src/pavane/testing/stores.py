@@ -37,6 +37,7 @@ from pavane.stores.port import (
     RunFilter,
     Store,
 )
+from pavane.testing.event_stores import EVENT_STORE_CHECKS
 from pavane.testing.store_check import (
     LEASE_US,
     SERVICES,
@@ -979,5 +980,5 @@ async def a_durable_store_is_found_again(connections: Connections) -> None:
     assert (await again.partition_rows(["shop"]))[0].position == 1
 
 
-STORE_CHECKS: tuple[StoreCheck, ...] = tuple(_checks)
-"""Every check, in the order of this file."""
+STORE_CHECKS: tuple[StoreCheck, ...] = (*_checks, *EVENT_STORE_CHECKS)
+"""Every check: of this file, then of events."""
