@@ -1,4 +1,4 @@
-"""The pruner: deletes ended runs and consumed messages that are older than the retention."""
+"""The pruner: deletes ended runs, consumed messages and handled events older than the retention."""
 
 from __future__ import annotations
 
@@ -26,4 +26,5 @@ class Pruner:
     async def run_once(self) -> bool:
         """Delete one batch; tell whether there may be more."""
         before_us = self._store.now_us() - round(self._retention_s * 1e6)
-        return await self._store.prune(before_us, BATCH) >= BATCH
+        pruned = await self._store.prune(before_us, BATCH)
+        return max(pruned, await self._store.prune_events(before_us, BATCH)) >= BATCH
