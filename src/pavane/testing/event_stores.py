@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.errors import LeaseLost, PavaneError, StoreError, WorkFailed
 from pavane.stores.eventlog import (
     AwaitRow,
     ConversationFilter,
@@ -576,6 +576,25 @@ async def events_and_reactions_that_cannot_be_stored_are_refused_alone(
         assert "cannot be stored" in str(result)
     assert await ids_in_log(store) == [f"good{at}" for at in range(len(bad))]
     assert await store.seen("shop", [f"before{at}" for at in range(len(bad))]) == set()
+
+
+@_check
+async def work_that_fails_takes_the_rest_of_its_chain_along(connections: Connections) -> None:
+    store = await connections.open()
+    if not store.features.transactions:
+        return
+
+    def fail(connection: Any, state: bytes | None) -> None:
+        raise KeyError("x")
+
+    batch = [a_commit(events=[an_event(store, f"e{at}")]) for at in range(5)]
+    batch[0].chain = batch[1].chain = batch[4].chain = 7
+    batch[1].work = batch[3].work = fail
+    results = await written(store, *batch)
+    assert [type(result) for result in results] == [
+        type(None), WorkFailed, type(None), WorkFailed, Conflict,
+    ]  # fmt: skip
+    assert await ids_in_log(store) == ["e0", "e2"]
 
 
 # -- handlers ----------------------------------------------------------------------------------

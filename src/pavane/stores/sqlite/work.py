@@ -12,31 +12,39 @@ from typing import Any
 import apsw
 
 from pavane.errors import PavaneError, WorkFailed
-from pavane.stores.port import Commit, Conflict
+from pavane.stores.port import Commit, Conflict, broken_chain
 from pavane.stores.sqlite.connection import Connection
 
 
 def do_work(c: Connection, batch: Sequence[Commit]) -> dict[Commit, PavaneError]:
     """Do the work of these commits; return those that are refused, with the reason."""
     refused: dict[Commit, PavaneError] = {}
+    broken: set[int] = set()
     for commit in batch:
-        if commit.work is None:
-            continue
-        if _is_done(c, commit):
-            refused[commit] = Conflict("This was done before.")
-            continue
-        c.execute("SAVEPOINT work")
-        c.authorizer = _not_its_own
-        try:
-            commit.work(c, _state(c, commit))
-        except Exception as error:
-            c.authorizer = None
-            c.execute("ROLLBACK TO work")
-            refused[commit] = WorkFailed(error)
-        finally:
-            c.authorizer = None
-            c.execute("RELEASE work")
+        reason = broken_chain() if commit.chain in broken else _do(c, commit)
+        if reason is not None:
+            refused[commit] = reason
+            broken |= {commit.chain} - {0}
     return refused
+
+
+def _do(c: Connection, commit: Commit) -> PavaneError | None:
+    if commit.work is None:
+        return None
+    if _is_done(c, commit):
+        return Conflict("This was done before.")
+    c.execute("SAVEPOINT work")
+    c.authorizer = _not_its_own
+    try:
+        commit.work(c, _state(c, commit))
+        return None
+    except Exception as error:
+        c.authorizer = None
+        c.execute("ROLLBACK TO work")
+        return WorkFailed(error)
+    finally:
+        c.authorizer = None
+        c.execute("RELEASE work")
 
 
 def _is_done(c: Connection, commit: Commit) -> bool:
