@@ -107,7 +107,7 @@ class Redo(msgspec.Struct, array_like=True):
     pos: int
     dead: int = 0
     again: str = ""
-    data: Raw | None = None
+    data: Raw = Raw(b"null")
     drop: bool = False
 
 

@@ -923,11 +923,13 @@ class Handlers:
                 return
             await asyncio.sleep(0.01)
         now = self._session.now_us()
-        key = row.key or row.pos
-        lane = subscription.lanes.get(key)
-        if lane is None:
-            lane = subscription.lanes[key] = Lane(key, row.slot)
-        commit = Commit(lambda error: self._session.consumed(message))
+
+        def written(error: PavaneError | None) -> None:
+            self._session.consumed(message)
+            if error is None:
+                self._asked(subscription, row, dead, redo.drop)
+
+        commit = Commit(written)
         commit.inbox = [InboxRow(message.to, message.id, now)]
         commit.reaction = reaction = Reaction()
         if redo.dead:
@@ -935,7 +937,7 @@ class Handlers:
         if redo.drop:
             reaction.remarks = [MarkRow(subscription.no, row.pos, now, 0, 0, "dropped")]
         else:
-            data = bytes(redo.data) if redo.data is not None else None
+            data = None if redo.data == b"null" else bytes(redo.data)
             if data is None and dead is not None and dead.data != row.data:
                 data = dead.data
             again = redo.again or (dead.again if dead is not None else "")
@@ -945,18 +947,25 @@ class Handlers:
                     data=data, dead=redo.dead,
                 )
             ]  # fmt: skip
-            lane.behind += 1
+        self._session.submit(commit)
+
+    def _asked(
+        self, subscription: Subscription, row: EventRow, dead: DeadRow | None, drop: bool
+    ) -> None:
+        """What was asked for an event is durable: let its key go on, with this event first."""
+        key = row.key or row.pos
+        lane = subscription.lanes.get(key)
+        if lane is None:
+            lane = subscription.lanes[key] = Lane(key, row.slot)
         if dead is not None and dead.holds:
             lane.stopped = False
-        self._session.submit(commit)
-        behind, lane.queue = list(lane.queue), deque()
-        if not redo.drop:
+        if not drop:
+            lane.behind += 1
             if lane.head is not None and not lane.busy and row.pos < lane.head.pos:
                 lane.behind += 1
-                lane.head = None  # what was asked for is older, so it comes first
+                lane.head = None  # what was asked for is older
+            behind, lane.queue = list(lane.queue), deque()
             self._park_behind(subscription, lane, behind)
-        else:
-            lane.queue.extend(Item(item.row) for item in behind)
         self._go_on(subscription, lane)
 
     # -- stopping ------------------------------------------------------------------------------
