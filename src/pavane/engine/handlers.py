@@ -937,7 +937,7 @@ class Handlers:
         if redo.drop:
             reaction.remarks = [MarkRow(subscription.no, row.pos, now, 0, 0, "dropped")]
         else:
-            data = None if redo.data == b"null" else bytes(redo.data)
+            data = bytes(redo.data) if bytes(redo.data) != b"null" else None
             if data is None and dead is not None and dead.data != row.data:
                 data = dead.data
             again = redo.again or (dead.again if dead is not None else "")
