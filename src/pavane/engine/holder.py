@@ -119,9 +119,12 @@ class Holder:
         *,
         message: Message | None = None,
         done: Callable[[PavaneError | None], None] | None = None,
-        redelivered: bool = False,
+        deaths: int = 0,
     ) -> None:
-        """Begin a run at its home, here, in one commit with whatever it asks for first."""
+        """Begin a run at its home, here, in one commit with whatever it asks for first.
+
+        So many `deaths` saw an earlier try; with too many the run is not begun but quarantined.
+        """
         service = header.home
         key = (service, header.run)
         if self._is_known(key):
@@ -134,16 +137,14 @@ class Holder:
         entry = Entry("start", header.started_us, value=Raw(args), service=service)
         held = Held(row, header, _no_execution(header), exists=False)
         held.trail.append(Stop(service, header.started_us, 0))
-        if redelivered and message is not None:
-            held.record(entry, self._config.journal_max_bytes)
-            self._take_custody(held, message)
+        row.deaths, held.suspect = deaths, CLEARED_BY if deaths else 0
+        if deaths >= self._config.deaths_max:
+            self._stick_unbegun(held, entry, message, _quarantined(header.run, deaths))
             return
         try:
             definition = self._registry.workflow(header.workflow, header.version)
         except UnknownName as error:
-            held.record(entry, self._config.journal_max_bytes)
-            held.consuming += [message] if message else []
-            self._stick(held, str(error))
+            self._stick_unbegun(held, entry, message, str(error))
             return
         held.execution = Execution(header, definition, (), self._config.payload_max_bytes)
         held.home_row = row
@@ -167,6 +168,13 @@ class Holder:
 
         # Another run may have this id: until the claim is durable, this one is not to be found.
         self._feed(held, entry, done=claimed)
+
+    def _stick_unbegun(
+        self, held: Held, entry: Entry, message: Message | None, reason: str
+    ) -> None:
+        held.record(entry, self._config.journal_max_bytes)
+        held.consuming += _some(message)
+        self._stick(held, reason)
 
     def _is_known(self, key: Key) -> bool:
         return key in self.held or key in self._loading or key in self._claiming
@@ -194,12 +202,40 @@ class Holder:
     async def _start_if_new(
         self, message: Message, start: Start, key: Key, redelivered: bool
     ) -> None:
-        try:
-            row = await self._store.run_row(*key)
-        finally:
-            waiting = self._loading.pop(key, [])
+        row = await self._store.run_row(*key)
+        if row is None and redelivered:
+            await self._start_again(message, start, key)
+        else:
+            self._start_or_load(message, start, key, row)
+
+    async def _start_again(self, message: Message, start: Start, key: Key) -> None:
+        """Count one more try of a start that a process may have died of, then begin the run."""
+        waiting = self._loading.get(key)
+        tries = [f"{message.run}#try{number}" for number in range(1, self._config.deaths_max)]
+        deaths = len(await self._store.seen(message.to, tries)) + 1
+        alone = SUSPECT_DEATHS < deaths < self._config.deaths_max
+
+        async def attempt() -> None:
+            if self._loading.get(key) is not waiting or not self._session.owns(message.target):
+                return  # its partition was handed over
+            if deaths < self._config.deaths_max:
+                mark = InboxRow(message.to, tries[deaths - 1], self._session.now_us())
+                await self._session.durable(inbox=[mark])
+            self._start_or_load(message, start, key, None, deaths)
+            if alone:
+                await self._session.until_calm(key)
+
+        if alone:
+            self._session.suspect(attempt)
+        else:
+            await attempt()
+
+    def _start_or_load(
+        self, message: Message, start: Start, key: Key, row: RunRow | None, deaths: int = 0
+    ) -> None:
+        waiting = self._loading.pop(key, [])
         if row is None:
-            self.start(start.header, bytes(start.args), message=message, redelivered=redelivered)
+            self.start(start.header, bytes(start.args), message=message, deaths=deaths)
         else:
             self.with_run(*key, _nothing)
             self._session.consumed(message)
@@ -305,7 +341,7 @@ class Holder:
             self._settle(held, replayed=True)
 
     def _take_custody(self, held: Held, message: Message) -> None:
-        """Write down what a process may have died of, and that it did, before its code is run."""
+        """Write down a baton that a process may have died of, with that death, before it runs."""
         row = held.row
         row.status, row.deaths, row.header = "running", 1, encode_plain(held.header)
         held.consuming.append(message)
@@ -372,7 +408,7 @@ class Holder:
         return held
 
     def _begin(self, held: Held, start: Entry) -> None:
-        """Begin a run that was written down before its code ran; a rewind voids that entry."""
+        """Begin a run that was stuck before its code ever ran; a rewind voids that entry."""
         held.header.era += 1
         held.record(Entry("rewind", self._session.now_us(), 0), self._config.journal_max_bytes)
         self._feed(held, Entry("start", start.at_us, value=start.value, service=start.service))
@@ -1497,12 +1533,7 @@ class Holder:
         """Set a run aside that was under way in too many process deaths."""
         held = Held(row, decode_header(row.header), _no_execution(), exists=True)
         held.trail = decode_trail(row.trail)
-        self._stick(
-            held,
-            f"Quarantined: {row.deaths + 1} processes died while this run was under way. Find out "
-            f"why, then `pavane runs retry {row.id}`.",
-            kept_journal=True,
-        )
+        self._stick(held, _quarantined(row.id, row.deaths + 1), kept_journal=True)
 
     def custody(self, held: Held, parked: ParkedRow) -> None:
         """Write a run together with a step of it that takes long or waits for its next attempt."""
@@ -1583,6 +1614,13 @@ def _split(journal: Sequence[JournalRow]) -> list[bytes]:
         ]
     except msgspec.DecodeError as error:
         raise CorruptJournal(f"A journal row cannot be read: {error}.") from None
+
+
+def _quarantined(run: str, deaths: int) -> str:
+    return (
+        f"Quarantined: {deaths} processes died while this run was under way. Find out why, then "
+        f"`pavane runs retry {run}`."
+    )
 
 
 def _undone(raws: Sequence[bytes]) -> int:

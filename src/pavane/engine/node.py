@@ -372,7 +372,7 @@ class Session:
 
         Return those for which that is not enough, because they saw several already: each is
         counted when it is touched again, alone. A start, baton or command that nobody has a row of
-        is counted when it is taken into custody.
+        is counted when it comes again, by a mark or by being taken into custody.
         """
         suspects: list[RunRow | ParkedRow] = []
         async for rows in self._under_way(positions):
@@ -456,11 +456,18 @@ class Session:
             await self.store.touch(self.fence, (), [row])
             if self._aside.pop(key, None) is row:
                 self.steps.resume(row)
+        await self.until_calm(key)
+        self.holder.acquit(key)
+
+    async def until_calm(self, key: Key) -> None:
+        """Return when a run or step does nothing that may end the process; after a while, anyway.
+
+        One that takes long holds up the others for that while only.
+        """
         for _ in range(ALONE_MAX_LOOKS):
             if not (self.holder.is_busy(key) or self.steps.is_running(*key)):
                 break
             await asyncio.sleep(ALONE_LOOK_S)
-        self.holder.acquit(key)
 
     # -- timers --------------------------------------------------------------------------------
 
