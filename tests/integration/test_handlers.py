@@ -304,8 +304,12 @@ async def test_keyed_state_is_changed_one_event_at_a_time(world: World) -> None:
         for number in range(40):
             await publish(director, Placed(order=f"o{number % 4}", cents=1))
         await seen(80)
-        state = await director.client.store.state("bank", "Account", "o1")
-    assert state == b'{"cents":10,"events":20}'
+
+        async def saved() -> bool:
+            state = await director.client.store.state("bank", "Account", "o1")
+            return state == b'{"cents":10,"events":20}'
+
+        await until(saved, "the state")
 
 
 @in_loop

@@ -23,7 +23,7 @@ from pavane.stores.eventlog import AwaitRow, EventRow, KeptRow, Reaction
 from pavane.stores.port import Commit, InboxRow, Message
 
 if TYPE_CHECKING:
-    from pavane.engine.handlers import Handling
+    from pavane.engine.handling import Handling
     from pavane.engine.node import Session
 
 MAILBOX = "~mailbox"

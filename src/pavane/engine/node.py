@@ -207,7 +207,7 @@ class Session:
             elif kind in ("await", "unawait"):
                 self.handlers.mailbox.await_message(message, redelivered)
             elif kind == "redo":
-                self.handlers.redo_message(message, redelivered)
+                self.handlers.custody.redo_message(message, redelivered)
             elif kind == "revoke":
                 self.steps.revoke_message(message)
             else:

@@ -1,0 +1,426 @@
+"""Custody: events that a handler cannot be done with at once, kept in the store.
+
+A failing event is parked with its next attempt, and what is behind it in its key too, so that
+neither memory nor the cursor waits; in the end it becomes a dead letter. Before anything that may
+have been under way when a process died is touched again, it is parked with that death counted, so
+what kills processes is found. What people ask for dead letters and old events passes here too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pavane.core.codec import encode_error, error_summary
+from pavane.core.envelope import Redo, unpack
+from pavane.engine.consumer import PAGE
+from pavane.engine.handling import mark
+from pavane.engine.subscription import QUEUE_MAX, Item, Lane, Subscription
+from pavane.errors import (
+    BadEvent,
+    LeaseLost,
+    NotDeclared,
+    NotDecodable,
+    NotEncodable,
+    PavaneError,
+    StoreError,
+    TooLarge,
+)
+from pavane.policy import Retry
+from pavane.stores.eventlog import (
+    DeadFilter,
+    DeadRow,
+    EventRow,
+    MarkRow,
+    ParkedEvent,
+    Reaction,
+    ShadowRow,
+)
+from pavane.stores.port import LAST_US, Commit, InboxRow, Message
+
+if TYPE_CHECKING:
+    from pavane.engine.node import Session
+
+log = logging.getLogger("pavane.custody")
+
+SUSPECT_DEATHS = 2
+FINAL = (BadEvent, NotDeclared, NotEncodable, NotDecodable, TooLarge)
+"""Errors that another attempt would meet again."""
+CAUSE_MAX = 200
+
+
+class Custody:
+    """Owns what is parked for the handlers of one session; see the module."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._store = session.store
+        self._config = session.config
+        self._loop = asyncio.get_running_loop()
+
+    # -- what was under way --------------------------------------------------------------------
+
+    async def take_over(
+        self, subscription: Subscription, slots: list[int], cursors: dict[int, int], until: int
+    ) -> set[int]:
+        """Park, with one death counted, what may have been under way when a process died."""
+        after = min(cursors.get(slot, 0) for slot in slots)
+        types = list(subscription.handler.events)
+        found: list[EventRow] = []
+        while after < until and len(found) < QUEUE_MAX:
+            rows = await self._store.read_events(after, until, PAGE, types, slots)
+            upto = rows[-1].pos if len(rows) == PAGE else until
+            marks = await self._store.marks(subscription.no, after, upto)
+            parked = await self._store.parked_events(subscription.no, slots, after, QUEUE_MAX * 2)
+            handled = {mark.pos for mark in marks} | {row.pos for row in parked}
+            found += [
+                row for row in rows
+                if row.pos > cursors.get(row.slot, 0) and row.pos not in handled
+            ]  # fmt: skip
+            after = upto
+        now = self._session.now_us()
+        reaction = Reaction()
+        reaction.parked = [
+            ParkedEvent(subscription.no, row.pos, row.slot, row.key, 1, now, now, deaths=1)
+            for row in found[:QUEUE_MAX]
+        ]
+        if reaction.parked:
+            await self._session.durable(reaction=reaction)
+        return {row.pos for row in reaction.parked}
+
+    async def load(
+        self,
+        subscription: Subscription,
+        slots: Sequence[int],
+        dirty: set[int],
+        counted: set[int],
+    ) -> list[Lane]:
+        """Rebuild the lanes of parked events; return those whose first one may kill processes."""
+        heads: list[ParkedEvent] = []
+        after = 0
+        now = self._session.now_us()
+        while True:
+            rows = await self._store.parked_events(subscription.no, slots, after, PAGE)
+            for row in rows:
+                key = row.key or row.pos
+                lane = subscription.lanes.get(key)
+                if lane is None:
+                    lane = subscription.lanes[key] = Lane(key, row.slot)
+                if lane.head is None:
+                    lane.head = row
+                    heads.append(row)
+                else:
+                    lane.behind += 1
+            if len(rows) < PAGE:
+                break
+            after = rows[-1].pos
+        which = DeadFilter(handlers=(subscription.no,), slots=tuple(slots), holding=True)
+        for dead in await self._store.dead_letters(which):
+            lane = subscription.lanes.setdefault(dead.key, Lane(dead.key, dead.slot))
+            lane.stopped = True
+        under_way = [
+            row for row in heads
+            if row.slot in dirty and row.due_us <= now and row.pos not in counted
+        ]  # fmt: skip
+        calm = [row for row in under_way if row.deaths < SUSPECT_DEATHS]
+        for row in calm:
+            row.deaths += 1
+        if calm:
+            reaction = Reaction()
+            reaction.parked = calm
+            await self._session.durable(reaction=reaction)
+        return [subscription.lanes[row.key or row.pos] for row in under_way if row not in calm]
+
+    async def try_suspect(self, subscription: Subscription, lane: Lane) -> None:
+        """Count one more touch of a parked event, durably, then handle it, alone."""
+        head = lane.head
+        if head is None or subscription.lanes.get(lane.key) is not lane:
+            return
+        if head.deaths + 1 >= self._config.deaths_max:
+            row = (await self._store.events_at([head.pos])).get(head.pos)
+            if row is not None:
+                text = (
+                    f"Quarantined: {head.deaths + 1} processes died while {subscription.handler!r} "
+                    f"handled this event. Find out why, then `pavane dead retry`."
+                )
+                item = Item(row, head)
+                lane.head, lane.busy = None, True
+                self._bury(subscription, [lane], item, PavaneError(text))
+            return
+        head.deaths += 1
+        reaction = Reaction()
+        reaction.parked = [head]
+        await self._session.durable(reaction=reaction)
+        self.go_on(subscription, lane)
+        while lane.busy and self._session.open:
+            await asyncio.sleep(0.005)
+
+    # -- what is next in a key -----------------------------------------------------------------
+
+    def go_on(self, subscription: Subscription, lane: Lane) -> None:
+        """Let a lane do what is next: its parked events first."""
+        if lane.busy or lane.stopped:
+            return
+        if lane.head is not None:
+            delay_s = (lane.head.due_us - self._session.now_us()) / 1e6
+            if lane.head.due_us == LAST_US or delay_s <= 0:
+                subscription.queue(lane)
+            else:
+                self._loop.call_later(delay_s, self._due, subscription, lane, lane.head)
+        elif lane.behind:
+            lane.busy = True
+            self._session.handlers.spawn(self._next_parked(subscription, lane))
+        else:
+            subscription.wake(lane)
+
+    def _due(self, subscription: Subscription, lane: Lane, head: ParkedEvent) -> None:
+        if lane.head is head and self._session.open:
+            self.go_on(subscription, lane)
+
+    async def _next_parked(self, subscription: Subscription, lane: Lane) -> None:
+        """Find the parked event that is next in its key; it is durable or about to be."""
+        flushed = False
+        after, key = (lane.key - 1, "") if isinstance(lane.key, int) else (0, lane.key)
+        while self._session.open:
+            rows = await self._store.parked_events(subscription.no, [lane.slot], after, 1, key)
+            if rows:
+                lane.head = rows[0]
+                lane.behind -= 1
+                break
+            if flushed:
+                lane.behind = 0
+                break
+            await self._session.committer.flush()
+            flushed = True
+        lane.busy = False
+        self.go_on(subscription, lane)
+
+    def resume(self, subscription: Subscription, lane: Lane) -> None:
+        """Handle the parked event at the head of a lane."""
+        assert lane.head is not None
+        head, lane.head = lane.head, None
+        subscription.began()
+        self._session.handlers.spawn(self._resume_from_store(subscription, lane, head))
+
+    async def _resume_from_store(
+        self, subscription: Subscription, lane: Lane, head: ParkedEvent
+    ) -> None:
+        row = (await self._store.events_at([head.pos])).get(head.pos)
+        subscription.ended()
+        if row is not None:
+            self._session.handlers.start_call(subscription, [lane], [Item(row, head)])
+            return
+        log.error("event %d of handler %r is gone", head.pos, subscription.handler)
+        reaction = Reaction()
+        reaction.unparked = [(subscription.no, head.pos)]
+        await self._session.durable(reaction=reaction)
+        lane.busy = False
+        self.go_on(subscription, lane)
+
+    # -- what failed ---------------------------------------------------------------------------
+
+    def failed(
+        self, subscription: Subscription, lanes: list[Lane], items: list[Item],
+        error: BaseException,
+    ) -> None:  # fmt: skip
+        """Park each event for its next attempt, or give it up."""
+        if len(items) == 1:
+            self._failed_one(subscription, lanes, items[0], error)
+            return
+        # One of them may be to blame: from now on each is tried alone.
+        now = self._session.now_us()
+        by_key: dict[Any, Lane] = {lane.key: lane for lane in lanes}
+        parked: list[ParkedEvent] = []
+        raw = encode_error(error)
+        for item in items:
+            lane = by_key[item.row.key or item.row.pos]
+            row = self._parked(subscription, item, now, raw)
+            if lane.head is None:
+                lane.head = row
+            else:
+                row.due_us = LAST_US
+                lane.behind += 1
+            parked.append(row)
+        self._park(subscription, lanes, items, parked)
+
+    def _failed_one(
+        self, subscription: Subscription, lanes: list[Lane], item: Item, error: BaseException
+    ) -> None:
+        retry: Retry = subscription.options.retry
+        delay_s = None
+        if not isinstance(error, FINAL):
+            elapsed_s = (self._session.now_us() - item.began_us) / 1e6
+            delay_s = retry.delay_s(item.attempt, error, elapsed_s, random.random)
+        if subscription.options.shadow or delay_s is None:
+            self._bury(subscription, lanes, item, error)
+            return
+        raw = encode_error(error)
+        log.info(
+            "%r failed on event %s (attempt %d), next in %.2f s: %s", subscription.handler,
+            item.row.id, item.attempt, delay_s, error_summary(raw),
+        )  # fmt: skip
+        item.attempt += 1
+        due_us = self._session.now_us() + round(delay_s * 1e6)
+        row = self._parked(subscription, item, due_us, raw)
+        lanes[0].head = row
+        self._park(subscription, lanes, [item], [row])
+
+    def _parked(
+        self, subscription: Subscription, item: Item, due_us: int, error: bytes
+    ) -> ParkedEvent:
+        old = item.parked
+        return ParkedEvent(
+            subscription.no, item.row.pos, item.row.slot, item.row.key, item.attempt, due_us,
+            item.began_us, error, 0, item.again, item.data, old.dead if old is not None else 0,
+        )  # fmt: skip
+
+    def _park(
+        self, subscription: Subscription, lanes: list[Lane], items: list[Item],
+        parked: list[ParkedEvent],
+    ) -> None:  # fmt: skip
+        """Write the next attempts, and take what waits in their lanes into custody behind them."""
+
+        def written(error: PavaneError | None) -> None:
+            if isinstance(error, (LeaseLost, StoreError)):
+                return
+            for item in items:
+                subscription.settled(item.row.pos, item.row.slot)
+            self._session.handlers.lanes_done(subscription, lanes, items)
+
+        for lane in lanes:
+            behind, lane.queue = list(lane.queue), deque()
+            self.park_behind(subscription, lane, behind)
+        commit = Commit(written)
+        commit.reaction = Reaction()
+        commit.reaction.parked = parked
+        self._session.submit(commit)
+
+    def park_behind(self, subscription: Subscription, lane: Lane, items: list[Item]) -> None:
+        """Take events into custody that wait behind another of their key."""
+        if not items:
+            return
+        lane.behind += len(items)
+
+        def written(error: PavaneError | None) -> None:
+            if not isinstance(error, (LeaseLost, StoreError)):
+                for item in items:
+                    subscription.settled(item.row.pos, item.row.slot)
+
+        commit = Commit(written)
+        commit.reaction = Reaction()
+        commit.reaction.parked = [
+            self._parked(subscription, item, LAST_US, b"null") for item in items
+        ]
+        self._session.submit(commit)
+
+    def _bury(
+        self, subscription: Subscription, lanes: list[Lane], item: Item, error: BaseException
+    ) -> None:
+        """Give an event up: it becomes a dead letter, and its key goes on or waits, as declared."""
+        lane, row = lanes[0], item.row
+        raw = encode_error(error)
+        cause = error_summary(raw)[:CAUSE_MAX]
+        holds = subscription.options.on_dead == "stop" and bool(row.key)
+        log.error("%r gave up event %s: %s", subscription.handler, row.id, cause)
+
+        def written(failure: PavaneError | None) -> None:
+            if isinstance(failure, (LeaseLost, StoreError)):
+                return
+            subscription.settled(row.pos, row.slot)
+            self._session.handlers.lanes_done(subscription, lanes, [item])
+
+        commit = Commit(written)
+        commit.reaction = reaction = Reaction()
+        mark(reaction, subscription.no, [item], "dead", self._session.now_us())
+        if subscription.options.shadow:
+            now = self._session.now_us()
+            reaction.shadows = [ShadowRow(subscription.no, row.pos, now, b"[]", raw)]
+        else:
+            reaction.dead = [
+                DeadRow(
+                    0, subscription.no, row.pos, row.slot, row.key, row.type, row.id,
+                    self._session.now_us(), item.attempt, cause, raw,
+                    row.data if item.data is None else item.data, holds, "", item.again,
+                )
+            ]  # fmt: skip
+            if holds:
+                lane.stopped = True
+                behind, lane.queue = list(lane.queue), deque()
+                self.park_behind(subscription, lane, behind)
+        self._session.submit(commit)
+
+    # -- what people ask for -------------------------------------------------------------------
+
+    def redo_message(self, message: Message, redelivered: bool) -> None:
+        """Handle a dead letter once more, or drop it; or handle an old event again."""
+        self._session.handlers.spawn(self._redo(message, unpack(Redo, message.body)))
+
+    async def _redo(self, message: Message, redo: Redo) -> None:
+        subscription = self._session.handlers.by_no.get(redo.handler)
+        seen = await self._store.seen(message.to, [message.id])
+        row = (await self._store.events_at([redo.pos])).get(redo.pos)
+        if seen or subscription is None or row is None:
+            if subscription is None:
+                log.error("message %s is for a handler that is not declared here", message.id)
+            self._session.consumed(message)
+            return
+        dead = None
+        if redo.dead:
+            letters = await self._store.dead_letters(DeadFilter(numbers=(redo.dead,)))
+            if not letters:
+                self._session.consumed(message)
+                return
+            dead = letters[0]
+        while row.slot not in subscription.slots:  # its partition is being taken over
+            if not self._session.owns(message.target):
+                return
+            await asyncio.sleep(0.01)
+        now = self._session.now_us()
+
+        def written(error: PavaneError | None) -> None:
+            self._session.consumed(message)
+            if error is None:
+                self._asked(subscription, row, dead, redo.drop)
+
+        commit = Commit(written)
+        commit.inbox = [InboxRow(message.to, message.id, now)]
+        commit.reaction = reaction = Reaction()
+        if redo.dead:
+            reaction.undead = [redo.dead]
+        if redo.drop:
+            reaction.remarks = [MarkRow(subscription.no, row.pos, now, 0, 0, "dropped")]
+        else:
+            data = bytes(redo.data) if bytes(redo.data) != b"null" else None
+            if data is None and dead is not None and dead.data != row.data:
+                data = dead.data
+            again = redo.again or (dead.again if dead is not None else "")
+            reaction.parked = [
+                ParkedEvent(
+                    subscription.no, row.pos, row.slot, row.key, 1, now, now, again=again,
+                    data=data, dead=redo.dead,
+                )
+            ]  # fmt: skip
+        self._session.submit(commit)
+
+    def _asked(
+        self, subscription: Subscription, row: EventRow, dead: DeadRow | None, drop: bool
+    ) -> None:
+        """What was asked for an event is durable: let its key go on, with this event first."""
+        key = row.key or row.pos
+        lane = subscription.lanes.get(key)
+        if lane is None:
+            lane = subscription.lanes[key] = Lane(key, row.slot)
+        if dead is not None and dead.holds:
+            lane.stopped = False
+        if not drop:
+            lane.behind += 1
+            if lane.head is not None and not lane.busy and row.pos < lane.head.pos:
+                lane.behind += 1
+                lane.head = None  # what was asked for is older
+            behind, lane.queue = list(lane.queue), deque()
+            self.park_behind(subscription, lane, behind)
+        self.go_on(subscription, lane)

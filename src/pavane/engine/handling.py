@@ -1,0 +1,118 @@
+"""One call of a handler: what it is about, and what it asks for while it runs.
+
+What is asked for takes effect with the commit that marks the event as handled, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Raw
+
+from pavane.core.baton import Header
+from pavane.core.codec import encode
+from pavane.core.envelope import Signal, Start, pack
+from pavane.engine.mailbox import Mailbox
+from pavane.engine.publishing import checked_size, derived_id, event_row
+from pavane.engine.subscription import Item
+from pavane.event import class_of
+from pavane.handler import Delivery, Handler
+from pavane.stores.eventlog import EventRow, MarkRow, Outcome, Reaction
+from pavane.stores.port import Message
+
+if TYPE_CHECKING:
+    from pavane.engine.node import Session
+
+
+class Handling:
+    """One call of a handler: what it is about, and what it asks for."""
+
+    def __init__(self, session: Session, handler: Handler, item: Item, now_us: int) -> None:
+        self._session = session
+        self._handler = handler
+        self._item = item
+        self._count = 0
+        self.now_us = now_us
+        self.events: list[EventRow] = []
+        self.messages: list[Message] = []
+        self.members: list[tuple[str, str]] = []
+        self.reaction = Reaction()
+        self.settled: list[Callable[[], None]] = []
+        """Called when what became of the call is durable, or known not to be."""
+
+    @property
+    def row(self) -> EventRow:
+        return self._item.row
+
+    @property
+    def mailbox(self) -> Mailbox:
+        return self._session.handlers.mailbox
+
+    def restart(self) -> None:
+        """Forget what was asked for: the handler is called once more, for the same attempt."""
+        self._count = 0
+        self.events, self.messages, self.members = [], [], []
+
+    def delivery(self) -> Delivery:
+        row, item = self._item.row, self._item
+        return Delivery(
+            row.id, row.type, row.key, row.source, datetime.fromtimestamp(row.at_us / 1e6, UTC),
+            row.conversation, row.cause, item.attempt,
+            f"{row.id}:{self._handler!r}{':' + item.again if item.again else ''}",
+        )  # fmt: skip
+
+    def _derived_id(self) -> str:
+        self._count += 1
+        row, handler = self._item.row, self._handler
+        return derived_id(
+            row.conversation,
+            f"{row.id}>{handler.service.name}.{handler.name}#{self._count}{self._item.again}",
+        )
+
+    def publish(self, event: Any, source: str) -> str:
+        row = self._item.row
+        published = event_row(
+            self._session.store, event, id=self._derived_id(), source=source, at_us=self.now_us,
+            conversation=row.conversation, cause=row.id, trace=row.trace,
+        )  # fmt: skip
+        self.events.append(checked_size(published, self._session.config.payload_max_bytes))
+        return published.id
+
+    def start(self, workflow: Any, args: bytes, id: str | None) -> str:
+        row, home = self._item.row, workflow.service.name
+        run = id or self._derived_id()
+        header = Header(
+            run=run, workflow=workflow.name, version=workflow.version, home=home,
+            mode=workflow.mode, started_us=self.now_us, conversation=row.conversation,
+            timeout_us=round((workflow.timeout_s or 0) * 1e6), cause=row.id,
+        )  # fmt: skip
+        self._message("start", run, home, run, pack(Start(header, Raw(args))))
+        self.members.append((row.conversation, run))
+        return run
+
+    def send(self, workflow: Any, run: str, event: Any) -> None:
+        id = f"{run}#s-{self._derived_id()}"
+        body = pack(Signal(class_of(event).event_type, Raw(encode(event))))
+        self._message("signal", id, workflow.service.name, run, body)
+
+    def _message(self, kind: str, id: str, to: str, run: str, body: bytes) -> None:
+        target = self._session.store.target_of(to, run)
+        self.messages.append(Message(kind, id, to, run, body, self.now_us, target))
+
+
+def mark(
+    reaction: Reaction, no: int, items: list[Item], outcome: Outcome, now_us: int, by: str = ""
+) -> None:
+    """Mark events as handled by handler `no`, and end their custody."""
+    reaction.marks = marks = [
+        MarkRow(no, item.row.pos, now_us, now_us - item.began_us, item.attempt, outcome, by)
+        for item in items
+    ]
+    parked = [item for item in items if item.parked is not None]
+    if parked:
+        reaction.unparked = [(no, item.row.pos) for item in parked]
+        again = {item.row.pos for item in parked if item.is_repetition}
+        reaction.marks = [one for one in marks if one.pos not in again]
+        reaction.remarks = [one for one in marks if one.pos in again]
