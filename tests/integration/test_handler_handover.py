@@ -108,7 +108,9 @@ async def test_order_and_once_hold_while_nodes_join_and_leave(tmp_path: Path, se
 
         async def all_done() -> bool:
             found = await trails(client, "second")
-            return sum(map(len, found.values())) >= EVENTS
+            counter = next(r for r in await client.store.handler_rows() if r.name == "count")
+            counted = await client.store.marks(counter.no, 0, LAST_US)
+            return sum(map(len, found.values())) >= EVENTS and len(counted) >= EVENTS
 
         try:
             await until(all_done, "all events")
@@ -119,11 +121,10 @@ async def test_order_and_once_hold_while_nodes_join_and_leave(tmp_path: Path, se
                 await worker.aclose()
         rows = {row.name: row.no for row in await client.store.handler_rows()}
         assert await client.store.dead_letters(DeadFilter()) == []
+        assert len(await client.store.marks(rows["count"], 0, LAST_US)) == EVENTS
         for no in rows.values():
             assert await client.store.backlog(no) == 0
             assert await client.store.parked_count(no) == 0
-        marks = await client.store.marks(rows["count"], 0, LAST_US)
-        assert len(marks) == EVENTS
 
 
 # -- what kills its process --------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Committer:
         self._writing: list[Commit] = []
         self._scheduled = False
         self._broken: set[int] = set()
-        self._idle: asyncio.Future[None] | None = None
+        self._idle: list[asyncio.Future[None]] = []
         self.closed: PavaneError | None = None
         self.routed_tail = store.tail
 
@@ -91,11 +91,15 @@ class Committer:
         if self._waiting and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._flush)
-        elif not self._waiting and self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        elif not self._waiting:
+            idle, self._idle = self._idle, []
+            for future in idle:
+                if not future.done():
+                    future.set_result(None)
 
     async def flush(self) -> None:
         """Return when everything submitted so far was written or refused."""
         while self._waiting or self._writing:
-            self._idle = self._loop.create_future()
-            await self._idle
+            future = self._loop.create_future()
+            self._idle.append(future)
+            await future
