@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pavane import App, Client, EngineConfig, Event, Retry, Service
+from pavane import App, Client, EngineConfig, Event, Retry, Service, receive
 from pavane.stores.eventlog import DeadFilter
 from pavane.stores.port import LAST_US
 from tests.integration.crash_points import fork, reap
@@ -182,3 +182,53 @@ def test_an_event_that_kills_its_process_is_quarantined_and_the_others_are_handl
 
     asyncio.run(look())
     assert deaths == 5
+
+
+# -- the mailbox, with its two sides on two nodes ------------------------------------------------
+
+
+class Paid(Event, key="order"):
+    order: str
+
+
+def waiting_app(path: Path) -> tuple[App, Any]:
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Paid])
+    async def fulfil(order: str) -> str:
+        first = asyncio.ensure_future(receive(Paid, key=order))
+        other = asyncio.ensure_future(receive(Paid, key=f"not {order}"))
+        done, _ = await asyncio.wait([first, other], return_when=asyncio.FIRST_COMPLETED)
+        other.cancel()
+        return done.pop().result().order
+
+    return App("waiting", [shop], store=str(path), config=EngineConfig(lease_s=15.0)), fulfil
+
+
+@in_loop
+async def test_event_and_wait_meet_whichever_nodes_have_them(tmp_path: Path) -> None:
+    """Invariant 4: the mailbox race, while a node joins and one leaves."""
+    app, fulfil = waiting_app(tmp_path / "waiting.db")
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(app.worker())
+        other = AsyncExitStack()
+
+        async def race(number: int) -> str:
+            await asyncio.sleep(number * 0.004)
+            order = f"o{number}"
+            run, _ = await asyncio.gather(
+                client.start(fulfil, (order,), {}),
+                client.publish(Paid(order=order), source="test"),
+            )
+            return await run.result(timeout=30)
+
+        async def come_and_go() -> None:
+            await asyncio.sleep(0.2)
+            await other.enter_async_context(app.worker())
+            await asyncio.sleep(1.2)
+            await other.aclose()
+
+        results, _ = await asyncio.gather(
+            asyncio.gather(*(race(number) for number in range(500))), come_and_go()
+        )
+        assert results == [f"o{number}" for number in range(500)]
