@@ -25,6 +25,7 @@ BENCHES = {
     "publish": "bench.events",
     "fanout": "bench.events",
     "backlog": "bench.events",
+    "mailbox": "bench.events",
 }
 
 

@@ -1,4 +1,4 @@
-"""Events: `events` (a chain of handlers), `publish`, `fanout`, `backlog`."""
+"""Events: `events` (a chain of handlers), `publish`, `fanout`, `backlog`, `mailbox`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.figures import Figure, against, p50, rss_mb
 from bench.raw import commit_s, rows_per_s
-from pavane import App, Client, Event, Service
+from pavane import App, Client, Event, Service, receive
 from pavane.stores.eventlog import EventRow
 from pavane.stores.port import LAST_US, Commit
 
@@ -20,6 +20,7 @@ PUBLISHES = 20_000
 FANOUT = 50
 BACKLOG = 1_000_000
 SAMPLE = 100_000
+RACES = 10_000
 ROW_BYTES = 190
 BATCH = 200
 
@@ -226,3 +227,34 @@ async def backlog(folder: Path) -> list[Figure]:
         against("backlog, a million waiting", rate, "events/s", few, "ratio ≥ 0.8"),
         against("backlog, memory it takes", grew_mb, "MB", 0.0, "flat"),
     ]
+
+
+async def mailbox(folder: Path) -> list[Figure]:
+    """Runs/s that wait for an event published at the same instant; none may be lost."""
+    home = Service("home")
+
+    @home.workflow(receives=[Link0])
+    async def wait(key: str) -> str:
+        return (await receive(Link0, key=key)).key
+
+    app = App("mailbox", [home], store=str(folder / "mailbox.db"))
+    numbers = iter(range(RACES))
+    met = 0
+    async with app:
+
+        async def racer() -> None:
+            nonlocal met
+            for number in numbers:
+                key = f"k{number}"
+                run, _ = await asyncio.gather(
+                    app.start(wait, key), app.publish(Link0(key=key, note=NOTE))
+                )
+                result = await run.result(timeout=60)
+                met += result == key
+
+        began = time.perf_counter()
+        await asyncio.gather(*(racer() for _ in range(CALLERS)))
+        took = time.perf_counter() - began
+    if met != RACES:
+        raise AssertionError(f"{RACES - met} of {RACES} runs never got their event")
+    return [Figure("mailbox, events met by their runs", RACES / took, "runs/s")]
