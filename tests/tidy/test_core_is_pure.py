@@ -17,10 +17,6 @@ MODULES_REFUSED = {
     "sqlite3", "ssl", "subprocess", "tempfile", "threading", "time", "urllib",
 }  # fmt: skip
 
-EXCEPTIONS = {
-    ("guard.py", "threading", "get_ident"): "tells threads apart, does not start one",
-}
-
 # Tasks, futures and CancelledError are what the core is made of. The rest of asyncio does I/O,
 # reaches for threads or runs a loop that is not ours.
 ASYNCIO_REFUSED = re.compile(
@@ -78,10 +74,7 @@ def impurities(path: Path, source_folder: Path) -> Iterator[str]:
     """Yield a sentence for each thing in a file of the core that only the engine may do."""
     for found in imports(path, source_folder):
         dotted = f"{found.module}.{found.name}" if found.name else found.module
-        if found.module.split(".")[0] in MODULES_REFUSED:
-            if (path.name, found.module, found.name) not in EXCEPTIONS:
-                yield f"{path.name}:{found.line}: imports {dotted}"
-        elif _refused(dotted):
+        if found.module.split(".")[0] in MODULES_REFUSED or _refused(dotted):
             yield f"{path.name}:{found.line}: imports {dotted}"
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Attribute) and _refused(dotted := ast.unparse(node)):

@@ -55,15 +55,13 @@ class WorkflowDefinition(Protocol):
 class OperationFuture(WorkflowFuture):
     """The future of an operation; cancelling it gives the operation up."""
 
-    def __init__(self, *, loop: WorkflowLoop, execution: Execution, ordinal: int) -> None:
-        super().__init__(loop=loop)
-        self._execution = execution
-        self._of = ordinal
+    execution: Execution
+    of: int
 
     def cancel(self, msg: Any | None = None) -> bool:
         if not super().cancel(msg):
             return False
-        self._execution.give_up(self._of)
+        self.execution.give_up(self.of)
         return True
 
 
@@ -304,12 +302,17 @@ class Execution:
     ) -> OperationFuture:
         """Ask for something that is awaited; return its future."""
         if self._refusals > REFUSALS_MAX:  # code that catches everything, in a loop: let it wait
-            return OperationFuture(loop=self.loop, execution=self, ordinal=-1)
+            return self._future(-1)
         operation = self._add(kind, name, service, args, detail, undo)
         operation.decode = decode
-        future = OperationFuture(loop=self.loop, execution=self, ordinal=operation.ordinal)
-        operation.future = future
+        operation.future = future = self._future(operation.ordinal)
         self.pending[operation.ordinal] = operation
+        return future
+
+    def _future(self, of: int) -> OperationFuture:
+        future = OperationFuture(loop=self.loop)
+        future.ordinal = self.loop.next_ordinal()
+        future.execution, future.of = self, of
         return future
 
     def announce(

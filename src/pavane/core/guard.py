@@ -2,15 +2,15 @@
 
 A workflow is replayed, so whatever it does besides awaiting durable operations happens again on
 every replay. The event loop of a workflow refuses asynchronous I/O by itself; this module refuses
-the blocking kind, through CPython's audit events, in the one thread that drives a workflow and
-only while it does. The hook costs one set look-up per audit event elsewhere.
+the blocking kind, through CPython's audit events, while the running loop of the thread is a
+workflow's. The hook costs one set look-up per audit event elsewhere.
 """
 
 from __future__ import annotations
 
 import sys
+from asyncio import events
 from collections.abc import Callable
-from threading import get_ident
 from typing import Any
 
 from pavane.errors import NotInWorkflow
@@ -32,12 +32,11 @@ _UNAUDITED = (("time", "sleep", "time.sleep", (3, 13)),
 """What tells the hook nothing before some version: module, name, event, version."""
 _CODE = (".py", ".pyc", ".so", ".pyd")
 
-_driving = 0
 _installed = False
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if event not in _REFUSED or _driving != get_ident():
+    if event not in _REFUSED or not _in_workflow():
         return
     name = _NAMES.get(event, event)
     if event == "open":
@@ -60,30 +59,22 @@ class _Audited:
         self.__doc__, self.__wrapped__ = function.__doc__, function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _driving == get_ident():
-            _hook(self._event, args)
+        _hook(self._event, args)
         return self._function(*args, **kwargs)
 
 
-def _install() -> None:
+def _in_workflow() -> bool:
+    return getattr(events._get_running_loop(), "is_workflow", False)
+
+
+def install() -> None:
+    """Refuse from now on, in every thread, while its running loop has a true `is_workflow`."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
     sys.addaudithook(_hook)
     for module, name, event, audited_since in _UNAUDITED:
         found = sys.modules.get(module)
         if sys.version_info < audited_since and found is not None:
             setattr(found, name, _Audited(event, getattr(found, name)))
-
-
-def enter() -> int:
-    """Refuse from now on in this thread; return what `leave` needs."""
-    global _driving, _installed
-    if not _installed:
-        _installed = True
-        _install()
-    before, _driving = _driving, get_ident()
-    return before
-
-
-def leave(before: int) -> None:
-    """End the refusal that `enter` began."""
-    global _driving
-    _driving = before

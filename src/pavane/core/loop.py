@@ -28,26 +28,24 @@ CALLBACKS_MAX = 1_000_000
 
 
 class WorkflowFuture(asyncio.Future[Any]):
-    """A future that hashes by its ordinal."""
+    """A future that hashes by its ordinal, set by whoever makes it: an `__init__` takes long."""
 
-    def __init__(self, *, loop: WorkflowLoop) -> None:
-        super().__init__(loop=loop)
-        self._ordinal = loop.next_ordinal()
+    ordinal: int
 
     def __hash__(self) -> int:
-        return self._ordinal
+        return self.ordinal
 
 
 class WorkflowTask(asyncio.Task[Any]):
     """A task that hashes by its ordinal, and knows its context, which 3.11 does not tell."""
 
     def __init__(self, coro: Any, *, loop: WorkflowLoop, context: Context, **options: Any) -> None:
-        self._ordinal = loop.next_ordinal()
+        self.ordinal = loop.next_ordinal()
         self.context = context
         super().__init__(coro, loop=loop, context=context, **options)
 
     def __hash__(self) -> int:
-        return self._ordinal
+        return self.ordinal
 
 
 class DurableTimer(asyncio.TimerHandle):
@@ -70,12 +68,16 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
     up. The owner sets `now_us` and calls `run_ready`.
     """
 
+    is_workflow = True
+    """What `guard` asks the running loop."""
+
     def __init__(
         self,
         salt: str,
         on_timer: Callable[[DurableTimer], None],
         on_timer_cancelled: Callable[[DurableTimer], None],
     ) -> None:
+        guard.install()
         # The high bits keep tasks of different runs apart in asyncio's own global sets.
         self._ordinal = (crc32(salt.encode()) & 0xFFFFFFFF) << 24
         self._ready: deque[asyncio.Handle] = deque()
@@ -99,9 +101,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             return
         outer = events._get_running_loop()
         hooks = sys.get_asyncgen_hooks()
-        before = guard.enter()
         events._set_running_loop(self)
-        sys.set_asyncgen_hooks(firstiter=None, finalizer=_ignore)
+        sys.set_asyncgen_hooks(None, _ignore)
         try:
             left = CALLBACKS_MAX
             while ready:
@@ -117,7 +118,6 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         finally:
             sys.set_asyncgen_hooks(*hooks)
             events._set_running_loop(outer)
-            guard.leave(before)
 
     def discard(self) -> None:
         """Close what still waits, without letting it do anything durable.
@@ -126,22 +126,28 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         for anything any more, and nothing is left for the garbage collector to close elsewhere.
         """
         self._closing = True
+        for task in self.tasks:
+            if not task.done():
+                self._close_unfinished()
+                break
+        for task in self.tasks:
+            if task.done() and task._log_traceback:  # pyright: ignore
+                task._log_traceback = False  # pyright: ignore
+                log.warning("nobody awaited a task that failed: %r", task.exception())
+        self.tasks.clear()
+        self._ready.clear()
+
+    def _close_unfinished(self) -> None:
+        """Close all tasks, also those that clean-up code makes meanwhile."""
         outer = events._get_running_loop()
-        before = guard.enter()
         events._set_running_loop(self)
         try:
             for task in self.tasks:
                 if not task.done():
                     task._log_destroy_pending = False  # pyright: ignore
                     _close(task)
-                elif task._log_traceback:  # pyright: ignore
-                    task._log_traceback = False  # pyright: ignore
-                    log.warning("nobody awaited a task that failed: %r", task.exception())
         finally:
             events._set_running_loop(outer)
-            guard.leave(before)
-        self.tasks.clear()
-        self._ready.clear()
 
     def close_up(self) -> None:
         """Let go of the owner; the loop is not used any more."""
@@ -177,7 +183,9 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
     def create_future(self) -> asyncio.Future[Any]:
         if self._closing:
             raise Discarded("This execution was put away.")
-        return WorkflowFuture(loop=self)
+        future = WorkflowFuture(loop=self)
+        future.ordinal = self.next_ordinal()
+        return future
 
     def create_task(  # pyright: ignore
         self,
