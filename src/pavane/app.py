@@ -108,7 +108,9 @@ class Run(Generic[R]):
         Raises RunFailed, with the workflow's error as its cause, when the run failed, was
         cancelled or killed; TimeoutError when `timeout` passes first (the run goes on).
         """
-        async with asyncio.timeout(None if timeout is None else seconds(timeout)):
+        if timeout is None:
+            return self._client.outcome(await self._client.wait_end(self.id, self._home))
+        async with asyncio.timeout(seconds(timeout)):
             row = await self._client.wait_end(self.id, self._home)
         return self._client.outcome(row)
 
@@ -161,7 +163,8 @@ class Client:
         self._config = config
         self.node = Node(store, registry, services, config, self._ended) if services else None
         self._waiting: dict[str, list[asyncio.Future[RunRow]]] = {}
-        self._homes: dict[str, str] = {}
+        self._homes: dict[str, tuple[str, int]] = {}
+        """Home and partition of each run whose end is waited for."""
         self._poller: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -276,18 +279,22 @@ class Client:
 
     def _owner(self, service: str, run: str) -> Session | None:
         """Return this process's session if it owns the run's partition."""
-        session = self.node.session if self.node is not None else None
-        if session is None or not session.open:
+        session = self._session()
+        if session is None or not session.owns(self.store.target_of(service, run)):
             return None
-        return session if session.owns(self.store.target_of(service, run)) else None
+        return session
+
+    def _session(self) -> Session | None:
+        session = self.node.session if self.node is not None else None
+        return session if session is not None and session.open else None
 
     def _message(self, kind: str, id: str, to: str, run: str, body: bytes) -> Message:
         target = self.store.target_of(to, run) if to else 0
         return Message(kind, id, to, run, body, self.store.now_us(), target)
 
     def _submit(self, commit: Commit) -> None:
-        session = self.node.session if self.node is not None else None
-        if session is not None and session.open:
+        session = self._session()
+        if session is not None:
             session.submit(commit)
         else:
             self.store.submit([commit], None, lambda results: commit.done(results[0]))
@@ -503,12 +510,13 @@ class Client:
         waiting = self._waiting.setdefault(id, [])
         waiting.append(future)
         try:
-            if not home or not self._is_live(home, id):
+            session = self._owner(home, id) if home else None
+            if session is None or (home, id) not in session.holder.held:
                 row = await self.home_row(id)
                 home = row.home
                 if row.status in ENDED:
                     return row
-            self._homes[id] = home
+            self._homes[id] = (home, self.store.target_of(home, id))
             if self._poller is None or self._poller.done():
                 self._poller = asyncio.get_running_loop().create_task(self._poll())
             return await future
@@ -517,10 +525,6 @@ class Client:
             if not waiting:
                 del self._waiting[id]
                 self._homes.pop(id, None)
-
-    def _is_live(self, home: str, id: str) -> bool:
-        session = self._owner(home, id)
-        return session is not None and (home, id) in session.holder.held
 
     def _ended(self, row: RunRow) -> None:
         for future in self._waiting.get(row.id, ()):
@@ -533,8 +537,9 @@ class Client:
         while self._waiting:
             await asyncio.sleep(pause_s)
             looked = 0
-            for id, home in list(self._homes.items()):
-                if self._owner(home, id) is not None:
+            for id, (home, target) in list(self._homes.items()):
+                session = self._session()
+                if session is not None and session.owns(target):
                     continue  # its end is told when it is durable
                 row = await self.store.run_row(home, id)
                 if row is not None and row.status in ENDED:

@@ -82,6 +82,8 @@ def encode(value: object) -> bytes:
     """
     try:
         raw = _write(value)
+        if type(value) in _FLAT:
+            return raw
         # msgspec turns NaN and infinities into null, and writes sets in memory order. Neither can
         # be there without these characters, and most values have neither.
         if b"null" in raw and value is not None and _may_hold_nan(value) and _holds_nan(value):
@@ -238,6 +240,8 @@ def _from_plain(cls: type, plain: object) -> object:
 
 
 _write = msgspec.json.Encoder(enc_hook=_to_plain).encode
+_FLAT = frozenset({str, int, bool, type(None)})
+"""Types of values that hold no others, and neither NaN nor a set."""
 
 
 # What to look for inside a value
@@ -548,6 +552,8 @@ class Params:
         Raises `BadArguments` when they do not fit the signature, `NotEncodable` when a value has no
         JSON form. Types are not compared; see `check`.
         """
+        if not (args or kwargs or self._params):
+            return b"[]"
         complete = not kwargs and len(args) == self._positional_count and self._is_all_positional
         values = tuple(args) if complete else self._bind(args, kwargs)
         try:

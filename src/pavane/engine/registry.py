@@ -77,6 +77,8 @@ class Registry:
 
     def workflow(self, name: str, version: int | None = None) -> Workflow[..., Any]:
         """Return the workflow of this name; without `version`, the newest."""
+        if version is not None and (name, version) in self.workflows:
+            return self.workflows[name, version]
         versions = sorted(v for n, v in self.workflows if n == name)
         if not versions:
             raise UnknownName(_unknown("workflow", name, {n for n, _ in self.workflows}))
