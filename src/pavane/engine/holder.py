@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from copy import copy
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ from pavane.workflow import Workflow, child_id
 
 if TYPE_CHECKING:
     from pavane.engine.node import Session
+    from pavane.engine.steps import Attempt
 
 log = logging.getLogger("pavane.holder")
 
@@ -507,22 +509,21 @@ class Holder:
         self._answered(held, operation, reply, message, unparked)
 
     def local_done(
-        self, held: Held, operation: Operation, reply: Callable[[], Reply], ok: bool, raw: bytes,
-        attempts: int, began_us: int, unparked: Sequence[tuple[str, str]],
-    ) -> None:  # fmt: skip
+        self, held: Held, operation: Operation, attempt: Attempt, ok: bool, raw: bytes
+    ) -> None:
         """Deliver the result of a step that was launched here for a run held here."""
         if held.dead or held.execution.pending.get(operation.ordinal) is not operation:
-            answer = reply()  # the run was put away and rebuilt, perhaps, and waits for it again
-            self.step_done(held.key, answer, unparked)
+            # The run was put away and rebuilt, perhaps, and waits for it again.
+            self.step_done(held.key, attempt.reply(ok, raw), attempt.unparked)
         elif ok and not operation.undo:
             held.local.discard(operation.ordinal)
-            now = self._session.now_us()
             entry = Entry(
-                "done", now, operation.ordinal, Raw(raw), operation.service, attempts, began_us
-            )
-            self._feed(held, entry, unparked=unparked)
+                "done", self._session.now_us(), operation.ordinal, Raw(raw), operation.service,
+                attempt.number, attempt.started_us,
+            )  # fmt: skip
+            self._feed(held, entry, unparked=attempt.unparked)
         else:
-            self._answered(held, operation, reply(), None, unparked)
+            self._answered(held, operation, attempt.reply(ok, raw), None, attempt.unparked)
 
     def _answered(
         self,
@@ -987,6 +988,9 @@ class Holder:
         asked for before; it is asked for again, by the same ids.
         """
         execution, row = held.execution, held.row
+        if not (replayed or unparked or done) and (step := _step_alone(held)) is not None:
+            self._go_on(held, step)
+            return
         messages: list[Message] = []
         taken: list[tuple[str, str, str]] = []
         self._collect(held, messages)
@@ -1015,6 +1019,22 @@ class Holder:
                 self._launch(held, launch)
                 return
         self._commit(held, messages, unparked, taken, done, launch)
+
+    def _go_on(self, held: Held, step: Operation) -> None:
+        """Commit what was delivered, and nothing else; then do `step`."""
+        step.sent = True
+        held.local.add(step.ordinal)
+        held.commits += 1
+        commit = Commit(partial(self._went_on, held, step), held.chain)
+        commit.journal = held.take_journal()
+        self._session.submit(commit)
+
+    def _went_on(self, held: Held, step: Operation, error: PavaneError | None) -> None:
+        held.commits -= 1
+        if error is not None:
+            self._refused(held, error, ())
+        elif not held.dead:
+            self._launch(held, (step,))
 
     def _collect(self, held: Held, messages: list[Message]) -> None:
         """Turn what has no result (publish, spawn, attributes, given-up work) into its effect."""
@@ -1579,6 +1599,25 @@ class Holder:
             task.cancel()
         for held in list(self.held.values()):
             self._drop(held)
+
+
+def _step_alone(held: Held) -> Operation | None:
+    """Return the step that alone follows from a delivery and is done right here, if it is so.
+
+    Most deliveries are like that, and all else that one may lead to would be looked for in vain.
+    None also when the delivery changes the row, or anything but the journal waits to be written.
+    """
+    execution, row = held.execution, held.row
+    if len(execution.new) != 1 or len(execution.pending) != 1 or execution.given_up:
+        return None
+    step = execution.new[0]
+    if step.kind != "step" or step.service != row.service or execution.outcome is not None:
+        return None
+    if held.dirty or row.status != "running" or row.wake_us is not None or row.deaths:
+        return None
+    if held.undone != row.undone or held.arrival or held.consuming or held.marks or held.events:
+        return None
+    return step
 
 
 def start_claim(header: Header) -> InboxRow:

@@ -95,11 +95,21 @@ class Attempt:
     service whose partition it belongs to: the command's receiver, or the holder of the run.
     """
 
-    __slots__ = (
-        "abandoned", "args", "beaten", "began_us", "details", "held", "key", "made_call",
-        "message", "number", "operation", "options", "owner", "parked", "pending_beat", "revoked",
-        "started_us", "step", "steps", "task",
-    )  # fmt: skip
+    # Most attempts end without ever being asked for these, so they are no part of making one.
+    made_call: Call | None = None
+    operation: Operation | None = None
+    number = 1
+    began_us = 0
+    started_us = 0
+    details = b"null"
+    beaten: asyncio.Event | None = None
+    pending_beat = False
+    held: Held | None = None
+    message: Message | None = None
+    parked: ParkedRow | None = None
+    task: asyncio.Task[None] | None = None
+    revoked = False
+    abandoned = False
 
     def __init__(
         self,
@@ -113,22 +123,8 @@ class Attempt:
         self.key = key
         self.owner = key[0]
         self.args = args
-        self.made_call: Call | None = None
-        self.operation: Operation | None = None
         self.step = step
         self.options = options
-        self.number = 1
-        self.began_us = 0
-        self.started_us = 0
-        self.details = b"null"
-        self.beaten: asyncio.Event | None = None
-        self.pending_beat = False
-        self.held: Held | None = None
-        self.message: Message | None = None
-        self.parked: ParkedRow | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.revoked = False
-        self.abandoned = False
 
     @property
     def call(self) -> Call:
@@ -138,6 +134,20 @@ class Attempt:
             assert self.operation is not None
             self.made_call = self.steps.call(self.held, self.operation)
         return self.made_call
+
+    def reply(self, ok: bool, raw: bytes) -> Reply:
+        """Say what became of it: its encoded result, or (not `ok`) its error."""
+        call = self.call
+        kind = "undo" if call.undo else "step"
+        return Reply(
+            call.run, call.op, call.era, f"{kind} {call.service}.{call.step}", ok, Raw(raw),
+            call.service, self.number, self.started_us,
+        )  # fmt: skip
+
+    @property
+    def unparked(self) -> Sequence[tuple[str, str]]:
+        """What its end takes out of custody."""
+        return () if self.parked is None else [(self.parked.service, self.parked.id)]
 
     def info(self) -> StepInfo:
         call = self.call
@@ -322,7 +332,7 @@ class Steps:
             self._failed(attempt, error, final=True)
             return
         self._running[key] = attempt
-        attempt.task = asyncio.Task(self._run(attempt, attempt.step), loop=self._loop)
+        attempt.task = asyncio.Task(self._run(attempt, attempt.step), loop=self._loop, name=key[1])
 
     async def _run(self, attempt: Attempt, step: Step[..., Any]) -> None:
         """Make one attempt and hand on what became of it."""
@@ -357,13 +367,15 @@ class Steps:
         attempt.task = None  # breaks the cycle, to spare the garbage collector
         if not self._running:
             self._done.set()
-        stopped = attempt.abandoned or self.draining or not self._session.open
         if attempt.revoked:
             self._drop(attempt)
         elif error is None:
             self._answer(attempt, True, raw)
-        elif not (stopped and isinstance(error, asyncio.CancelledError)):
+        elif not (isinstance(error, asyncio.CancelledError) and self._is_stopped(attempt)):
             self._failed(attempt, error, final)
+
+    def _is_stopped(self, attempt: Attempt) -> bool:
+        return attempt.abandoned or self.draining or not self._session.open
 
     def _drop(self, attempt: Attempt) -> None:
         """Forget a revoked attempt; a command is marked as consumed."""
@@ -505,24 +517,12 @@ class Steps:
         self._session.submit(commit)
 
     def _answer(self, attempt: Attempt, ok: bool, raw: bytes) -> None:
-        parked = attempt.parked
-        unparked = [(parked.service, parked.id)] if parked is not None else ()
-
-        def reply() -> Reply:
-            call = attempt.call
-            kind = "undo" if call.undo else "step"
-            return Reply(
-                call.run, call.op, call.era, f"{kind} {call.service}.{call.step}", ok, Raw(raw),
-                call.service, attempt.number, attempt.started_us,
-            )  # fmt: skip
-
-        if attempt.held is not None and attempt.operation is not None:
-            self._session.holder.local_done(
-                attempt.held, attempt.operation, reply, ok, raw, attempt.number,
-                attempt.started_us, unparked,
-            )  # fmt: skip
+        held, operation = attempt.held, attempt.operation
+        if held is not None and operation is not None:
+            self._session.holder.local_done(held, operation, attempt, ok, raw)
         else:
-            self.answer(attempt.call, reply(), unparked, attempt.message)
+            reply = attempt.reply(ok, raw)
+            self.answer(attempt.call, reply, attempt.unparked, attempt.message)
 
     def answer(
         self,
