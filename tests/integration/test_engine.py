@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ from pavane import (
     set_attributes,
     step_info,
 )
+from pavane.core.execution import Execution
 from pavane.core.operations import Mode
 from tests.integration.world import (
     LAYOUTS,
@@ -1135,6 +1137,29 @@ async def test_a_result_that_is_too_large_or_has_no_form_fails_at_once(world: Wo
 
 
 # -- upkeep ------------------------------------------------------------------------------------
+
+
+def executions() -> int:
+    return sum(isinstance(thing, Execution) for thing in gc.get_objects())
+
+
+@in_loop
+async def test_runs_that_ended_leave_nothing_to_the_garbage_collector(world: World) -> None:
+    """With a cycle in each, collecting took a tenth of the time at load."""
+    async with world.working(*SERVICES) as director:
+        gc.collect()
+        gc.disable()
+        before = executions()
+
+        async def none_left() -> bool:
+            return executions() <= before
+
+        try:
+            for _ in range(5):
+                await (await director.start(order, "tea")).result(timeout=30)
+            await until(none_left)
+        finally:
+            gc.enable()
 
 
 @in_loop

@@ -146,6 +146,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                 if not task.done():
                     task._log_destroy_pending = False  # pyright: ignore
                     _close(task)
+                    # What it waits for would call it: a cycle for the garbage collector.
+                    awaited: asyncio.Future[Any] | None = task._fut_waiter  # pyright: ignore
+                    if awaited is not None:
+                        asyncio.Future.cancel(awaited)  # pyright: ignore
         finally:
             events._set_running_loop(outer)
 

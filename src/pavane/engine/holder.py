@@ -137,18 +137,16 @@ class Holder:
             self._store.target_of(service, header.run), header,
         )  # fmt: skip
         entry = Entry("start", header.started_us, value=Raw(args), service=service)
-        held = Held(row, header, _no_execution(header), exists=False)
+        execution, unknown = self._new_execution(header)
+        held = Held(row, header, execution, exists=False)
         held.trail.append(Stop(service, header.started_us, 0))
         row.deaths, held.suspect = deaths, CLEARED_BY if deaths else 0
         if deaths >= self._config.deaths_max:
             self._stick_unbegun(held, entry, message, _quarantined(header.run, deaths))
             return
-        try:
-            definition = self._registry.workflow(header.workflow, header.version)
-        except UnknownName as error:
-            self._stick_unbegun(held, entry, message, str(error))
+        if unknown:
+            self._stick_unbegun(held, entry, message, unknown)
             return
-        held.execution = Execution(header, definition, (), self._config.payload_max_bytes)
         held.home_row = row
         if message is None:
             held.arrival = start_claim(header)
@@ -177,6 +175,14 @@ class Holder:
         held.record(entry, self._config.journal_max_bytes)
         held.consuming += _some(message)
         self._stick(held, reason)
+
+    def _new_execution(self, header: Header) -> tuple[Execution, str]:
+        """Return a run's execution, not begun; or one of nothing, and why it has no other."""
+        try:
+            definition = self._registry.workflow(header.workflow, header.version)
+        except UnknownName as error:
+            return _no_execution(header), str(error)
+        return Execution(header, definition, (), self._config.payload_max_bytes), ""
 
     def _is_known(self, key: Key) -> bool:
         return key in self.held or key in self._loading or key in self._claiming
@@ -348,6 +354,7 @@ class Holder:
         row.status, row.deaths, row.header = "running", 1, encode_plain(held.header)
         held.consuming.append(message)
         held.dead = True  # it is loaded from the store
+        held.execution.discard()
         self._loading[held.key] = [*self._loading.get(held.key, ()), _nothing]
         self._assign_number(held)
         away = row.service != row.home
@@ -1613,7 +1620,9 @@ def _step_alone(held: Held) -> Operation | None:
     step = execution.new[0]
     if step.kind != "step" or step.service != row.service or execution.outcome is not None:
         return None
-    if held.dirty or row.status != "running" or row.wake_us is not None or row.deaths:
+    if held.dirty or held.suspect or row.deaths or row.status != "running":
+        return None
+    if row.wake_us is not None:
         return None
     if held.undone != row.undone or held.arrival or held.consuming or held.marks or held.events:
         return None
@@ -1639,7 +1648,9 @@ class _NoDefinition:
 def _no_execution(header: Header | None = None) -> Execution:
     """An execution of nothing, for rows that are changed without running their code."""
     blank = Header("", "", 1, "", "orchestration", 0, "")
-    return Execution(header or blank, _NoDefinition())
+    execution = Execution(header or blank, _NoDefinition())
+    execution.discard()  # so that it is no cycle for the garbage collector
+    return execution
 
 
 def _split(journal: Sequence[JournalRow]) -> list[bytes]:

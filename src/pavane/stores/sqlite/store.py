@@ -352,6 +352,7 @@ class SqliteStore(EventTables):
     def _write_jobs(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # or what was written last would stay in memory until the next comes
 
     def _write(self, batch: Sequence[Commit], fence: Fence | None) -> Results:
         with self._lock:
