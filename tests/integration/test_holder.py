@@ -12,7 +12,7 @@ import apsw
 import pytest
 from msgspec import Raw
 
-from pavane import App, BadArguments, EngineConfig, Retry, RunFilter, Service, saga
+from pavane import App, BadArguments, EngineConfig, Retry, RunFilter, Service, saga, step_info
 from pavane.core.envelope import Call, pack
 from pavane.stores.port import Commit, Message
 
@@ -55,6 +55,23 @@ async def back_and_forth() -> list[str]:
         await asyncio.sleep(0.01)
         seen.append(await at_home())
     return seen
+
+
+@away.step(retry=Retry(attempts=2, first="1ms"))
+async def fails_under_a_lock() -> str:
+    """Fail once, at an instant when no commit gets through."""
+    if step_info().attempt == 1:
+        LOCKS[-1].execute("BEGIN IMMEDIATE")
+        raise ValueError("not yet")
+    return "done"
+
+
+LOCKS: list[apsw.Connection] = []
+
+
+@home.workflow(mode="choreography")
+async def retries_away() -> str:
+    return await fails_under_a_lock()
 
 
 @home.workflow
@@ -231,5 +248,22 @@ def test_a_step_that_exits_fails_and_its_node_goes_on(store: str) -> None:
             run = await app.start(calls_exit)
             assert "SystemExit" in await run.result("10s")
             assert await (await app.start(nap, 0.0)).result("10s") == "rested"
+
+    asyncio.run(body())
+
+
+def test_a_retry_that_is_due_before_it_is_durable_is_made(tmp_path: Path) -> None:
+    """Invariant 4: the first attempt of a step after a hop writes the run and the retry at once."""
+    path = str(tmp_path / "test.db")
+
+    async def body() -> None:
+        async with make_app(path) as app:
+            with closing(apsw.Connection(path)) as other:
+                LOCKS.append(other)
+                run = await app.start(retries_away)
+                while not other.in_transaction:
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.1)  # the retry is due meanwhile, and nothing of it is written
+            assert await run.result("5s") == "done"
 
     asyncio.run(body())

@@ -1562,10 +1562,12 @@ class Holder:
         held.trail = decode_trail(row.trail)
         self._stick(held, _quarantined(row.id, row.deaths + 1), kept_journal=True)
 
-    def custody(self, held: Held, parked: ParkedRow) -> None:
+    def custody(
+        self, held: Held, parked: ParkedRow, done: Callable[[PavaneError | None], None]
+    ) -> None:
         """Write a run together with a step of it that takes long or waits for its next attempt."""
         if not held.dead:
-            self._commit(held, [], parked=[parked])
+            self._commit(held, [], parked=[parked], done=done)
 
     def is_busy(self, key: Key) -> bool:
         """Tell whether a suspect does something here, or did what is not durable yet."""

@@ -501,17 +501,16 @@ class Steps:
             message, attempt.message = attempt.message, None
             self._park_command(message, parked, then)
             return
-        held = attempt.held
-        if held is not None and (held.arrival is not None or not held.exists):
-            self._session.holder.custody(held, parked)
-            if then is not None:
-                then()
-            return
 
         def written(failure: PavaneError | None) -> None:
+            # Not before: a timer that fires while the row is being written would not find it.
             if failure is None and then is not None:
                 then()
 
+        held = attempt.held
+        if held is not None and (held.arrival is not None or not held.exists):
+            self._session.holder.custody(held, parked, written)
+            return
         commit = Commit(written)
         commit.parked = [parked]
         self._session.submit(commit)
