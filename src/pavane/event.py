@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from types import ModuleType
+from typing import Any, ClassVar, TypeVar, cast
 
 import msgspec
 
@@ -42,6 +44,16 @@ def _describe(
     cls.event_type = name
     cls.event_ttl_s = None if ttl is None else seconds(ttl)
     cls.event_upcasts = {}
+    cls.event_frozen = _is_frozen(cls)
+
+
+def _is_frozen(cls: Any) -> bool:
+    """Tell whether instances cannot be changed, so that several handlers may be given one."""
+    if isinstance(cls, _StructMeta):
+        return cast("Any", cls).__struct_config__.frozen
+    if hasattr(cls, "__dataclass_params__"):
+        return cls.__dataclass_params__.frozen
+    return bool(getattr(cls, "model_config", {}).get("frozen"))
 
 
 def _upcast(cls: Any, version: int) -> Callable[[U], U]:
@@ -106,6 +118,7 @@ class Event(msgspec.Struct, metaclass=EventMeta):
     event_type: ClassVar[str]
     event_ttl_s: ClassVar[float | None]
     event_upcasts: ClassVar[dict[int, Upcast]]
+    event_frozen: ClassVar[bool]
 
     @classmethod
     def upcast(cls, version: int) -> Callable[[U], U]:
@@ -141,6 +154,16 @@ def event(
     return declare
 
 
+class _Module(ModuleType):
+    """Importing this module sets `pavane.event` to it, where `from pavane import event` looks."""
+
+    def __call__(self, **options: Any) -> Callable[[C], C]:
+        return event(**options)
+
+
+sys.modules[__name__].__class__ = _Module
+
+
 def is_event_type(cls: object) -> bool:
     return isinstance(cls, type) and "event_type" in cls.__dict__ and cls is not Event
 
@@ -155,12 +178,15 @@ def class_of(event: object) -> Any:
 
 
 def key_of(event: Any) -> str:
-    """Return the ordering key of `event` as text; empty when its class declares none."""
+    """Return the ordering key of `event` as text; empty when its class declares none, or it is
+    None: such an event is in no order with others."""
     name: str | None = class_of(event).event_key
     if name is None:
         return ""
     key = getattr(event, name)
-    return key if type(key) is str else str(key)
+    if type(key) is str:
+        return key
+    return "" if key is None else str(key)
 
 
 def type_for(name: str, known: dict[str, type[Any]]) -> type[Any]:
