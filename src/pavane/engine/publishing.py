@@ -64,7 +64,7 @@ def read_event(cls: Any, row: EventRow, data: bytes | None = None) -> Any:
             f"Event {row.id} is no {cls.event_type} (version {cls.event_version}): "
             f"{error.__cause__ or error}.{newer}"
         ) from error
-    if data is None:
+    if data is None and cls.event_frozen:
         row.value = value
     return value
 
