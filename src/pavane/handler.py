@@ -128,10 +128,40 @@ class Handler:
                 f"Handler {self!r} has transaction=True: write it as a plain `def`. It runs inside "
                 f"the store's own transaction, which must not wait for anything else."
             )
-        if not 0 < (options.share or 1) <= 1:
-            raise BadDeclaration(f"share={options.share} of {self!r} must be above 0, at most 1.")
         if options.concurrency < 1 or options.batch < 1:
             raise BadDeclaration(f"concurrency= and batch= of {self!r} must be at least 1.")
+        if options.on_dead not in ("continue", "stop"):
+            raise BadDeclaration(
+                f"on_dead={options.on_dead!r} of {self!r} is unknown. Write 'continue' or 'stop'."
+            )
+        since: Any = options.since
+        if since not in (None, BEGINNING) and not isinstance(since, datetime):
+            raise BadDeclaration(
+                f"since={options.since!r} of {self!r} is no place in the log. Write 'beginning' or "
+                f"a datetime, or leave it out to begin with events from now on."
+            )
+        self._check_variant()
+
+    def _check_variant(self) -> None:
+        share, main = self.options.share, self.instead_of
+        if self.options.shadow and (self.options.transaction or share is not None):
+            raise BadDeclaration(
+                f"Handler {self!r} is a shadow, which must not change anything: leave out "
+                f"{'share=' if share is not None else 'transaction='}."
+            )
+        if share is None:
+            return
+        if not 0 < share <= 1:
+            raise BadDeclaration(f"share={share} of {self!r} must be above 0, at most 1.")
+        if main is not None and (
+            set(self.events.values()) != set(main.events.values())
+            or self.takes_list != main.takes_list
+        ):
+            what = "a list of " if main.takes_list else ""
+            raise BadDeclaration(
+                f"Handler {self!r} takes a share of the keys of {main!r}, so it must take the "
+                f"same: {what}{', '.join(main.events)}."
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)

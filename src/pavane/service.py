@@ -316,6 +316,11 @@ class Service:
     ) -> Handler | None:  # fmt: skip
         """Return the current handler that a shadow or a share is compared with or takes from."""
         if not shadow and share is None:
+            if instead_of is not None:
+                raise BadDeclaration(
+                    f"Handler {name!r} of service {self.name!r} says instead_of=, so it needs "
+                    f"shadow=True or share=0.1 (a tenth of the keys)."
+                )
             return None
         known = [h for h in self.handlers.values() if h.instead_of is None and h.starts is None]
         if instead_of is None:
@@ -334,6 +339,16 @@ class Service:
             raise BadDeclaration(
                 f"Service {self.name!r} has a handler {handler.name!r} already. Give one another "
                 f'name: @{self.name}.on(…, name="…").'
+            )
+        shares = [
+            other.options.share or 0
+            for other in [*self.handlers.values(), handler]
+            if other.options.share is not None and other.instead_of is handler.instead_of
+        ]
+        if sum(shares) > 1:
+            raise BadDeclaration(
+                f"The handlers that take a share of {handler.instead_of!r} take {sum(shares):g} of "
+                f"its keys together; that is more than all (1)."
             )
         self.handlers[handler.name] = handler
 
@@ -388,9 +403,10 @@ class Service:
 
         `mode` is how its runs are driven unless a start says otherwise. `receives` lists the event
         types that it waits for; published ones are kept for as long as `keep`, for runs that wait
-        for them later. Each event of type `starts_on` starts a run, once, with the event as its
-        argument. A run goes on with the `version` it started with; keep old versions declared until
-        their runs have ended. `timeout` bounds a whole run.
+        for them later. Each event of type `starts_on` starts a run of the newest version, once,
+        with the event as its argument, by the id "<event's id>.<workflow's name>". A run goes on
+        with the `version` it started with; keep old versions declared until their runs have ended.
+        `timeout` bounds a whole run.
         """
 
         def declare(function: Callable[..., Any]) -> Workflow[..., Any]:

@@ -79,7 +79,10 @@ class Workflow(Generic[P, R]):
         )
 
     def start_on(self, event_type: type[Any]) -> None:
-        """Start a run for each event of this type; see `Service.workflow`."""
+        """Start a run for each event of this type; see `Service.workflow`.
+
+        Its id is the event's and the workflow's name, since others may start on the same event.
+        """
         if not is_event_type(event_type):
             raise BadDeclaration(f"starts_on={event_type!r} must be an event class.")
 
@@ -87,11 +90,17 @@ class Workflow(Generic[P, R]):
             raw = self.params.check((event,), {})
             handling = current_handler.get()
             assert handling is not None
-            handling.start(self, raw, handling.delivery().id)
+            handling.start(self, raw, f"{handling.delivery().id}.{self.name}")
 
-        name = f"start-{self.name}" if self.version == 1 else f"start-{self.name}-{self.version}"
-        options = HandlerOptions()
-        handler = Handler(self.service, begin, name, (event_type,), options, (), starts=self)
+        name = f"start-{self.name}"
+        known = self.service.handlers.get(name)
+        if known is not None and known.starts is not None and known.starts.name == self.name:
+            if known.starts.version > self.version:
+                return  # kept for its runs only: events start the newest version
+            del self.service.handlers[name]
+        handler = Handler(
+            self.service, begin, name, (event_type,), HandlerOptions(), (), starts=self
+        )
         self.service.add_handler(handler)
 
     async def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
@@ -162,6 +171,11 @@ async def receive(event_type: type[E], *, key: str | int | None = None) -> E:
             raise BadArguments(
                 f"{name} has no key, so no run can wait for one of key {key!r}. Write "
                 f'class {name}(Event, key="…").'
+            )
+        if str(key) == "":
+            raise BadArguments(
+                f"A run cannot wait for {name} of an empty key: an event with an empty key counts "
+                f"as one without."
             )
         detail = (name, str(key))
         name = f"{name} of {key}"

@@ -583,7 +583,7 @@ async def test_an_event_starts_a_run_once_and_the_run_answers_with_events(world:
         for _ in range(3):
             await publish(director, Placed(order="a"), id="evt-1")
         await seen(1)
-        assert await director.get("evt-1").result(timeout=10) == "a"
+        assert await director.get("evt-1.fulfil").result(timeout=10) == "a"
         await publish(director, Placed(order="b"), id="evt-2")
         await seen(2)
     assert SEEN == [("a", "evt-1"), ("b", "evt-2")]
