@@ -7,6 +7,9 @@ from collections import deque
 from pavane.handler import Breaker
 from pavane.policy import seconds
 
+BREAKER = "breaker"
+"""How the reason of a pause begins that a breaker made."""
+
 
 class Circuit:
     """Closed while enough attempts succeed; else open until `opens_s`, then one trial at a time."""
@@ -57,4 +60,4 @@ class Circuit:
 
     def says(self) -> str:
         failed = len(self._recent) - sum(self._recent)
-        return f"breaker: {failed} of the last {len(self._recent)} attempts failed"
+        return f"{BREAKER}: {failed} of the last {len(self._recent)} attempts failed"

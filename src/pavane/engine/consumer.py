@@ -97,6 +97,13 @@ class Consumer:
         finally:
             self._reading = False
 
+    async def catch_up(self) -> None:
+        """Return when all that is in the log by now was offered to the live subscriptions."""
+        head = await self._store.events_head()
+        while self.tail < head:
+            await self.read_tail()
+            await asyncio.sleep(0)
+
     # -- behind the tail -----------------------------------------------------------------------
 
     def read(self, subscription: Subscription) -> None:

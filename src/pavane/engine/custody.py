@@ -40,7 +40,7 @@ from pavane.stores.eventlog import (
     Reaction,
     ShadowRow,
 )
-from pavane.stores.port import LAST_US, Commit, InboxRow, Message
+from pavane.stores.port import LAST_US, Commit, Conflict, InboxRow, Message
 
 if TYPE_CHECKING:
     from pavane.engine.node import Session
@@ -68,6 +68,8 @@ class Custody:
         self, subscription: Subscription, slots: list[int], cursors: dict[int, int], until: int
     ) -> set[int]:
         """Park, with one death counted, what may have been under way when a process died."""
+        if subscription.paused_until_us:
+            return set()  # nothing was under way
         after = min(cursors.get(slot, 0) for slot in slots)
         types = list(subscription.handler.events)
         found: list[EventRow] = []
@@ -124,7 +126,10 @@ class Custody:
             lane.stopped = True
         under_way = [
             row for row in heads
-            if row.slot in dirty and row.due_us <= now and row.pos not in counted
+            if row.slot in dirty and row.pos not in counted
+            and (row.due_us <= now or row.due_us == LAST_US)  # its turn had come, or it was due
+            and not subscription.lanes[row.key or row.pos].stopped
+            and not subscription.paused_until_us
         ]  # fmt: skip
         calm = [row for row in under_way if row.deaths < SUSPECT_DEATHS]
         for row in calm:
@@ -138,8 +143,10 @@ class Custody:
     async def try_suspect(self, subscription: Subscription, lane: Lane) -> None:
         """Count one more touch of a parked event, durably, then handle it, alone."""
         head = lane.head
-        if head is None or subscription.lanes.get(lane.key) is not lane:
+        if head is None or lane.stopped or subscription.lanes.get(lane.key) is not lane:
             return
+        if subscription.paused_until_us:
+            return  # it is not touched now, so that counts for nothing
         if head.deaths + 1 >= self._config.deaths_max:
             row = (await self._store.events_at([head.pos])).get(head.pos)
             if row is not None:
@@ -187,7 +194,7 @@ class Custody:
         after, key = (lane.key - 1, "") if isinstance(lane.key, int) else (0, lane.key)
         while self._session.open:
             rows = await self._store.parked_events(subscription.no, [lane.slot], after, 1, key)
-            if rows:
+            if rows and lane.key in (rows[0].key, rows[0].pos):
                 lane.head = rows[0]
                 lane.behind -= 1
                 break
@@ -210,16 +217,17 @@ class Custody:
         self, subscription: Subscription, lane: Lane, head: ParkedEvent
     ) -> None:
         row = (await self._store.events_at([head.pos])).get(head.pos)
-        subscription.ended()
         if row is not None:
-            self._session.handlers.start_call(subscription, [lane], [Item(row, head)])
+            self._session.handlers.make_call(subscription, [lane], [Item(row, head)])
             return
+        subscription.ended()
         log.error("event %d of handler %r is gone", head.pos, subscription.handler)
         reaction = Reaction()
         reaction.unparked = [(subscription.no, head.pos)]
         await self._session.durable(reaction=reaction)
         lane.busy = False
         self.go_on(subscription, lane)
+        subscription.unanswered()
 
     # -- what failed ---------------------------------------------------------------------------
 
@@ -231,11 +239,15 @@ class Custody:
         if len(items) == 1:
             self._failed_one(subscription, lanes, items[0], error)
             return
-        # One of them may be to blame: from now on each is tried alone.
+        self.try_alone(subscription, lanes, items, encode_error(error))
+
+    def try_alone(
+        self, subscription: Subscription, lanes: list[Lane], items: list[Item], raw: bytes
+    ) -> None:
+        """One of a batch may be to blame: from now on each is tried alone."""
         now = self._session.now_us()
         by_key: dict[Any, Lane] = {lane.key: lane for lane in lanes}
         parked: list[ParkedEvent] = []
-        raw = encode_error(error)
         for item in items:
             lane = by_key[item.row.key or item.row.pos]
             row = self._parked(subscription, item, now, raw)
@@ -289,7 +301,7 @@ class Custody:
                 return
             for item in items:
                 subscription.settled(item.row.pos, item.row.slot)
-            self._session.handlers.lanes_done(subscription, lanes, items)
+            self._session.handlers.lanes_done(subscription, lanes)
 
         for lane in lanes:
             behind, lane.queue = list(lane.queue), deque()
@@ -330,8 +342,11 @@ class Custody:
         def written(failure: PavaneError | None) -> None:
             if isinstance(failure, (LeaseLost, StoreError)):
                 return
+            if isinstance(failure, Conflict):
+                self._session.handlers.was_handled(subscription, lanes, [item])
+                return
             subscription.settled(row.pos, row.slot)
-            self._session.handlers.lanes_done(subscription, lanes, [item])
+            self._session.handlers.lanes_done(subscription, lanes)
 
         commit = Commit(written)
         commit.reaction = reaction = Reaction()
@@ -410,6 +425,9 @@ class Custody:
         self, subscription: Subscription, row: EventRow, dead: DeadRow | None, drop: bool
     ) -> None:
         """What was asked for an event is durable: let its key go on, with this event first."""
+        progress = subscription.slots.get(row.slot)
+        if progress is None or progress.limit is not None:
+            return  # the next owner of the slot finds it in the store
         key = row.key or row.pos
         lane = subscription.lanes.get(key)
         if lane is None:

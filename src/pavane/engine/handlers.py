@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from msgspec import Raw
 
 from pavane.core.codec import encode
-from pavane.engine.breaker import Circuit
+from pavane.engine.breaker import BREAKER, Circuit
 from pavane.engine.consumer import Consumer
 from pavane.engine.custody import CAUSE_MAX, FINAL, Custody
 from pavane.engine.handling import Handling, mark
@@ -37,7 +37,6 @@ from pavane.errors import (
 from pavane.event import class_of, is_event
 from pavane.handler import BEGINNING, Handler, current_handler
 from pavane.stores.eventlog import (
-    EventRow,
     HandlerSpec,
     Outcome,
     Reaction,
@@ -97,7 +96,8 @@ class Handlers:
                 for variant in variants
                 if variant.instead_of is handler
             ]
-            subscription.paused_until_us = row.paused_until_us
+            if not row.reason.startswith(BREAKER):  # that was of a session that is over
+                subscription.paused_until_us = row.paused_until_us
             self._by_service.setdefault(handler.service.name, []).append(subscription)
             self.by_no[row.no] = subscription
             self.consumer.add(subscription)
@@ -106,6 +106,9 @@ class Handlers:
 
     async def own(self, service: str, slots: Sequence[int], dirty: set[int]) -> None:
         """Take these slots up where they were left; in `dirty` ones a process may have died."""
+        # What their last owner handled or parked is looked for up to the tail, so it must not be
+        # behind what that owner has seen.
+        await self.consumer.catch_up()
         for subscription in self._by_service.get(service, ()):
             await self._own(subscription, slots, dirty)
 
@@ -136,6 +139,7 @@ class Handlers:
         ends = self._loop.time() + grace_s
         mine = self._by_service.get(service, ())
         busy = [lane for s in mine for lane in s.leave(slots, self.consumer.tail)]
+        await asyncio.sleep(0)  # a call must begin, or it cannot tidy up when it is cancelled
         while self._loop.time() < ends and any(lane.busy for lane in busy):
             await asyncio.sleep(0.002)
         calls = {lane.call for lane in busy if lane.busy and lane.call is not None}
@@ -176,7 +180,7 @@ class Handlers:
                     self._obey(subscription, row.paused_until_us, row.reason)
 
     def _obey(self, subscription: Subscription, until_us: int, reason: str) -> None:
-        if reason.startswith("breaker"):
+        if reason.startswith(BREAKER):
             return  # that is this node's own, or another's
         if until_us <= self._session.now_us():
             until_us = 0
@@ -190,12 +194,15 @@ class Handlers:
 
     def start_call(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
         """Handle these events, the first of their lanes, in a task of its own."""
-        if subscription.options.state is not None and not self._enter(
-            subscription, lanes[0], items[0]
-        ):
-            return
         subscription.began()
-        self._call_soon(subscription, lanes, items)
+        self.make_call(subscription, lanes, items)
+
+    def make_call(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
+        """Go on with a call that has begun, as soon as the state of its key is free."""
+        if lanes[0].stopped:
+            self._put_off(subscription, lanes)
+        elif self._enter(subscription, lanes[0], items[0]):
+            self._call_soon(subscription, lanes, items)
 
     def _call_soon(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
         # A task made directly, and no callback when it is done, save a tenth of an event's cost.
@@ -216,29 +223,41 @@ class Handlers:
             if self._session.open and isinstance(error, (StoreError, LeaseLost)):
                 self._session.lost(error)
 
-    def _gate(self, subscription: Subscription, row: EventRow) -> tuple[str, str, str]:
-        handler = subscription.handler
-        return handler.service.name, handler.state_name, row.key
-
     def _enter(self, subscription: Subscription, lane: Lane, item: Item) -> bool:
         """Let one handler at a time at the state of a key; the others wait for their turn."""
-        gate = self._gate(subscription, item.row)
-        waiting = self._gates.get(gate)
-        if waiting is None:
-            self._gates[gate] = deque()
+        handler = subscription.variant(item.row.key, item.row.id)
+        if handler.options.state is None:
             return True
-        waiting.append((subscription, lane, item))
-        return False
-
-    def _leave(self, subscription: Subscription, item: Item) -> None:
-        gate = self._gate(subscription, item.row)
+        gate = (handler.service.name, handler.state_name, item.row.key)
         waiting = self._gates.get(gate)
-        if waiting:
-            other, lane, following = waiting.popleft()
-            other.began()
-            self._call_soon(other, [lane], [following])
-        else:
-            self._gates.pop(gate, None)
+        if waiting is not None:
+            waiting.append((subscription, lane, item))
+            return False
+        self._gates[gate] = deque()
+        lane.gate = gate
+        return True
+
+    def _leave(self, lane: Lane) -> None:
+        """Let the next one at the state that was this lane's to change, if it was."""
+        gate, lane.gate = lane.gate, None
+        if gate is None:
+            return
+        waiting = self._gates[gate]
+        while waiting:
+            subscription, following, item = waiting.popleft()
+            if not following.stopped:
+                following.gate = gate
+                self._call_soon(subscription, [following], [item])
+                return
+            self._put_off(subscription, [following])
+        del self._gates[gate]
+
+    def _put_off(self, subscription: Subscription, lanes: list[Lane]) -> None:
+        """Do not make a call after all: its slot leaves, and the next owner handles the event."""
+        for lane in lanes:
+            lane.busy = False
+        subscription.ended()
+        subscription.unanswered()
 
     async def _handle(
         self, subscription: Subscription, lanes: list[Lane], items: list[Item]
@@ -261,7 +280,7 @@ class Handlers:
     ) -> None:
         now = self._session.now_us()
         handler = subscription.handler
-        if len(subscription.variants) > 1:
+        if len(subscription.variants) > 1:  # all of a batch are for the same
             handler = subscription.variant(first.row.key, first.row.id)
         context = Handling(self._session, handler, first, now)
         current_handler.set(context)
@@ -272,6 +291,7 @@ class Handlers:
             wanted = self._wanted(handler, items, now)
             if not wanted:
                 subscription.ended()
+                subscription.unanswered()
                 self._skipped(subscription, lanes, items)
                 return
             if handler.options.transaction:
@@ -290,10 +310,13 @@ class Handlers:
         except BaseException as failure:  # a handler that exits has failed; its node goes on
             error = failure
         subscription.ended()
-        if isinstance(error, asyncio.CancelledError) and (
-            lanes[0].stopped or not self._session.open
+        context.close()
+        if lanes[0].left or (
+            isinstance(error, asyncio.CancelledError)
+            and (lanes[0].stopped or not self._session.open)
         ):
-            return  # the next owner handles it
+            self._left(subscription, context, lanes[0])
+            return
         if subscription.circuit is not None:
             self._recorded(subscription, subscription.circuit, error)
         if error is None:
@@ -305,6 +328,13 @@ class Handlers:
         if subscription.ready:
             subscription.pump()
 
+    def _left(self, subscription: Subscription, context: Handling, lane: Lane) -> None:
+        """Nothing comes of a call: the next owner of its slot handles the event."""
+        for settle in context.settled:
+            settle()
+        self._leave(lane)
+        subscription.unanswered()
+
     def _wanted(self, handler: Handler, items: list[Item], now_us: int) -> list[Any]:
         """Return the events to handle: neither too old nor filtered out."""
         wanted: list[Any] = []
@@ -312,7 +342,8 @@ class Handlers:
         for item in items:
             cls = handler.events[item.row.type]
             ttl_s = cls.event_ttl_s
-            if ttl_s is not None and item.row.at_us + ttl_s * 1e6 < now_us and not item.again:
+            expired = ttl_s is not None and item.row.at_us + ttl_s * 1e6 < now_us
+            if expired and not item.is_repetition:
                 continue
             value = read_event(cls, item.row, item.data)
             if where is None or where(value):
@@ -332,12 +363,15 @@ class Handlers:
         timeout_s = handler.options.timeout_s
         if timeout_s is None:
             return await (handler.fn(*args) if handler.is_async else self._in_thread(handler, args))
+        scope = asyncio.timeout(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with scope:
                 return await (
                     handler.fn(*args) if handler.is_async else self._in_thread(handler, args)
                 )
         except TimeoutError as error:
+            if not scope.expired():
+                raise  # it is the handler's own
             raise StepTimeout(
                 f"{handler!r} took longer than its timeout of {timeout_s:g} s; whether it took "
                 f"effect outside is unknown."
@@ -399,6 +433,7 @@ class Handlers:
             variables.run(current_handler.set, context)
             result = variables.run(handler.fn, *args, connection)
             self._collect(handler, context, result, first, value)
+            context.close()
             commit.events, commit.messages = context.events, context.messages
             context.reaction.members = context.members
 
@@ -416,9 +451,7 @@ class Handlers:
         if parked:
             self._finish(subscription, lanes, items, "expired")
             return
-        for item in items:
-            subscription.settled(item.row.pos, item.row.slot)
-        self.lanes_done(subscription, lanes, items)
+        self._settled(subscription, lanes, items)
 
     def _done(
         self, subscription: Subscription, handler: Handler, context: Handling,
@@ -447,15 +480,14 @@ class Handlers:
         def written(error: PavaneError | None) -> None:
             for settle in context.settled:
                 settle()
+            failure = error.error if isinstance(error, WorkFailed) else error
             if handler.options.transaction and subscription.circuit is not None:
-                self._recorded(subscription, subscription.circuit, error)
-            if error is None or isinstance(error, Conflict):
-                # A conflict: another node handled it, in whose custody this partition was.
-                for item in items:
-                    subscription.settled(item.row.pos, item.row.slot)
-                self.lanes_done(subscription, lanes, items)
+                self._recorded(subscription, subscription.circuit, failure)
+            if failure is None:
+                self._settled(subscription, lanes, items)
+            elif isinstance(error, Conflict):
+                self.was_handled(subscription, lanes, items)
             elif not isinstance(error, (LeaseLost, StoreError)):
-                failure = error.error if isinstance(error, WorkFailed) else error
                 self.custody.failed(subscription, lanes, items, failure)
 
         commit = Commit(written)
@@ -470,41 +502,70 @@ class Handlers:
         """Write that these events need no handling, and go on."""
 
         def written(error: PavaneError | None) -> None:
-            if not isinstance(error, (LeaseLost, StoreError)):
-                for item in items:
-                    subscription.settled(item.row.pos, item.row.slot)
-                self.lanes_done(subscription, lanes, items)
+            if isinstance(error, Conflict):
+                self.was_handled(subscription, lanes, items)
+            elif not isinstance(error, (LeaseLost, StoreError)):
+                self._settled(subscription, lanes, items)
 
         commit = Commit(written)
         commit.reaction = Reaction()
         mark(commit.reaction, subscription.no, items, outcome, self._session.now_us())
         self._session.submit(commit)
 
-    def lanes_done(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
-        if subscription.options.state is not None:
-            self._leave(subscription, items[0])
+    def was_handled(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
+        """One of these events bears a mark: another node handled it before this one came."""
+        if len(items) > 1:
+            self.custody.try_alone(subscription, lanes, items, b"null")
+            return
+
+        def written(error: PavaneError | None) -> None:
+            if not isinstance(error, (LeaseLost, StoreError)):
+                self._settled(subscription, lanes, items)
+
+        commit = Commit(written)
+        commit.reaction = Reaction()
+        commit.reaction.unparked = [(subscription.no, items[0].row.pos)]
+        self._session.submit(commit)
+
+    def _settled(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
+        for item in items:
+            subscription.settled(item.row.pos, item.row.slot)
+        self.lanes_done(subscription, lanes)
+
+    def lanes_done(self, subscription: Subscription, lanes: list[Lane]) -> None:
+        """What became of the calls of these lanes is durable: go on with them."""
+        self._leave(lanes[0])
         for lane in lanes:
             lane.busy, lane.call = False, None
             self.custody.go_on(subscription, lane)
+        if subscription.ready:
+            subscription.pump()
 
     def _recorded(
         self, subscription: Subscription, circuit: Circuit, error: BaseException | None
     ) -> None:
         """Tell the breaker; when it opens or closes, tell people."""
-        if isinstance(error, FINAL):
+        if isinstance(error, (Conflict, *FINAL)):
             circuit.give_back()
             return
         if not circuit.record(error is None, self._loop.time()):
             return
         if circuit.retry_at_s is None:
             log.info("%r goes on", subscription.handler)
-            self._session.spawn(self.store.pause_handler(subscription.no, 0, ""))
+            self._session.spawn(self._say(subscription, 0, ""))
             subscription.pump()
             return
         reason = f"{circuit.says()}; the last: {error!r}"[:CAUSE_MAX]
         log.warning("%r is paused, %s", subscription.handler, reason)
         until = self._session.now_us() + round((circuit.retry_at_s - self._loop.time()) * 1e6)
-        self._session.spawn(self.store.pause_handler(subscription.no, until, reason))
+        self._session.spawn(self._say(subscription, until, reason))
+
+    async def _say(self, subscription: Subscription, until_us: int, reason: str) -> None:
+        """Show what the breaker does, unless a person paused the handler: that counts for more."""
+        rows = await self.store.handler_rows()
+        row = next(row for row in rows if row.no == subscription.no)
+        if not row.reason or row.reason.startswith(BREAKER):
+            await self.store.pause_handler(subscription.no, until_us, reason)
 
     # -- stopping ------------------------------------------------------------------------------
 
@@ -515,6 +576,8 @@ class Handlers:
         ends = self._loop.time() + grace_s
         while self._loop.time() < ends and any(s.running for s in self.consumer.subscriptions):
             await asyncio.sleep(0.002)
+        for subscription in self.consumer.subscriptions:  # who is cancelled now did not fail
+            subscription.leave(set(subscription.slots), self.consumer.tail)
         await self._session.committer.flush()
         self._write_cursors([(s, slot) for s in self.consumer.subscriptions for slot in s.slots])
 

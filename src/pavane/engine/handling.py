@@ -17,6 +17,7 @@ from pavane.core.envelope import Signal, Start, pack
 from pavane.engine.mailbox import Mailbox
 from pavane.engine.publishing import checked_size, derived_id, event_row
 from pavane.engine.subscription import Item
+from pavane.errors import OnlyInHandler
 from pavane.event import class_of
 from pavane.handler import Delivery, Handler
 from pavane.stores.eventlog import EventRow, MarkRow, Outcome, Reaction
@@ -34,6 +35,7 @@ class Handling:
         self._handler = handler
         self._item = item
         self._count = 0
+        self._closed = False
         self.now_us = now_us
         self.events: list[EventRow] = []
         self.messages: list[Message] = []
@@ -52,8 +54,12 @@ class Handling:
 
     def restart(self) -> None:
         """Forget what was asked for: the handler is called once more, for the same attempt."""
-        self._count = 0
+        self._count, self._closed = 0, False
         self.events, self.messages, self.members = [], [], []
+
+    def close(self) -> None:
+        """Take nothing more: the handler has returned, and what it asked for is being written."""
+        self._closed = True
 
     def delivery(self) -> Delivery:
         row, item = self._item.row, self._item
@@ -65,13 +71,21 @@ class Handling:
 
     def _derived_id(self) -> str:
         self._count += 1
-        row, handler = self._item.row, self._handler
+        row, handler, again = self._item.row, self._handler, self._item.again
         return derived_id(
             row.conversation,
-            f"{row.id}>{handler.service.name}.{handler.name}#{self._count}{self._item.again}",
+            f"{row.id}>{handler.service.name}.{handler.name}#{self._count}{again and f'~{again}'}",
         )
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OnlyInHandler(
+                f"Handler {self._handler!r} has returned, and what it asked for is written. Await "
+                f"what publishes, starts or sends inside the handler."
+            )
+
     def publish(self, event: Any, source: str) -> str:
+        self._check_open()
         row = self._item.row
         published = event_row(
             self._session.store, event, id=self._derived_id(), source=source, at_us=self.now_us,
@@ -81,6 +95,7 @@ class Handling:
         return published.id
 
     def start(self, workflow: Any, args: bytes, id: str | None) -> str:
+        self._check_open()
         row, home = self._item.row, workflow.service.name
         run = id or self._derived_id()
         header = Header(
@@ -93,6 +108,7 @@ class Handling:
         return run
 
     def send(self, workflow: Any, run: str, event: Any) -> None:
+        self._check_open()
         id = f"{run}#s-{self._derived_id()}"
         body = pack(Signal(class_of(event).event_type, Raw(encode(event))))
         self._message("signal", id, workflow.service.name, run, body)

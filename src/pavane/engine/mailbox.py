@@ -140,12 +140,19 @@ class Mailbox:
     async def _take(self, place: Place) -> None:
         lock, users = self._locks.setdefault(place, (asyncio.Lock(), [0]))
         users[0] += 1
-        await lock.acquire()
+        try:
+            await lock.acquire()
+        except BaseException:
+            self._forget(place)
+            raise
 
     def _release(self, place: Place) -> None:
-        lock, users = self._locks[place]
+        self._locks[place][0].release()
+        self._forget(place)
+
+    def _forget(self, place: Place) -> None:
+        _, users = self._locks[place]
         users[0] -= 1
-        lock.release()
         if not users[0]:
             del self._locks[place]
 

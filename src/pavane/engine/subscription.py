@@ -48,10 +48,14 @@ class Lane:
     """The events of one key, in order.
 
     `head` is the parked event that is next; `behind` counts those parked after it. `stopped`: a
-    dead letter holds the key, or its slot leaves this node. `call` is the task that it keeps busy.
+    dead letter holds the key, or its slot leaves this node; `left`: it has left, so what comes of a
+    call that is still under way is void. `call` is the task that it keeps busy, `gate` the keyed
+    state that it may change meanwhile.
     """
 
-    __slots__ = ("behind", "busy", "call", "head", "key", "queue", "ready", "slot", "stopped")
+    __slots__ = (
+        "behind", "busy", "call", "gate", "head", "key", "left", "queue", "ready", "slot", "stopped"
+    )  # fmt: skip
 
     def __init__(self, key: LaneKey, slot: int) -> None:
         self.key = key
@@ -63,6 +67,8 @@ class Lane:
         self.head: ParkedEvent | None = None
         self.behind = 0
         self.stopped = False
+        self.left = False
+        self.gate: tuple[str, str, str] | None = None
 
     @property
     def is_blocked(self) -> bool:
@@ -179,8 +185,11 @@ class Subscription:
         if progress is not None and pos in progress.pending:
             del progress.pending[pos]
             self.queued -= 1
-            if self.queued * 2 < QUEUE_MAX:
-                self.room.set()
+            self._tell_room()
+
+    def _tell_room(self) -> None:
+        if self.queued * 2 < QUEUE_MAX:
+            self.room.set()
 
     @property
     def is_full(self) -> bool:
@@ -228,11 +237,19 @@ class Subscription:
     def ended(self) -> None:
         self.running -= 1
 
+    def unanswered(self) -> None:
+        """Note that a call that might begin had no outcome: if it was the trial, make another."""
+        if self.circuit is not None:
+            self.circuit.give_back()
+        if self.ready:
+            self.pump()
+
     def pump(self) -> None:
         """Begin with whatever may begin."""
         while self.ready and self._batch_is_due() and self.may_begin():
             lanes: list[Lane] = []
             items: list[Item] = []
+            others: list[Lane] = []
             while self.ready and len(items) < self.options.batch:
                 lane = self.ready.popleft()
                 lane.ready = False
@@ -248,18 +265,29 @@ class Subscription:
                     break
                 if lane.behind or not lane.queue:
                     continue
+                if items and not self._are_alike(items[0], lane.queue[0]):
+                    lane.ready = True
+                    others.append(lane)
+                    continue
                 lane.busy = True
                 lanes.append(lane)
                 items.append(lane.queue.popleft())
                 while lane.queue and len(items) < self.options.batch:
                     items.append(lane.queue.popleft())
             self._waiting_since_s = None
+            self.ready.extendleft(reversed(others))
             if items:
                 self._start(self, lanes, items)
             elif lanes:
                 self._resume(self, lanes[0])
             elif self.circuit is not None:
                 self.circuit.give_back()
+
+    def _are_alike(self, one: Item, other: Item) -> bool:
+        """Tell whether two events are for the same variant, and so may be in one batch."""
+        if len(self.variants) == 1:
+            return True
+        return self.variant(one.row.key, one.row.id) is self.variant(other.row.key, other.row.id)
 
     def _batch_is_due(self) -> bool:
         """Tell whether a batch is full, or its first event has waited for long enough."""
@@ -321,9 +349,11 @@ class Subscription:
         """Forget what waits in these slots; another node goes on with it."""
         for lane in [lane for lane in self.lanes.values() if lane.slot in slots]:
             lane.queue.clear()
+            lane.left = True
             del self.lanes[lane.key]
         self.ready = deque(lane for lane in self.ready if lane.slot not in slots)
         for slot in slots:
             progress = self.slots.pop(slot, None)
             if progress is not None:
                 self.queued -= len(progress.pending)
+        self._tell_room()
