@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from pavane import App, Client, EngineConfig, Event, Retry, Service, receive
+from pavane.core.codec import error_summary
 from pavane.stores.eventlog import DeadFilter
 from pavane.stores.port import LAST_US
 from tests.integration.crash_points import fork, reap
@@ -173,7 +174,8 @@ def test_an_event_that_kills_its_process_is_quarantined_and_the_others_are_handl
     async def look() -> None:
         async with killing_app(path).connect() as client:
             (letter,) = await client.store.dead_letters(DeadFilter())
-            assert letter.cause.startswith("PavaneError: Quarantined: 5 processes died")
+            summary = error_summary(letter.error)
+            assert summary.startswith("PavaneError: Quarantined: 5 processes died")
             found = await trails(client, "bank")
             expected = [n for n in range(20) if n != 3]
             assert found == {

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pavane.core.codec import encode_error, error_summary
@@ -22,6 +23,7 @@ from pavane.engine.handling import mark
 from pavane.engine.subscription import QUEUE_MAX, Item, Lane, Subscription
 from pavane.errors import (
     BadEvent,
+    CorruptJournal,
     LeaseLost,
     NotDeclared,
     NotDecodable,
@@ -51,6 +53,11 @@ SUSPECT_DEATHS = 2
 FINAL = (BadEvent, NotDeclared, NotEncodable, NotDecodable, TooLarge)
 """Errors that another attempt would meet again."""
 CAUSE_MAX = 200
+REDO_PAUSE_S = 0.01
+REDO_LATER_S = 0.5
+_CODE = re.compile(r"[1-5]\d\d")
+"""Numbers that tell causes apart, as 404 and 503 do."""
+_TOKEN = re.compile(r"[\w-]+(?:[.:][\w-]+)*")
 
 
 class Custody:
@@ -61,6 +68,10 @@ class Custody:
         self._store = session.store
         self._config = session.config
         self._loop = asyncio.get_running_loop()
+        self._asked: deque[Message] = deque()
+        self._is_answering = False
+        self._about_to_park: set[tuple[int, int]] = set()
+        """(handler, position) of what was asked for and is not durable yet."""
 
     # -- what was under way --------------------------------------------------------------------
 
@@ -335,9 +346,9 @@ class Custody:
         """Give an event up: it becomes a dead letter, and its key goes on or waits, as declared."""
         lane, row = lanes[0], item.row
         raw = encode_error(error)
-        cause = error_summary(raw)[:CAUSE_MAX]
+        cause = cause_of(raw, row)
         holds = subscription.options.on_dead == "stop" and bool(row.key)
-        log.error("%r gave up event %s: %s", subscription.handler, row.id, cause)
+        log.error("%r gave up event %s: %s", subscription.handler, row.id, error_summary(raw))
 
         def written(failure: PavaneError | None) -> None:
             if isinstance(failure, (LeaseLost, StoreError)):
@@ -372,56 +383,114 @@ class Custody:
 
     def redo_message(self, message: Message, redelivered: bool) -> None:
         """Handle a dead letter once more, or drop it; or handle an old event again."""
-        self._session.handlers.spawn(self._redo(message, unpack(Redo, message.body)))
+        if not self._session.open:
+            return
+        self._asked.append(message)
+        if not self._is_answering:
+            self._is_answering = True
+            self._session.handlers.spawn(self._answer_all())
+
+    async def _answer_all(self) -> None:
+        """Take what was asked for one after the other: the log's order is the order per key."""
+        try:
+            while self._asked and self._session.open:
+                message = self._asked.popleft()
+                try:
+                    await self._redo(message, unpack(Redo, message.body))
+                except CorruptJournal as error:
+                    log.error("message %s: %s", message.id, error)
+                    self._session.consumed(message)
+        finally:
+            self._is_answering = False
 
     async def _redo(self, message: Message, redo: Redo) -> None:
-        subscription = self._session.handlers.by_no.get(redo.handler)
-        seen = await self._store.seen(message.to, [message.id])
-        row = (await self._store.events_at([redo.pos])).get(redo.pos)
-        if seen or subscription is None or row is None:
-            if subscription is None:
-                log.error("message %s is for a handler that is not declared here", message.id)
+        if await self._store.seen(message.to, [message.id]):
             self._session.consumed(message)
             return
-        dead = None
-        if redo.dead:
-            letters = await self._store.dead_letters(DeadFilter(numbers=(redo.dead,)))
-            if not letters:
-                self._session.consumed(message)
-                return
-            dead = letters[0]
-        while row.slot not in subscription.slots:  # its partition is being taken over
-            if not self._session.owns(message.target):
-                return
-            await asyncio.sleep(0.01)
-        now = self._session.now_us()
+        letters = await self._store.dead_letters(DeadFilter(numbers=(redo.dead,)))
+        dead = letters[0] if redo.dead and letters else None
+        subscription = self._session.handlers.by_no.get(redo.handler)
+        row = (await self._store.events_at([redo.pos])).get(redo.pos)
+        if row is None or (redo.dead and dead is None):
+            self._answer(message, Reaction())  # it is over already
+        elif subscription is not None:
+            await self._redo_in(subscription, message, redo, row, dead)
+        elif redo.drop:
+            self._answer(message, self._dropped(redo))
+        else:
+            log.error("message %s is for a handler that is not declared here", message.id)
+            reaction = Reaction()
+            reaction.asked = [(redo.dead, "")] if redo.dead else []
+            self._answer(message, reaction, for_good=False)
+
+    def _answer(
+        self, message: Message, reaction: Reaction, *, for_good: bool = True,
+        then: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Write what becomes of a request; unless `for_good`, it may be made once more."""
 
         def written(error: PavaneError | None) -> None:
             self._session.consumed(message)
-            if error is None:
-                self._asked(subscription, row, dead, redo.drop)
+            if then is not None and error is None:
+                then()
 
         commit = Commit(written)
-        commit.inbox = [InboxRow(message.to, message.id, now)]
-        commit.reaction = reaction = Reaction()
-        if redo.dead:
-            reaction.undead = [redo.dead]
-        if redo.drop:
-            reaction.remarks = [MarkRow(subscription.no, row.pos, now, 0, 0, "dropped")]
-        else:
-            data = bytes(redo.data) if bytes(redo.data) != b"null" else None
-            if data is None and dead is not None and dead.data != row.data:
-                data = dead.data
-            again = redo.again or (dead.again if dead is not None else "")
-            reaction.parked = [
-                ParkedEvent(
-                    subscription.no, row.pos, row.slot, row.key, 1, now, now, again=again,
-                    data=data, dead=redo.dead,
-                )
-            ]  # fmt: skip
+        if for_good:
+            commit.inbox = [InboxRow(message.to, message.id, self._session.now_us())]
+        commit.reaction = reaction
         self._session.submit(commit)
 
-    def _asked(
+    def _dropped(self, redo: Redo) -> Reaction:
+        reaction = Reaction()
+        reaction.undead = [redo.dead]
+        now = self._session.now_us()
+        reaction.remarks = [MarkRow(redo.handler, redo.pos, now, 0, 0, "dropped")]
+        return reaction
+
+    async def _redo_in(
+        self, subscription: Subscription, message: Message, redo: Redo, row: EventRow,
+        dead: DeadRow | None,
+    ) -> None:  # fmt: skip
+        place = (subscription.no, row.pos)
+        if place in self._about_to_park or await self._is_parked(*place):
+            # An earlier request for the same event is not over yet.
+            self._loop.call_later(REDO_LATER_S, self.redo_message, message, True)
+            return
+        while row.slot not in subscription.slots:  # its partition is being taken over
+            if not self._session.owns(message.target):
+                return
+            await asyncio.sleep(REDO_PAUSE_S)
+        if redo.drop:
+            reaction = self._dropped(redo)
+        else:
+            reaction = Reaction()
+            reaction.undead = [redo.dead] if redo.dead else []
+            reaction.parked = [self._redone(subscription, redo, row, dead)]
+            self._about_to_park.add(place)
+
+        def then() -> None:
+            self._about_to_park.discard(place)
+            self._granted(subscription, row, dead, redo.drop)
+
+        self._answer(message, reaction, then=then)
+
+    async def _is_parked(self, no: int, pos: int) -> bool:
+        return any(parked.handler == no for parked in await self._store.parked_at([pos]))
+
+    def _redone(
+        self, subscription: Subscription, redo: Redo, row: EventRow, dead: DeadRow | None
+    ) -> ParkedEvent:
+        now = self._session.now_us()
+        data = bytes(redo.data) if bytes(redo.data) != b"null" else None
+        if data is None and dead is not None and dead.data != row.data:
+            data = dead.data
+        again = redo.again or (dead.again if dead is not None else "")
+        return ParkedEvent(
+            subscription.no, row.pos, row.slot, row.key, 1, now, now, again=again, data=data,
+            dead=redo.dead,
+        )  # fmt: skip
+
+    def _granted(
         self, subscription: Subscription, row: EventRow, dead: DeadRow | None, drop: bool
     ) -> None:
         """What was asked for an event is durable: let its key go on, with this event first."""
@@ -442,3 +511,21 @@ class Custody:
             behind, lane.queue = list(lane.queue), deque()
             self.park_behind(subscription, lane, behind)
         self.go_on(subscription, lane)
+
+
+def cause_of(error: bytes, event: EventRow) -> str:
+    """Return an error in one line that is the same for all events which failed alike.
+
+    The event's id and key, and what else looks like an id, an amount or a time, is left out.
+    """
+    kind, colon, text = error_summary(error).partition(": ")
+    for own in (event.id, event.key):
+        if own:
+            text = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", "…", text)
+    return f"{kind}{colon}{_TOKEN.sub(_without_what_varies, text)}"[:CAUSE_MAX]
+
+
+def _without_what_varies(token: re.Match[str]) -> str:
+    text = token[0]
+    varies = any(c.isdigit() for c in text) and not _CODE.fullmatch(text)
+    return "…" if varies else text

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pavane.handlers")
 
 CURSORS_EVERY_S = 1.0
+BREAKER_STALE_US = 10_000_000
+"""How long after its end a breaker's pause is still shown, for the node that is about to retry."""
 
 
 class Handlers:
@@ -96,7 +98,7 @@ class Handlers:
                 for variant in variants
                 if variant.instead_of is handler
             ]
-            if not row.reason.startswith(BREAKER):  # that was of a session that is over
+            if not row.reason.startswith(BREAKER):  # this node finds out by itself
                 subscription.paused_until_us = row.paused_until_us
             self._by_service.setdefault(handler.service.name, []).append(subscription)
             self.by_no[row.no] = subscription
@@ -180,9 +182,18 @@ class Handlers:
                     self._obey(subscription, row.paused_until_us, row.reason)
 
     def _obey(self, subscription: Subscription, until_us: int, reason: str) -> None:
+        now = self._session.now_us()
+        circuit = subscription.circuit
         if reason.startswith(BREAKER):
-            return  # that is this node's own, or another's
-        if until_us <= self._session.now_us():
+            # It is this node's own, another's, or of a node that is gone and cannot take it back.
+            is_open = circuit is not None and circuit.retry_at_s is not None
+            if not is_open and until_us + BREAKER_STALE_US < now:
+                self._session.spawn(self.store.pause_handler(subscription.no, 0, ""))
+            until_us = 0
+        elif not until_us and circuit is not None and circuit.retry_at_s is not None:
+            circuit.retry_at_s = min(circuit.retry_at_s, self._loop.time())  # resumed by hand
+            subscription.pump()
+        if until_us <= now:
             until_us = 0
         was, subscription.paused_until_us = subscription.paused_until_us, until_us
         if was and not until_us:
