@@ -42,6 +42,11 @@ from pavane.errors import (
 from pavane.event import class_of, is_event
 from pavane.policy import Duration, seconds
 from pavane.service import Service, checked_name
+from pavane.steering.dead import DeadLetters
+from pavane.steering.desk import Desk
+from pavane.steering.events import Events
+from pavane.steering.handlers import HandlerDesk
+from pavane.steering.variants import Variants
 from pavane.stores.port import (
     Commit,
     Conflict,
@@ -153,7 +158,10 @@ class Run(Generic[R]):
 
 
 class Client:
-    """Starts and steers runs on a store; with a node, also works for some services."""
+    """Starts and steers runs on a store; with a node, also works for some services.
+
+    `events`, `handlers`, `dead` and `variants` are about what services react to.
+    """
 
     def __init__(
         self, registry: Registry, store: Store, services: Sequence[str], config: EngineConfig
@@ -166,6 +174,11 @@ class Client:
         self._homes: dict[str, tuple[str, int]] = {}
         """Home and partition of each run whose end is waited for."""
         self._poller: asyncio.Task[None] | None = None
+        desk = Desk(store, registry, self._write_now, config.payload_max_bytes)
+        self.events = Events(desk)
+        self.handlers = HandlerDesk(desk)
+        self.dead = DeadLetters(desk)
+        self.variants = Variants(desk)
 
     async def open(self) -> None:
         await self.store.open()
@@ -304,6 +317,12 @@ class Client:
         error = await future
         if error is not None:
             raise error
+
+    async def _write_now(self, commit: Commit) -> None:
+        """Write a commit that nobody waits for otherwise."""
+        other, future = self._commit()
+        commit.done = other.done
+        await self._write(commit, future)
 
     def _commit(self) -> tuple[Commit, asyncio.Future[PavaneError | None]]:
         future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()

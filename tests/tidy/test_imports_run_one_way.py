@@ -15,12 +15,13 @@ AUTHORING = CORE | {"service", "workflow", "handler"}
 PORTS = CORE | {"stores", "brokers"}
 CONFIG = PORTS | {"config"}
 ENGINE = CONFIG | AUTHORING | {"engine"}
-APP = ENGINE | {"app"}
+STEERING = ENGINE | {"steering"}
+APP = STEERING | {"app"}
 ON_TOP = APP | {"insight", "observe", "dashboard", "cli", "testing", "contrib", "__main__"}
 
 MAY_IMPORT = (
     dict.fromkeys(ON_TOP, ON_TOP)
-    | {"app": APP, "engine": ENGINE, "config": CONFIG}
+    | {"app": APP, "steering": STEERING, "engine": ENGINE, "config": CONFIG}
     | {"stores": PORTS, "brokers": PORTS, "service": AUTHORING, "workflow": AUTHORING}
     | {"handler": AUTHORING}
     | {"core": CORE}

@@ -1,0 +1,1 @@
+"""What people ask of events, handlers and dead letters: looking, pausing, replaying, retrying."""

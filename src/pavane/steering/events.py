@@ -1,0 +1,285 @@
+"""Published events as people see them: what became of one, and the replay of history.
+
+A replay handles old events by one handler once more. It has a name, which goes into the ids of what
+the handler publishes, so that this is published anew; the same name again goes on where an
+interrupted replay stopped, and handles nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from pavane.core.codec import error_summary
+from pavane.core.envelope import Redo
+from pavane.engine.held import decode_header
+from pavane.engine.publishing import cloud_event
+from pavane.errors import BadArguments, UnknownName
+from pavane.steering.desk import PAGE, Desk, Place, full_name
+from pavane.stores.eventlog import (
+    DeadFilter,
+    DeadRow,
+    EventFilter,
+    EventRow,
+    HandlerRow,
+    MarkRow,
+    ParkedEvent,
+)
+from pavane.stores.port import LAST_US
+
+SCAN = 1000
+RUNS_MAX = 200
+
+Became = Literal["done", "expired", "dead", "dropped", "parked", "behind", "waiting", "passed over"]
+
+
+class Handled(msgspec.Struct, frozen=True):
+    """What became of an event at one handler.
+
+    `outcome`: "parked" waits for its next attempt at `due_us`, "behind" for an earlier event of its
+    key, "waiting" is still in the log, "passed over" was never for it: filtered out, too old, or
+    published before the handler began. `variant` names the share that handled it; `dead` is the
+    number of its dead letter.
+    """
+
+    handler: str
+    outcome: Became
+    at_us: int = 0
+    took_us: int = 0
+    attempts: int = 0
+    variant: str = ""
+    error: str = ""
+    due_us: int = 0
+    dead: int = 0
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """A run that was given the event by its mailbox."""
+
+    service: str
+    run: str
+
+
+class EventStory(msgspec.Struct, frozen=True):
+    """An event as it was published, and everything that became of it."""
+
+    event: EventRow
+    envelope: dict[str, Any]
+    handled: list[Handled]
+    caused: list[EventRow]
+    started: list[str]
+    taken: list[Taken]
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """Which events of the past a handler is to handle again; unset fields do not restrict."""
+
+    types: tuple[str, ...] = ()
+    key: str | None = None
+    since_us: int = 0
+    until_us: int = LAST_US
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a replay will do: how many events, and how many are left out because of what."""
+
+    handler: str
+    count: int
+    in_custody: int
+    """About to be handled anyway."""
+    dead: int
+    """Dead letters, which are retried as such."""
+    ahead: int
+    """Not handled for the first time yet."""
+    until: int
+    """The log position up to which it looks."""
+
+
+class Events:
+    """The published events of a store; see the module."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._store = desk.store
+
+    async def list(self, which: EventFilter | None = None) -> list[EventRow]:
+        """Return events, newest first."""
+        return await self._store.find_events(which or EventFilter())
+
+    async def get(self, id: str) -> EventRow:
+        found = await self._store.event(id)
+        if found is None:
+            place = (await self._store.describe())["place"]
+            raise UnknownName(
+                f"No event has the id {id!r} in {place}. `pavane events list` shows what is there; "
+                f"old ones are pruned once everybody has handled them."
+            )
+        return found
+
+    # -- the story of one event ----------------------------------------------------------------
+
+    async def story(self, id: str, app: str = "pavane") -> EventStory:
+        """Return an event with who handled it, who is about to, and what it caused."""
+        event = await self.get(id)
+        caused = await self._store.find_events(
+            EventFilter(conversation=event.conversation, cause=event.id, limit=SCAN)
+        )
+        return EventStory(
+            event, cloud_event(event, app), await self._handled(event),
+            sorted(caused, key=lambda row: row.pos), await self._started(event),
+            await self._taken(event),
+        )  # fmt: skip
+
+    async def _handled(self, event: EventRow) -> list[Handled]:
+        rows = {row.no: row for row in await self._desk.rows()}
+        at = (event.pos,)
+        marks = {mark.handler: mark for mark in await self._store.marks_at(at)}
+        parked = {row.handler: row for row in await self._store.parked_at(at)}
+        dead = {
+            row.handler: row for row in await self._store.dead_letters(DeadFilter(positions=at))
+        }
+        found: list[Handled] = []
+        for no, row in rows.items():
+            name = full_name(row)
+            if no in parked:
+                found.append(_waits(name, parked[no]))
+            elif no in marks:
+                found.append(_done(name, marks[no], dead.get(no)))
+            elif event.type in row.types and not self._desk.is_abandoned(row):
+                position = (await self._store.cursors(no)).get(event.slot, 0)
+                found.append(Handled(name, "passed over" if event.pos <= position else "waiting"))
+        order = {"waiting": 1, "passed over": 2}
+        return sorted(found, key=lambda h: (order.get(h.outcome, 0), h.at_us, h.handler))
+
+    async def _started(self, event: EventRow) -> list[str]:
+        found: list[str] = []
+        for id in (await self._store.runs_in(event.conversation))[:RUNS_MAX]:
+            rows = await self._store.run_rows(id)
+            if any(r.service == r.home and decode_header(r.header).cause == event.id for r in rows):
+                found.append(id)
+        return found
+
+    async def _taken(self, event: EventRow) -> list[Taken]:
+        services = {row.service for row in await self._desk.rows()}
+        return [
+            Taken(service, row.run)
+            for service in sorted(services)
+            for row in await self._store.awaits(service, event.type, event.key)
+            if row.pos == event.pos
+        ]
+
+    # -- replaying -----------------------------------------------------------------------------
+
+    async def plan(self, into: str, which: Replay) -> Plan:
+        """Return what `replay` would do; raise for a handler or event type that is not there."""
+        row = await self._desk.row(into)
+        for name in which.types:
+            if name not in row.types:
+                raise BadArguments(
+                    f"Handler {full_name(row)} does not handle {name!r}; it handles "
+                    f"{', '.join(row.types)}."
+                )
+        if self._desk.is_abandoned(row):
+            raise BadArguments(f"Handler {full_name(row)} is not declared any more.")
+        until = await self._store.events_head()
+        count = in_custody = dead = ahead = 0
+        async for page in self._pages(row, which, until):
+            chosen = await self._choose(row, page)
+            count += len(chosen.rows)
+            in_custody, dead = in_custody + chosen.in_custody, dead + chosen.dead
+            ahead += chosen.ahead
+        return Plan(full_name(row), count, in_custody, dead, ahead, until)
+
+    async def replay(
+        self, into: str, which: Replay, name: str, *, until: int | None = None
+    ) -> AsyncIterator[int]:
+        """Have events handled again; yields, commit by commit, how many were asked for.
+
+        `name` names this replay: what it asked for before, under that name, is asked for once. The
+        iterator goes on as fast as nodes take the requests up, if there are any.
+        """
+        if not name or not all(c.isalnum() or c in "-_." for c in name):
+            raise BadArguments(f"{name!r} is no name for a replay: use letters, digits, '-_.'.")
+        row = await self._desk.row(into)
+        head = await self._store.events_head() if until is None else until
+        before = await self._store.parked_count(row.no)
+        async for page in self._pages(row, which, head):
+            chosen = (await self._choose(row, page)).rows
+            for at in range(0, len(chosen), PAGE):
+                part = chosen[at : at + PAGE]
+                requests = [
+                    (
+                        f"~replay-{name}-{row.no}-{event.pos}",
+                        Place(event.pos, event.key, event.id),
+                        Redo(row.no, event.pos, again=name),
+                    )
+                    for event in part
+                ]
+                known = await self._store.seen(row.service, [id for id, _, _ in requests])
+                new = [request for request in requests if request[0] not in known]
+                if new:
+                    await self._desk.ask(row, new)
+                yield len(part)
+                if new and len(part) == PAGE:
+                    await self._desk.let_catch_up(row, [id for id, _, _ in new], before)
+
+    async def _pages(
+        self, row: HandlerRow, which: Replay, until: int
+    ) -> AsyncIterator[Sequence[EventRow]]:
+        after = 0
+        types = list(which.types or row.types)
+        while True:
+            events = await self._store.read_events(after, until, SCAN, types)
+            yield [
+                event for event in events
+                if which.since_us <= event.at_us <= which.until_us
+                and (which.key is None or event.key == which.key)
+            ]  # fmt: skip
+            if len(events) < SCAN:
+                return
+            after = events[-1].pos
+
+    async def _choose(self, row: HandlerRow, events: Sequence[EventRow]) -> _Chosen:
+        """Leave out what the handler handles anyway, and what people must decide on."""
+        if not events:
+            return _Chosen([], 0, 0, 0)
+        positions = tuple(event.pos for event in events)
+        cursors = await self._store.cursors(row.no)
+        marks = await self._store.marks(row.no, positions[0] - 1, positions[-1])
+        marked = {mark.pos for mark in marks}
+        parked = {p.pos for p in await self._store.parked_at(positions) if p.handler == row.no}
+        letters = DeadFilter(handlers=(row.no,), positions=positions, limit=len(positions))
+        dead = {letter.pos for letter in await self._store.dead_letters(letters)}
+        ahead = {
+            event.pos for event in events
+            if event.pos > cursors.get(event.slot, 0) and event.pos not in marked
+        } - parked  # fmt: skip
+        left_out = parked | dead | ahead
+        rows = [event for event in events if event.pos not in left_out]
+        return _Chosen(rows, len(parked), len(dead - parked), len(ahead - dead))
+
+
+class _Chosen(msgspec.Struct):
+    rows: list[EventRow]
+    in_custody: int
+    dead: int
+    ahead: int
+
+
+def _waits(name: str, row: ParkedEvent) -> Handled:
+    error = "" if row.error == b"null" else error_summary(row.error)
+    if row.due_us == LAST_US:
+        return Handled(name, "behind", row.began_us, error=error)
+    return Handled(
+        name, "parked", row.began_us, attempts=row.attempt - 1, error=error, due_us=row.due_us
+    )
+
+
+def _done(name: str, mark: MarkRow, letter: DeadRow | None) -> Handled:
+    return Handled(
+        name, mark.outcome, mark.at_us, mark.took_us, mark.attempts, mark.by,
+        "" if letter is None else error_summary(letter.error),
+        dead=0 if letter is None else letter.no,
+    )  # fmt: skip
