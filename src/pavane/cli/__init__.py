@@ -1,4 +1,4 @@
-"""The `pavane` command: works for services, and shows and steers runs.
+"""The `pavane` command: works for services, and shows and steers runs, events and handlers.
 
 What is asked for goes to stdout, everything else to stderr. Importing this loads click and nothing
 else; each command is imported when it is used.
@@ -22,13 +22,15 @@ Examples:
   pavane runs start fulfil '{"order_id": "o-1"}' --app shop.py --wait
   pavane runs list --app shop.py --status stuck
   pavane runs show o-1 --app shop.py
+  pavane events publish OrderPlaced order_id=o-1 cents=990 --app shop.py
+  pavane dead list --app shop.py
 
 \b
 Exit codes:
   0    it worked
   1    what was asked for failed: a run failed, a check failed, something ended already
   2    the command line, the app or an argument is wrong
-  3    no run, workflow, service or event has this name
+  3    no run, workflow, service, event, handler or dead letter has this name
   4    the store cannot be used
   130  interrupted
 
@@ -81,6 +83,9 @@ def _set_up_streams(ctx: click.Context) -> None:
         "run": ("pavane.cli.run:run", "Work for an app's services, in production."),
         "dev": ("pavane.cli.dev:dev", "Work for all services; reload when code changes."),
         "runs": ("pavane.cli.runs:runs", "Start, list, show, watch and steer runs."),
+        "events": ("pavane.cli.events:events", "Publish, list, show, follow and replay events."),
+        "handlers": ("pavane.cli.handlers:handlers", "List, compare, pause and resume handlers."),
+        "dead": ("pavane.cli.dead:dead", "List, retry, edit and drop dead letters."),
         "services": ("pavane.cli.services:services", "Show services, and which nodes host them."),
         "doctor": ("pavane.cli.doctor:doctor", "Check this machine, the store and its runs."),
         "completion": ("pavane.cli.completion:completion", "Print a shell's completion script."),

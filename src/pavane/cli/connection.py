@@ -34,13 +34,13 @@ class Where(msgspec.Struct, frozen=True):
             )
         return find_app(self.target)
 
-    def app_or_none(self) -> App:
+    def app_or_none(self, what: str = "runs") -> App:
         """Return the app; one without services, if only a store is named."""
         if self.target is not None:
             return find_app(self.target)
         if self.store is None and not os.environ.get(STORE_VARIABLE):
             raise click.UsageError(
-                f"Which runs? Give --app shop.py or --store shop.db, or set PAVANE_APP or "
+                f"Which {what}? Give --app shop.py or --store shop.db, or set PAVANE_APP or "
                 f"{STORE_VARIABLE}."
             )
         return App("cli", [], store=self.store)

@@ -10,15 +10,16 @@ import asyncio
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import apsw
 import click
-import msgspec
 
 from pavane.app import App, Client
 from pavane.cli.connection import Where, check_store, connected, own_address, where_options
+from pavane.cli.doctor_events import look_at_events
 from pavane.cli.exits import FAILED
+from pavane.cli.finding import Finding, Level
 from pavane.cli.output import Format, is_unicode, output_option, print_json, terminal_width
 from pavane.cli.runs.record import read_list
 from pavane.cli.text import counted, duration, printable, size, wrapped
@@ -35,17 +36,6 @@ DISK_MIN_BYTES = 512 * 2**20
 QUICK_CHECK_MAX_BYTES = 128 * 2**20
 OVERDUE_US = 60_000_000
 PARKED_MAX = 1000
-
-Level = Literal["ok", "warn", "fail"]
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """What a check found; `remedy` says what to do unless all is well."""
-
-    check: str
-    level: Level
-    text: str
-    remedy: str = ""
 
 
 @click.command(
@@ -151,7 +141,9 @@ async def _look(app: App, store: str | None) -> list[Finding]:
 
 async def _look_inside(client: Client) -> list[Finding]:
     facts = await client.store.describe()
-    held = ", ".join(counted(int(facts[word]), word[:-1]) for word in ("runs", "messages"))
+    held = ", ".join(
+        counted(int(facts[word]), word[:-1]) for word in ("runs", "events", "messages")
+    )
     findings = [
         Finding(
             "store", "ok", f"{facts['kind']} {facts['place']}, {size(int(facts['bytes']))}: {held}"
@@ -169,6 +161,7 @@ async def _look_inside(client: Client) -> list[Finding]:
     findings += await _partitions(client, live)
     findings.append(await _stuck(client))
     findings.append(await _parked(client, bool(live)))
+    findings += await look_at_events(client)
     return findings
 
 

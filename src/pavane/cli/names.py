@@ -1,4 +1,4 @@
-"""What completes on the command line: targets, workflows, events and the ids of runs.
+"""What completes on the command line: targets, names, and the ids of what is in the store.
 
 Completion is a courtesy: whatever goes wrong, it offers nothing and says nothing.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
-    from pavane.app import App
+    from pavane.app import App, Client
 
 IDS_MAX = 100
 
@@ -64,22 +64,66 @@ def complete_event(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-@_quietly
-def complete_run(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+def _looked_up(
+    ctx: click.Context, look: Callable[[Client], Awaitable[list[CompletionItem]]], given: str = ""
+) -> list[CompletionItem]:
+    """Return what is found in the store, without what the argument `given` holds already."""
     import asyncio
 
     app = _app(ctx)
 
-    async def look() -> list[CompletionItem]:
+    async def connect() -> list[CompletionItem]:
         from pavane.cli.connection import connected
+
+        async with connected(app, ctx.params.get("store")) as client:
+            return await look(client)
+
+    taken: Any = ctx.params.get(given) or ()
+    return [item for item in asyncio.run(connect()) if item.value not in map(str, taken)]
+
+
+@_quietly
+def complete_run(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    async def look(client: Client) -> list[CompletionItem]:
         from pavane.stores.port import RunFilter
 
-        which = RunFilter(id_prefix=incomplete, limit=IDS_MAX)
-        async with connected(app, ctx.params.get("store")) as client:
-            return [
-                CompletionItem(s.id, help=f"{s.workflow}, {s.status}")
-                for s in await client.list(which)
-            ]
+        found = await client.list(RunFilter(id_prefix=incomplete, limit=IDS_MAX))
+        return [CompletionItem(s.id, help=f"{s.workflow}, {s.status}") for s in found]
 
-    given: Any = ctx.params.get("ids") or ()
-    return [item for item in asyncio.run(look()) if item.value not in given]
+    return _looked_up(ctx, look, "ids")
+
+
+@_quietly
+def complete_logged_event(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    async def look(client: Client) -> list[CompletionItem]:
+        from pavane.stores.eventlog import EventFilter
+
+        found = await client.events.list(EventFilter(limit=IDS_MAX * 10))
+        return [
+            CompletionItem(row.id, help=f"{row.type} {row.key}")
+            for row in found if row.id.startswith(incomplete)
+        ][:IDS_MAX]  # fmt: skip
+
+    return _looked_up(ctx, look)
+
+
+@_quietly
+def complete_handler(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    async def look(client: Client) -> list[CompletionItem]:
+        names = [f"{row.service}.{row.name}" for row in await client.store.handler_rows()]
+        names += [repr(h) for h in client.registry.handlers() if h.options.share is not None]
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+    return _looked_up(ctx, look, "names")
+
+
+@_quietly
+def complete_dead(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    async def look(client: Client) -> list[CompletionItem]:
+        return [
+            CompletionItem(str(row.no), help=f"{row.type} {row.key}: {row.cause}")
+            for row in await client.dead.list(limit=IDS_MAX)
+            if str(row.no).startswith(incomplete)
+        ]
+
+    return _looked_up(ctx, look, "numbers")

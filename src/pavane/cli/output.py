@@ -13,6 +13,10 @@ import msgspec
 
 from pavane.cli.text import columns, fit, printable
 
+LAST_MIN = 24
+SQUEEZED_MIN = 8
+"""Columns of a table that even a narrow terminal shows."""
+
 Format = Literal["table", "json", "jsonl"]
 
 
@@ -45,16 +49,19 @@ def print_table(
     *,
     colours: Sequence[str | None] = (),
     coloured: int = -1,
+    squeezed: Sequence[int] = (),
 ) -> None:
     """Print rows below `heads`; `colours` has one for each row's cell number `coloured`.
 
-    On a terminal the last column is cut so that a row is one line; elsewhere nothing is cut.
+    On a terminal the last column is cut so that a row is one line, and, where that is not enough,
+    those that may be `squeezed`; elsewhere nothing is cut.
     """
     cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(columns, column)) for column in zip(heads, *cells, strict=True)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     ellipsis = "…" if is_unicode() else "..."
     if room is not None:
+        _squeeze(widths, squeezed, room)
         widths[-1] = max(8, min(widths[-1], room - sum(widths[:-1]) - 2 * (len(widths) - 1)))
     head = "  ".join(fit(h, w) for h, w in zip(heads, widths, strict=True)).rstrip()
     click.secho(head, dim=True)
@@ -64,6 +71,17 @@ def print_table(
         if colours and coloured >= 0:
             fitted[coloured] = click.style(fitted[coloured], fg=colours[at])
         click.echo("  ".join(fitted).rstrip())
+
+
+def _squeeze(widths: list[int], which: Sequence[int], room: int) -> None:
+    """Take width from the widest of these columns until the last one has some."""
+    wanted = sum(widths[:-1]) + min(widths[-1], LAST_MIN) + 2 * (len(widths) - 1)
+    while wanted > room and which:
+        widest = max(which, key=lambda at: widths[at])
+        if widths[widest] <= SQUEEZED_MIN:
+            return
+        widths[widest] -= 1
+        wanted -= 1
 
 
 def say(text: str) -> None:

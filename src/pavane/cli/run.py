@@ -147,6 +147,9 @@ async def _introduce(app: App, hosted: list[str], client: Client) -> None:
             parts.append(f"{counted(len(service.workflows), 'workflow')}: {listed}")
         if service.steps:
             parts.append(f"{counted(len(service.steps), 'step')}: {', '.join(service.steps)}")
+        handlers = [h.name for h in service.handlers.values() if h.starts is None]
+        if handlers:
+            parts.append(f"{counted(len(handlers), 'handler')}: {', '.join(handlers)}")
         lines = wrapped("; ".join(parts) or "declares nothing yet", room, lines_max=8)
         for at, text in enumerate(lines):
             say(fit(f"  {name}" if at == 0 else "", width) + text)

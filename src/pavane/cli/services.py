@@ -13,6 +13,7 @@ from pavane.cli.output import Format, is_unicode, output_option, print_json, say
 from pavane.cli.text import counted, printable
 from pavane.engine.lease import is_gone, this_host
 from pavane.errors import StoreError
+from pavane.handler import Handler
 from pavane.policy import ONCE
 from pavane.service import Service, Step
 from pavane.workflow import Workflow
@@ -35,6 +36,18 @@ class WorkflowLine(msgspec.Struct):
     timeout_s: float | None
 
 
+class HandlerLine(msgspec.Struct):
+    name: str
+    events: list[str]
+    emits: list[str] | None
+    """What it publishes; None where the code does not say."""
+    attempts: int
+    starts: str
+    """The workflow that it starts runs of."""
+    facts: list[str]
+    """What else is declared, in words."""
+
+
 class HostLine(msgspec.Struct):
     node: str
     pid: int
@@ -48,6 +61,7 @@ class ServiceLine(msgspec.Struct):
     name: str
     workflows: list[WorkflowLine]
     steps: list[StepLine]
+    handlers: list[HandlerLine]
     hosts: list[HostLine]
     partitions: int
     free: int | None
@@ -63,7 +77,7 @@ Examples:
 @where_options
 @output_option
 def services(where: Where, output: Format) -> None:
-    """Show an app's services: steps, workflows, and the nodes that host them."""
+    """Show an app's services: workflows, steps, handlers, and the nodes that host them."""
     app = where.app()
     lines = [_declared(service) for service in app.registry.services.values()]
     note = asyncio.run(_look(app, where.store, lines))
@@ -81,6 +95,7 @@ def _declared(service: Service) -> ServiceLine:
         service.name,
         [_workflow(workflow) for workflow in service.workflows.values()],
         [_step(step) for step in service.steps.values()],
+        [_handler(handler) for handler in service.handlers.values()],
         [], 0, None,
     )  # fmt: skip
 
@@ -97,6 +112,25 @@ def _step(step: Step[..., object]) -> StepLine:
     undo = "" if options.undo is None else repr(options.undo)
     return StepLine(
         step.name, (options.retry or ONCE).attempts, options.timeout_s, options.heartbeat_s, undo
+    )
+
+
+def _handler(handler: Handler) -> HandlerLine:
+    options = handler.options
+    facts: list[str] = []
+    if options.shadow:
+        facts.append(f"shadow of {handler.instead_of}")
+    if options.share is not None:
+        facts.append(f"takes {options.share:.1%} of {handler.instead_of}")
+    facts += [f"keeps {options.state.__name__} per key"] if options.state is not None else []
+    facts += [f"batches of {options.batch}"] if options.batch > 1 else []
+    facts += [f"at most {options.rate_per_s:g}/s"] if options.rate_per_s else []
+    facts += ["in a transaction"] if options.transaction else []
+    facts += ["a dead letter stops its key"] if options.on_dead == "stop" else []
+    emits = None if handler.emits is None else [event.event_type for event in handler.emits]
+    starts = "" if handler.starts is None else handler.starts.name
+    return HandlerLine(
+        handler.name, list(handler.events), emits, options.retry.attempts, starts, facts
     )
 
 
@@ -150,6 +184,18 @@ def _print_service(line: ServiceLine) -> None:
         facts += [f"undone by {step.undo}"] if step.undo else []
         text = f"  step      {step.name.ljust(24)} {click.style(dot.join(facts), dim=True)}"
         click.echo(text.rstrip())
+    for handler in line.handlers:
+        _print_handler(handler, dot)
+
+
+def _print_handler(line: HandlerLine, dot: str) -> None:
+    facts = [f"on {', '.join(line.events)}"]
+    if line.starts:
+        facts.append(f"starts {line.starts}")
+    elif line.emits:
+        facts.append(f"publishes {', '.join(line.emits)}")
+    facts += line.facts
+    click.echo(f"  handler   {line.name.ljust(24)} {click.style(dot.join(facts), dim=True)}")
 
 
 def _hosts_text(line: ServiceLine) -> str:

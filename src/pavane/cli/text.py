@@ -92,6 +92,13 @@ def clock(us: int) -> str:
     return datetime.fromtimestamp(us / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
+def short_clock(us: int) -> str:
+    """Return a moment in local time: to the second if it is today, else with the date."""
+    moment = datetime.fromtimestamp(us / 1e6).astimezone()
+    is_today = moment.date() == datetime.now().astimezone().date()
+    return moment.strftime("%H:%M:%S" if is_today else "%Y-%m-%d %H:%M")
+
+
 def size(bytes: float) -> str:
     """Return an amount of memory with its unit."""
     for unit in ("bytes", "KiB", "MiB"):

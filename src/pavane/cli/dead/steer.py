@@ -1,0 +1,123 @@
+"""`pavane dead retry` and `drop`: on single ones, on a filter, or on all."""
+
+from __future__ import annotations
+
+import asyncio
+
+import click
+
+from pavane.app import Client
+from pavane.cli.bulk import confirmed, with_bar
+from pavane.cli.connection import Where, connected, where_options
+from pavane.cli.dead.look import filter_options
+from pavane.cli.names import complete_dead
+from pavane.cli.output import Format, output_option, print_one, say
+from pavane.cli.text import counted
+from pavane.steering.dead import Ask, DeadQuery
+
+
+def _do(
+    where: Where, what: Ask, which: DeadQuery, *, all: bool, dry_run: bool, yes: bool,
+    output: Format,
+) -> None:  # fmt: skip
+    is_filtered = which != DeadQuery(numbers=which.numbers)
+    if all == bool(which.numbers or is_filtered) or (which.numbers and is_filtered):
+        raise click.UsageError(
+            f"Which ones? Give numbers (pavane dead {what} 7 8), or a filter such as --cause TEXT, "
+            f"or --all."
+        )
+    app = where.app_or_none("dead letters")
+
+    async def work() -> None:
+        async with connected(app, where.store) as client:
+            counts = await client.dead.count(which)
+            total = sum(counts.values())
+            if dry_run or not total:
+                _print_counts(counts, what, output)
+                return
+            if not which.numbers:
+                question = f"{what.capitalize()} {counted(total, 'dead letter')}"
+                confirmed(f"{question} of {', '.join(counts)}?", yes=yes)
+            await _ask(client, what, which, counts, output)
+
+    asyncio.run(work())
+
+
+async def _ask(
+    client: Client, what: Ask, which: DeadQuery, counts: dict[str, int], output: Format
+) -> None:
+    asked = client.dead.retry(which) if what == "retry" else client.dead.drop(which)
+    done = await with_bar(asked, sum(counts.values()), what)
+    if output == "table":
+        click.echo(f"asked to {what} {counted(done, 'dead letter')}")
+    else:
+        print_one({"asked": done, "what": what, "handlers": counts}, output)
+    idle = {name.partition(".")[0] for name in counts} - await client.handlers.hosted()
+    if idle:
+        say(f"no worker hosts {', '.join(sorted(idle))} now; it is done when one does")
+
+
+def _print_counts(counts: dict[str, int], what: Ask, output: Format) -> None:
+    if output != "table":
+        print_one({"asked": 0, "what": what, "handlers": counts}, output)
+    elif not counts:
+        say(f"nothing to {what}: no dead letters, or all were asked for already")
+    else:
+        for name, count in counts.items():
+            click.echo(f"{count:>8,}  {name}")
+        click.echo(f"{counted(sum(counts.values()), 'dead letter')} would be asked to {what}")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane dead retry 7 --app shop.py
+  pavane dead retry --cause "ConnectionError" --dry-run --store shop.db
+  pavane dead retry --handler mail.thank --yes --store shop.db
+
+\b
+Each is handled as if for the first time, before later events of its key. One that fails again is a
+new dead letter. Interrupted with Ctrl-C, the same command goes on with the rest.
+"""
+)
+@click.argument("numbers", nargs=-1, type=int, shell_complete=complete_dead)
+@where_options
+@filter_options
+@click.option("--all", is_flag=True, help="All that there are.")
+@click.option("--dry-run", is_flag=True, help="Say how many; do nothing.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@output_option
+def retry(
+    where: Where, numbers: tuple[int, ...], handler: str | None, type: str | None, key: str | None,
+    cause: str | None, all: bool, dry_run: bool, yes: bool, output: Format,
+) -> None:  # fmt: skip
+    """Have dead letters handled again: NUMBERS, those that fit a filter, or all."""
+    which = DeadQuery(handler, type, key, cause, numbers)
+    _do(where, "retry", which, all=all, dry_run=dry_run, yes=yes, output=output)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane dead drop 7 8 --store shop.db
+  pavane dead drop --handler mail.thank --type OrderPlaced --dry-run --store shop.db
+  pavane dead drop --all --yes --store shop.db
+
+\b
+The events stay in the log, marked as dropped; a key that waited for one goes on.
+"""
+)
+@click.argument("numbers", nargs=-1, type=int, shell_complete=complete_dead)
+@where_options
+@filter_options
+@click.option("--all", is_flag=True, help="All that there are.")
+@click.option("--dry-run", is_flag=True, help="Say how many; do nothing.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@output_option
+def drop(
+    where: Where, numbers: tuple[int, ...], handler: str | None, type: str | None, key: str | None,
+    cause: str | None, all: bool, dry_run: bool, yes: bool, output: Format,
+) -> None:  # fmt: skip
+    """Forget dead letters: NUMBERS, those that fit a filter, or all."""
+    which = DeadQuery(handler, type, key, cause, numbers)
+    _do(where, "drop", which, all=all, dry_run=dry_run, yes=yes, output=output)

@@ -1,0 +1,84 @@
+"""`pavane events tail`: events as they are published."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import click
+
+from pavane.app import Client
+from pavane.cli.connection import Where, connected, where_options
+from pavane.cli.events.look import app_name
+from pavane.cli.names import complete_event
+from pavane.cli.output import Format, output_option, print_one, say, terminal_width
+from pavane.cli.runs.record import until_changed
+from pavane.cli.text import fit, printable, short_clock
+from pavane.engine.publishing import cloud_event
+from pavane.stores.eventlog import EventFilter, EventRow
+
+PAGE = 500
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane events tail --app shop.py
+  pavane events tail --store shop.db --type OrderPlaced -n 20
+  pavane events tail --store shop.db -o jsonl | jq .data
+
+\b
+json and jsonl print one CloudEvent per line. Ctrl-C ends it (130).
+"""
+)
+@where_options
+@click.option(
+    "-t", "--type", "types", multiple=True, metavar="NAME", shell_complete=complete_event,
+    help="Of this type; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "-n", "--last", default=0, type=click.IntRange(0, 10_000), help="Begin with this many old ones."
+)
+@output_option
+def tail(where: Where, types: tuple[str, ...], last: int, output: Format) -> None:
+    """Print events as they are published, by whichever process, until Ctrl-C."""
+    app = where.app_or_none("events")
+
+    async def follow() -> None:
+        async with connected(app, where.store) as client:
+            at = await client.store.events_head()
+            if last:
+                old = await client.events.list(EventFilter(types=types, before=at + 1, limit=last))
+                _print(old[::-1], output, app_name(app))
+            if sys.stdout.isatty():
+                say("waiting for events; Ctrl-C ends")
+            await _follow(client, at, types, output, app_name(app))
+
+    asyncio.run(follow())
+
+
+async def _follow(
+    client: Client, at: int, types: tuple[str, ...], output: Format, name: str
+) -> None:
+    while True:
+        head = await client.store.events_head()
+        while at < head:
+            rows = await client.store.read_events(at, head, PAGE, types or None)
+            _print(rows, output, name)
+            at = rows[-1].pos if len(rows) == PAGE else head
+        await until_changed(client)
+
+
+def _print(rows: list[EventRow], output: Format, name: str) -> None:
+    room = terminal_width() if sys.stdout.isatty() else None
+    for row in rows:
+        if output != "table":
+            print_one(cloud_event(row, name), "jsonl")
+            continue
+        data = printable(row.data.decode(errors="replace"))
+        head = f"{short_clock(row.at_us)}  {row.type.ljust(20)}  {printable(row.key).ljust(12)}  "
+        line = f"{head}{row.source.ljust(10)}  {data}"
+        if room is not None:
+            line = fit(line, room).rstrip()
+        click.echo(click.style(line[: len(head)], bold=True) + line[len(head) :])
+    sys.stdout.flush()

@@ -1,0 +1,506 @@
+"""The command line for events, handlers and dead letters, on real SQLite files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pavane.cli import main
+from tests.integration import event_shop
+
+APP = "event_shop.py"
+STORE = ("--store", "event_shop.db")
+DEADLINE_S = 15
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("event_shop")
+    shutil.copy(event_shop.__file__, made / APP)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(folder)
+    for name in ("PAVANE_STORE", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PAVANE_APP", APP)
+    monkeypatch.setenv("COLUMNS", "100")
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    for name in ("event_shop", "changed_shop"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def worker(folder: Path) -> Iterator[None]:
+    """A worker for all services, on the app's own store."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pavane", "run", APP], cwd=folder, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert any(line == "ready\n" for line in process.stderr)
+    yield
+    process.terminate()
+    process.communicate(timeout=DEADLINE_S)
+
+
+def pavane(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def good(*arguments: str) -> str:
+    """Return what a command that must work prints."""
+    result = pavane(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def refused(code: int, *arguments: str) -> str:
+    """Return what a command that must fail with `code` says."""
+    result = pavane(*arguments)
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result.stderr
+
+
+def read(*arguments: str) -> Any:
+    return json.loads(good(*arguments, "-o", "json"))
+
+
+def until(look: Callable[[], Any], what: str = "") -> Any:
+    """Return what `look` gives as soon as that is true."""
+    ends = time.monotonic() + DEADLINE_S
+    while not (found := look()):
+        assert time.monotonic() < ends, f"waited in vain for {what or look}"
+        time.sleep(0.02)
+    return found
+
+
+def events(*filters: str) -> list[dict[str, Any]]:
+    return read("events", "list", *filters)
+
+
+def published(type: str, key: str, count: int = 1) -> list[dict[str, Any]]:
+    """Return the events of this type and key once there are so many."""
+    found = until(
+        lambda: len(found := events("-t", type, "-k", key)) >= count and found, f"{type} {key}"
+    )
+    assert len(found) == count
+    return found
+
+
+def place(order_id: str, cents: int, *options: str) -> str:
+    return good(
+        "events", "publish", "OrderPlaced", f"order_id={order_id}", f"cents={cents}", *options
+    ).strip()
+
+
+def dead(*filters: str) -> list[dict[str, Any]]:
+    return read("dead", "list", "--each", *filters)
+
+
+def given_up(key: str) -> dict[str, Any]:
+    """Return the dead letter of a key once there is one that nobody asked for yet."""
+    letters = until(lambda: [row for row in dead("-k", key) if not row["asked"]], f"dead {key}")
+    return letters[0]
+
+
+def handler(name: str) -> dict[str, Any]:
+    return next(h for h in read("handlers", "list") if f"{h['service']}.{h['name']}" == name)
+
+
+# -- events ------------------------------------------------------------------------------------
+
+
+def test_publish_prints_the_id_and_handlers_react(worker: None) -> None:
+    id = place("p-1", 990)
+    (thanked,) = published("Thanked", "p-1")
+    assert thanked["data"]["text"] == "thanks for 990"
+    assert thanked["correlationid"] == id
+
+
+def test_an_id_is_published_once(worker: None) -> None:
+    assert place("p-2", 990, "--id", "given") == "given"
+    result = pavane("events", "publish", "OrderPlaced", "order_id=p-2", "--id", "given")
+    assert (result.exit_code, result.stdout) == (0, "given\n")
+    assert "event given is in the log already; nothing was published" in result.stderr
+    published("OrderPlaced", "p-2")
+
+
+def test_publish_takes_the_fields_as_json(worker: None) -> None:
+    data = '{"order_id": "p-3", "cents": 5}'
+    good("events", "publish", "OrderPlaced", "--data", data)
+    assert published("OrderPlaced", "p-3")[0]["data"] == {"order_id": "p-3", "cents": 5}
+
+
+def test_text_that_looks_like_a_number_stays_text(worker: None) -> None:
+    place("17", 5)
+    assert published("OrderPlaced", "17")[0]["data"]["order_id"] == "17"
+
+
+def test_list_and_show_print_cloud_events(worker: None) -> None:
+    id = place("s-1", 990)
+    published("Thanked", "s-1")
+    (event,) = events("-t", "OrderPlaced", "-k", "s-1")
+    assert (event["specversion"], event["id"], event["subject"]) == ("1.0", id, "s-1")
+    assert event["dataschema"] == "pavane:event:OrderPlaced:2"
+    types = [e["type"] for e in events("--conversation", id)]
+    assert types == ["Thanked", "Charged", "OrderPlaced"]
+    assert read("events", "show", id)["envelope"] == event
+
+
+def test_show_tells_what_became_of_an_event(worker: None) -> None:
+    id = place("s-2", 990)
+    published("Thanked", "s-2")
+    drawn = good("events", "show", id)
+    assert re.search(r"✓ payments.charge +done \d\d:\d\d:\d\d, took", drawn)
+    assert re.search(r"✓ audit.start-follow +done", drawn)
+    assert re.search(r"Charged +s-2 +" + re.escape(id), drawn)
+    assert f"run {id}" in drawn
+    thanked = published("Thanked", "s-2")[0]["id"]
+    until(lambda: read("events", "show", thanked)["taken"], "the mailbox")
+    assert f"run {id} of audit" in good("events", "show", thanked)
+
+
+def test_list_filters_by_time(worker: None) -> None:
+    place("s-3", 990)
+    assert events("-k", "s-3", "--since", "1h")
+    assert events("-k", "s-3", "--since", "2999-01-01") == []
+    said = refused(2, "events", "list", "--since", "soon")
+    assert "'soon' is no moment. Write \"2h\" (ago)" in said
+
+
+def test_tail_follows_what_is_published_and_ends_with_ctrl_c(worker: None, folder: Path) -> None:
+    place("t-0", 990)
+    published("Charged", "t-0")
+    command = [sys.executable, "-m", "pavane", "events", "tail", "-t", "Charged", "-n", "1"]
+    process = subprocess.Popen(
+        [*command, "-o", "jsonl"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["subject"] == "t-0"
+    place("t-1", 990)
+    assert json.loads(process.stdout.readline())["subject"] == "t-1"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, said) == (130, "interrupted\n")
+
+
+# -- dead letters ------------------------------------------------------------------------------
+
+
+def test_dead_letters_are_grouped_by_cause_whatever_their_ids(worker: None) -> None:
+    for order in ("g-1", "g-2", "g-3"):
+        place(order, 0)
+        given_up(order)
+    group = next(g for g in read("dead", "list") if g["cause"].startswith("ValueError"))
+    assert group["cause"] == "ValueError: nothing to charge for …"
+    assert (group["handler"], group["type"]) == ("payments.charge", "OrderPlaced")
+    assert group["count"] >= 3
+    drawn = good("dead", "list")
+    assert drawn.splitlines()[0].split() == "COUNT HANDLER EVENT FIRST LAST CAUSE".split()
+
+
+def test_a_dead_letter_shows_its_event_and_its_trace(worker: None) -> None:
+    id = place("g-4", 0)
+    no = given_up("g-4")["no"]
+    drawn = good("dead", "show", str(no))
+    assert f"dead letter {no}  OrderPlaced  g-4  at payments.charge" in drawn
+    assert "after 2 attempts" in drawn
+    assert "ValueError: nothing to charge for g-4\nTraceback" in drawn
+    assert f"event      {id}" in drawn
+    assert f"dead letter {no} after 2 attempts" in good("events", "show", id)
+
+
+def test_a_retry_needs_no_code_and_succeeds_once_the_cause_is_repaired(
+    worker: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event_shop.SHUT.touch()
+    for order in ("r-1", "r-2"):
+        place(order, 5)
+        given_up(order)
+    event_shop.SHUT.unlink()
+    monkeypatch.delenv("PAVANE_APP")
+    which = ("--cause", "ConnectionError", *STORE)
+    assert "2 dead letters would be asked to retry" in good("dead", "retry", "--dry-run", *which)
+    assert len(dead("--cause", "ConnectionError", *STORE)) == 2
+    assert good("dead", "retry", "--yes", *which) == "asked to retry 2 dead letters\n"
+    until(lambda: not dead("--cause", "ConnectionError", *STORE), "the retries")
+    assert len(until(lambda: events("-t", "Thanked", "-k", "r-1", *STORE))) == 1
+
+
+def test_an_edited_dead_letter_is_checked_then_handled(worker: None) -> None:
+    id = place("e-1", 0)
+    no = str(given_up("e-1")["no"])
+    said = refused(2, "dead", "edit", no, "--set", "cents=many")
+    assert "is no OrderPlaced (version 2): Expected `int`, got `str`" in said
+    assert "Nothing was written." in said
+    said = refused(2, "dead", "edit", no, "--set", "order_id=e-2")
+    assert "The key of dead letter" in said
+    assert dead("-k", "e-1")[0]["asked"] == ""
+    assert (
+        good("dead", "edit", no, "--set", "cents=7") == f"asked to retry dead letter {no}, edited\n"
+    )
+    assert published("Charged", "e-1")[0]["data"]["cents"] == 7
+    assert published("OrderPlaced", "e-1")[0]["data"]["cents"] == 0, "the log stays as it was"
+    assert read("events", "show", id)["handled"][0]["outcome"] == "done"
+
+
+def test_an_editor_edits_a_dead_letter(worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    place("e-3", 0)
+    no = str(given_up("e-3")["no"])
+    monkeypatch.setenv("VISUAL", "true")
+    assert good("dead", "edit", no) == "nothing changed\n"
+    monkeypatch.setenv("VISUAL", """sed -i 's/"cents": 0/"cents": 8/'""")
+    good("dead", "edit", no)
+    assert published("Charged", "e-3")[0]["data"]["cents"] == 8
+
+
+def test_a_dropped_dead_letter_is_forgotten_and_its_event_marked(worker: None) -> None:
+    id = place("d-1", 0)
+    no = str(given_up("d-1")["no"])
+    good("dead", "drop", no)
+    until(lambda: not dead("-k", "d-1"), "the drop")
+    handled = {h["handler"]: h["outcome"] for h in read("events", "show", id)["handled"]}
+    assert handled["payments.charge"] == "dropped"
+    assert f"No dead letter has number {no}" in refused(3, "dead", "drop", no)
+
+
+def test_what_was_asked_for_once_is_not_asked_for_again(folder: Path) -> None:
+    """Without a worker: the request waits in the log, and the dead letter tells of it."""
+    here = ("--store", "asked.db")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pavane", "run", APP, *here], cwd=folder, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert any(line == "ready\n" for line in process.stderr)
+    place("a-1", 0, *here)
+    until(lambda: dead(*here))
+    process.terminate()
+    process.communicate(timeout=DEADLINE_S)
+    result = pavane("dead", "retry", "--all", "--yes", *here)
+    assert result.stdout == "asked to retry 1 dead letter\n"
+    assert "no worker hosts payments now" in result.stderr
+    assert [row["asked"] for row in dead(*here)] == ["retry"]
+    result = pavane("dead", "retry", "--all", "--yes", *here)
+    assert (result.stdout, result.exit_code) == ("", 0)
+    assert "nothing to retry" in result.stderr
+
+
+def test_bulk_needs_a_choice_and_a_yes(worker: None) -> None:
+    place("b-1", 0)
+    given_up("b-1")
+    assert "Which ones? Give numbers (pavane dead drop 7 8)" in refused(2, "dead", "drop")
+    assert "give --yes" in refused(2, "dead", "drop", "-k", "b-1")
+    assert dead("-k", "b-1")
+
+
+# -- handlers ----------------------------------------------------------------------------------
+
+
+def test_a_replay_publishes_anew_and_once_per_name(worker: None) -> None:
+    place("y-1", 990)
+    published("Thanked", "y-1")
+    which = ("events", "replay", "--into", "mail.thank", "-k", "y-1")
+    assert good(*which, "--dry-run") == "1 event would be replayed into mail.thank\n"
+    assert good(*which, "--yes", "--name", "again") == "asked mail.thank to handle 1 event again\n"
+    published("Thanked", "y-1", 2)
+    good(*which, "--yes", "--name", "again")
+    good(*which, "--yes", "--name", "more")
+    published("Thanked", "y-1", 3)
+
+
+def test_a_replay_into_what_does_not_handle_the_type_is_refused(worker: None) -> None:
+    said = refused(2, "events", "replay", "--into", "mail.thank", "-t", "OrderPlaced")
+    assert "Handler mail.thank does not handle 'OrderPlaced'; it handles Charged." in said
+    said = refused(3, "events", "replay", "--into", "mail.thnk")
+    assert "No handler is called 'mail.thnk'. Did you mean 'mail.thank'?" in said
+
+
+def test_a_paused_handler_waits_until_it_is_resumed(worker: None) -> None:
+    result = pavane("handlers", "pause", "mail.thank", "nobody", "--reason", "provider is down")
+    assert result.exit_code == 3
+    assert "paused mail.thank" in result.stderr
+    paused = handler("mail.thank")
+    assert (paused["state"], paused["reason"]) == ("paused", "provider is down")
+    assert "paused: mail.thank (provider is down)" in good("doctor")
+    time.sleep(0.7)  # a worker obeys twice a second
+    id = place("w-1", 990)
+    (charged,) = published("Charged", "w-1")
+    until(lambda: handler("mail.thank")["backlog"] == 1, "the backlog")
+    waiting = read("events", "show", charged["id"])["handled"]
+    assert {"handler": "mail.thank", "outcome": "waiting"}.items() <= waiting[-1].items()
+    assert "resumed mail.thank" in pavane("handlers", "resume", "mail.thank").stderr
+    assert published("Thanked", "w-1")[0]["correlationid"] == id
+    until(lambda: handler("mail.thank")["state"] == "working", "the state")
+
+
+def test_a_shadow_is_shown_with_its_difference(worker: None) -> None:
+    place("x-1", 990)
+    place("x-2", 13)
+    place("x-3", 4)
+    for order in ("x-1", "x-2", "x-3"):
+        published("Thanked", order)
+    until(lambda: read("handlers", "show", "thank_warmly")["shadow"]["failed"], "the shadow")
+    assert not events("-t", "Thanked", "-k", "x-1")[1:], "a shadow publishes nothing"
+    found = read("handlers", "show", "mail.thank_warmly", "--differences", "100")["shadow"]
+    keys = {d["key"]: d for d in found["differences"]}
+    assert "x-3" not in keys
+    assert keys["x-2"]["error"] == "ValueError: unlucky"
+    assert found["same"] >= 1
+    drawn = good("handlers", "show", "thank_warmly", "--differences", "100")
+    assert '  -    text: "thanks for 990"\n  +    text: "many thanks for 990"\n' in drawn
+    assert "mail.thank_warmly failed: ValueError: unlucky" in drawn
+
+
+def test_a_share_is_shown_beside_the_handler_it_takes_from(worker: None) -> None:
+    place("x-4", 990)
+    published("Thanked", "x-4")
+    found = read("handlers", "show", "thank_briefly")["share"]
+    (share,) = found["shares"]
+    assert (found["current"]["handler"], share["handler"]) == ("mail.thank", "mail.thank_briefly")
+    assert found["current"]["handled"] + share["handled"] >= 1
+    assert handler("mail.thank_briefly")["state"] == "share"
+
+
+def test_services_shows_handlers(worker: None) -> None:
+    drawn = good("services")
+    assert re.search(r"handler +charge +on OrderPlaced · publishes Charged", drawn)
+    assert "shadow of mail.thank" in drawn
+    assert "takes 50.0% of mail.thank" in drawn
+    assert re.search(r"handler +start-follow +on OrderPlaced · starts follow", drawn)
+
+
+# -- doctor ------------------------------------------------------------------------------------
+
+CHANGED = '''
+"""The shop after a change that old events do not fit."""
+from pavane import App, Event, Service
+
+class OrderPlaced(Event, key="order_id", version=2):
+    order_id: str
+    cents: int
+    currency: str
+
+class OrderLost(Event, key="order_id"):
+    order_id: str
+
+payments = Service("payments")
+
+@payments.on(OrderPlaced)
+async def bill(event: OrderPlaced) -> None: ...
+
+@payments.on(OrderLost)
+async def search(event: OrderLost) -> None: ...
+
+app = App("changed_shop", services=[payments])
+'''
+
+
+def findings(*options: str) -> dict[str, list[dict[str, Any]]]:
+    result = pavane("doctor", "-o", "json", *options)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for finding in json.loads(result.stdout):
+        found.setdefault(finding["check"], []).append(finding)
+    return found
+
+
+def test_doctor_finds_names_and_schemas_that_do_not_meet(folder: Path) -> None:
+    (folder / "changed_shop.py").write_text(CHANGED)
+    here = ("--store", "changed.db")
+    place("c-1", 5, *here)
+    found = findings("--app", "changed_shop.py", *here)
+    (schema,) = found["schemas"]
+    assert schema["level"] == "fail"
+    assert "1 of the newest 1 events OrderPlaced of version 2 do not fit" in schema["text"]
+    assert "missing required field `currency`" in schema["text"]
+    assert "raise version= to 3 and declare @OrderPlaced.upcast(2)" in schema["remedy"]
+    (name,) = found["names"]
+    assert name["level"] == "warn"
+    assert "nobody declares to publish OrderLost, for which payments.search waits" in name["text"]
+    (gone,) = [f for f in found["handlers"] if "not in the code" in f["text"]]
+    assert "payments.charge" in gone["text"]
+
+
+def test_doctor_tells_of_dead_letters(worker: None) -> None:
+    place("c-2", 0)
+    given_up("c-2")
+    (found,) = findings()["dead letters"]
+    assert found["level"] == "warn"
+    assert "payments.charge: " in found["text"]
+    assert [f["level"] for f in findings()["schemas"]] == ["ok"]
+
+
+# -- errors, help and completion ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "text"),
+    [
+        (3, ["events", "show", "nope"], "No event has the id 'nope' in "),
+        (3, ["events", "publish", "OrderPlacd"], "No event type is called 'OrderPlacd'."),
+        (3, ["events", "publish", "OrderPlaced", "order=1"], "Did you mean 'order_id'?"),
+        (2, ["events", "publish", "OrderPlaced", "x"], "'x' must be FIELD=VALUE."),
+        (
+            2,
+            ["events", "publish", "OrderPlaced", "order_id=1", "cents=x"],
+            "This is no OrderPlaced",
+        ),
+        (3, ["dead", "show", "4711"], "No dead letter has number 4711"),
+        (3, ["handlers", "show", "mail.thnk"], "Did you mean 'mail.thank'?"),
+        (2, ["events", "replay", "--into", "thank_briefly"], "name that one"),
+        (2, ["dead", "edit", "1", "--set", "a=1", "--data", "{}"], "not both"),
+    ],
+)
+def test_an_error_says_what_to_do(worker: None, code: int, arguments: list[str], text: str) -> None:
+    said = refused(code, *arguments)
+    assert text in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["events publish", "events list", "events show", "events tail", "events replay",
+     "handlers list", "handlers show", "handlers pause", "handlers resume", "dead list",
+     "dead show", "dead retry", "dead edit", "dead drop"],
+)  # fmt: skip
+def test_every_command_has_help_with_examples(command: str) -> None:
+    said = good(*command.split(), "--help")
+    assert "Examples:" in said
+    assert f"pavane {command} " in said
+
+
+def test_names_complete(worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    id = place("n-1", 990)
+    published("Thanked", "n-1")
+
+    def completed(*words: str) -> list[str]:
+        line = ["pavane", *words]
+        environment = {
+            "_PAVANE_COMPLETE": "zsh_complete",
+            "COMP_WORDS": " ".join(line),
+            "COMP_CWORD": str(len(line) - 1),
+        }
+        shown = CliRunner().invoke(main, [], env=environment, prog_name="pavane").stdout
+        return shown.splitlines()[1::3]
+
+    assert completed("handlers", "pause", "mail.th") == [
+        "mail.thank", "mail.thank_warmly", "mail.thank_briefly",
+    ]  # fmt: skip
+    assert id in completed("events", "show", id[:12])
+    assert "OrderPlaced" in completed("events", "publish", "Ord")
