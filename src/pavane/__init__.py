@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "pavane.app": ("App", "Client", "Run", "RunHistory", "RunStatus"),
+    "pavane.contract": ("Contract", "ConversationOverdue"),
     "pavane.core.saga": ("saga",),
     "pavane.engine.config": ("EngineConfig",),
     "pavane.event": ("Event", "event"),
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from pavane.app import Run as Run
     from pavane.app import RunHistory as RunHistory
     from pavane.app import RunStatus as RunStatus
+    from pavane.contract import Contract as Contract
+    from pavane.contract import ConversationOverdue as ConversationOverdue
     from pavane.core.saga import saga as saga
     from pavane.engine.config import EngineConfig as EngineConfig
     from pavane.errors import BadArguments as BadArguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
@@ -14,12 +14,14 @@ import msgspec
 from msgspec import Raw
 
 from pavane.config import MEMORY, make_store, store_address
+from pavane.contract import Contract, make_contract
 from pavane.core.baton import ENDED, Header, Stop, decode_baton
 from pavane.core.codec import decode_error, decoder, encode
 from pavane.core.envelope import Request, Signal, Start, pack, unpack
 from pavane.core.journal import Entry, decode_chunk, effective, encode_entry
 from pavane.core.operations import Mode
 from pavane.engine.config import EngineConfig
+from pavane.engine.duties import Duty
 from pavane.engine.handlers import handler_spec
 from pavane.engine.held import blank_row, decode_header, decode_trail, encode_plain
 from pavane.engine.holder import start_claim
@@ -40,6 +42,7 @@ from pavane.errors import (
     UnknownRun,
 )
 from pavane.event import class_of, is_event
+from pavane.observe.conversations import Conversations
 from pavane.policy import Duration, seconds
 from pavane.service import Service, checked_name
 from pavane.steering.dead import DeadLetters
@@ -47,6 +50,7 @@ from pavane.steering.desk import Desk
 from pavane.steering.events import Events
 from pavane.steering.handlers import HandlerDesk
 from pavane.steering.variants import Variants
+from pavane.stores.eventlog import Reaction
 from pavane.stores.port import (
     Commit,
     Conflict,
@@ -85,6 +89,9 @@ class RunStatus(msgspec.Struct, frozen=True):
     compensated: int
     """How many compensations were carried out."""
     attributes: dict[str, str | int | float | bool]
+    conversation: str = ""
+    cause: str = ""
+    """What started it: an event, or the run that it is a child or the continuation of."""
 
 
 class RunHistory(msgspec.Struct, frozen=True):
@@ -164,12 +171,16 @@ class Client:
     """
 
     def __init__(
-        self, registry: Registry, store: Store, services: Sequence[str], config: EngineConfig
-    ) -> None:
+        self, registry: Registry, store: Store, services: Sequence[str], config: EngineConfig,
+        duties: Sequence[Duty] = (),
+    ) -> None:  # fmt: skip
         self.registry = registry
         self.store = store
         self._config = config
-        self.node = Node(store, registry, services, config, self._ended) if services else None
+        self._duties = duties
+        self.node = (
+            Node(store, registry, services, config, self._ended, duties) if services else None
+        )
         self._waiting: dict[str, list[asyncio.Future[RunRow]]] = {}
         self._homes: dict[str, tuple[str, int]] = {}
         """Home and partition of each run whose end is waited for."""
@@ -179,6 +190,7 @@ class Client:
         self.handlers = HandlerDesk(desk)
         self.dead = DeadLetters(desk)
         self.variants = Variants(desk)
+        self.conversations = Conversations(store, registry.contracts)
 
     async def open(self) -> None:
         await self.store.open()
@@ -187,6 +199,8 @@ class Client:
             await self.store.register_handlers(
                 [handler_spec(h) for h in self.registry.handlers() if h.options.share is None]
             )
+            for duty in self._duties:
+                await duty.prepare(self.store)
             if self.node is not None:
                 await self.node.start()
         except BaseException:
@@ -411,7 +425,7 @@ class Client:
         header = decode_header(row.header)
         header.seed = header.seed or header.run
         header.run = new_run_id() if id is None else checked_run_id(id)
-        header.parent, header.era, header.forced = None, 0, ""
+        header.parent, header.era, header.forced, header.cause = None, 0, "", run
         now = self.store.now_us()
         entries = [*delivered[:cut], Entry("fork", now)]
         number = await self.store.take_run_numbers(1)
@@ -423,6 +437,8 @@ class Client:
         commit, future = self._commit()
         commit.runs = [forked]
         commit.inbox = [start_claim(header)]
+        commit.reaction = Reaction()
+        commit.reaction.members = [(header.conversation, header.run)]
         chunk = b"[" + b",".join(encode_entry(entry) for entry in entries) + b"]"
         commit.journal = [JournalRow(number, 0, chunk)]
         start = Start(header, entries[0].value)
@@ -600,6 +616,34 @@ class App:
         self._store = make_store(MEMORY) if store == MEMORY else store
         self._client: Client | None = None
 
+    def conversation(
+        self,
+        start: Any,
+        ends: Sequence[type[Any]],
+        within: Duration,
+        *,
+        milestones: Mapping[Any, Duration | None] | Sequence[type[Any]] | None = None,
+        name: str | None = None,
+    ) -> Contract:
+        """Declare what is to follow from `start`, an event class or a workflow, and by when.
+
+        ```python
+        app.conversation(
+            start=OrderPlaced, ends=[OrderShipped, OrderCancelled], within="2h",
+            milestones={PaymentTaken: "10m", Packed: None},
+        )
+        ```
+
+        Everything caused by one such event, across services, handlers and runs, is to contain one
+        of the events `ends` within that time. Workers of this app watch it, one at a time, and
+        nothing waits for them: `pavane conversations` shows what is on time, late, overdue, stuck
+        or ended twice. When one is overdue, `ConversationOverdue` is published, once, in that
+        conversation. `milestones` are to be seen on the way, perhaps within times of their own.
+        """
+        contract = make_contract(start, ends, within, milestones, name)
+        self.registry.add_contract(contract)
+        return contract
+
     @property
     def address(self) -> str:
         """Where the app keeps its state."""
@@ -612,7 +656,14 @@ class App:
             chosen = make_store(store or self.address)
         else:
             chosen = chosen.connect()
-        return Client(self.registry, chosen, services, self.config)
+        return Client(self.registry, chosen, services, self.config, self._monitors())
+
+    def _monitors(self) -> list[Duty]:
+        if not self.registry.contracts:
+            return []
+        from pavane.observe.monitor import Monitor
+
+        return [Monitor(contract) for contract in self.registry.contracts.values()]
 
     @asynccontextmanager
     async def connect(self, *, store: str | None = None) -> AsyncGenerator[Client, None]:
@@ -724,10 +775,11 @@ def status_of(home: RunRow, at: RunRow | None = None) -> RunStatus:
     at = at or home
     status = "running" if at.status == "passed" else at.status
     attributes = msgspec.json.decode(at.attributes)
+    header = decode_header(home.header)
     return RunStatus(
         home.id, home.workflow, home.version, home.mode, status, at.reason, home.home, home.holder
         if home.status == "passed" else at.holder, max(home.hop, at.hop), home.started_us,
-        home.ended_us, home.undone or at.undone, attributes,
+        home.ended_us, home.undone or at.undone, attributes, header.conversation, header.cause,
     )  # fmt: skip
 
 

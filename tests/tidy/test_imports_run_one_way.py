@@ -11,19 +11,20 @@ from tests.tidy.source_tree import PACKAGE, SOURCE, Import, imports
 
 VOCABULARY = {"event", "policy", "errors"}
 CORE = VOCABULARY | {"core"}
-AUTHORING = CORE | {"service", "workflow", "handler"}
+AUTHORING = CORE | {"service", "workflow", "handler", "contract"}
 PORTS = CORE | {"stores", "brokers"}
 CONFIG = PORTS | {"config"}
 ENGINE = CONFIG | AUTHORING | {"engine"}
 STEERING = ENGINE | {"steering"}
-APP = STEERING | {"app"}
-ON_TOP = APP | {"insight", "observe", "dashboard", "cli", "testing", "contrib", "__main__"}
+WATCHING = ENGINE | {"observe"}
+APP = STEERING | WATCHING | {"app"}
+ON_TOP = APP | {"insight", "dashboard", "cli", "testing", "contrib", "__main__"}
 
 MAY_IMPORT = (
     dict.fromkeys(ON_TOP, ON_TOP)
-    | {"app": APP, "steering": STEERING, "engine": ENGINE, "config": CONFIG}
+    | {"app": APP, "steering": STEERING, "observe": WATCHING, "engine": ENGINE, "config": CONFIG}
     | {"stores": PORTS, "brokers": PORTS, "service": AUTHORING, "workflow": AUTHORING}
-    | {"handler": AUTHORING}
+    | {"handler": AUTHORING, "contract": AUTHORING}
     | {"core": CORE}
     | dict.fromkeys(VOCABULARY, VOCABULARY)
 )

@@ -24,6 +24,7 @@ from pavane.cli.output import Format, is_unicode, output_option, print_json, ter
 from pavane.cli.runs.record import read_list
 from pavane.cli.text import counted, duration, printable, size, wrapped
 from pavane.core.codec import error_summary
+from pavane.engine.duties import without_duties
 from pavane.engine.lease import is_gone, this_host
 from pavane.errors import PavaneError
 from pavane.stores.port import LAST_US, NodeRow, ParkedRow, RunFilter
@@ -214,12 +215,12 @@ def _nodes(live: list[NodeRow], gone: int) -> Finding:
         return Finding(
             "nodes", "warn", f"no node is at work{left}", "Start a worker: pavane run shop.py."
         )
-    listed = ", ".join(f"{node.name} ({', '.join(node.services)})" for node in live)
+    listed = ", ".join(f"{node.name} ({', '.join(without_duties(node.services))})" for node in live)
     return Finding("nodes", "ok", f"{counted(len(live), 'live node')}: {listed}{left}")
 
 
 async def _partitions(client: Client, live: list[NodeRow]) -> list[Finding]:
-    hosted = {service for node in live for service in node.services}
+    hosted = {service for node in live for service in without_duties(node.services)}
     names = sorted(hosted | set(client.registry.services))
     if not names or not live:
         return []
@@ -267,7 +268,8 @@ async def _stuck(client: Client) -> Finding:
 
 
 async def _parked(client: Client, at_work: bool) -> Finding:
-    services = {name for node in await client.store.nodes() for name in node.services}
+    nodes = await client.store.nodes()
+    services = {name for node in nodes for name in without_duties(node.services)}
     services |= set(client.registry.services)
     rows = await client.store.partition_rows(sorted(services))
     targets = [row.target for row in rows]

@@ -44,7 +44,7 @@ class Header(msgspec.Struct):
     forced: str = ""
     """Why the run stays orchestrated whatever its mode says; empty if it does not."""
     cause: str = ""
-    """The event that started it, if one did."""
+    """What started it: an event, or the run that it is a child or the continuation of."""
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True):

@@ -31,14 +31,15 @@ class Held:
     first commit takes it. `local` are operations whose step runs here. `consuming` are log
     messages to be acknowledged with the next commit. `chain` ties its commits together. `dirty`:
     the row changed since it was written. `mail` waits in the mailbox, `taken` are ids of what was
-    delivered from there. `marks` and published `events` go with the next commit. `suspect`: it was
+    delivered from there. `marks`, published `events` and new `members` of its conversation go
+    with the next commit. `suspect`: it was
     touched after a crash, and is cleared by so many more deliveries.
     """
 
     __slots__ = (
         "arrival", "attributes", "chain", "commits", "consuming", "count", "dead", "dirty",
         "entries", "events", "execution", "exists", "header", "home_row", "local", "mail",
-        "marks", "row",
+        "marks", "members", "row",
         "size_bytes", "suspect", "taken", "trail", "undone", "unwritten",
     )  # fmt: skip
 
@@ -60,6 +61,7 @@ class Held:
         self.taken: set[str] = set()
         self.marks: list[InboxRow] = []
         self.events: list[EventRow] = []
+        self.members: list[tuple[str, str]] = []
         self.commits = 0
         self.dead = False
         self.chain = next(_chains)

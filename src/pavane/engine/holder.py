@@ -59,7 +59,7 @@ from pavane.engine.held import (
     decode_trail,
     encode_plain,
 )
-from pavane.engine.publishing import event_row
+from pavane.engine.publishing import event_row, start_row
 from pavane.errors import (
     CorruptJournal,
     LeaseLost,
@@ -68,7 +68,7 @@ from pavane.errors import (
     StoreError,
     UnknownName,
 )
-from pavane.stores.eventlog import EventRow
+from pavane.stores.eventlog import EventRow, Reaction
 from pavane.stores.port import (
     Commit,
     Conflict,
@@ -140,6 +140,8 @@ class Holder:
         execution, unknown = self._new_execution(header)
         held = Held(row, header, execution, exists=False)
         held.trail.append(Stop(service, header.started_us, 0))
+        if header.workflow in self._registry.announced:
+            held.events.append(start_row(self._store, header))
         row.deaths, held.suspect = deaths, CLEARED_BY if deaths else 0
         if deaths >= self._config.deaths_max:
             self._stick_unbegun(held, entry, message, _quarantined(header.run, deaths))
@@ -1097,7 +1099,7 @@ class Holder:
             run=child, workflow=workflow.name, version=workflow.version,
             home=workflow.service.name, mode=op.mode or held.header.mode, started_us=now,
             conversation=held.header.conversation, parent=parent,
-            timeout_us=round((workflow.timeout_s or 0) * 1e6),
+            timeout_us=round((workflow.timeout_s or 0) * 1e6), cause=held.row.id,
         )  # fmt: skip
         return self._message(
             "start", child, op.service, child, pack(Start(header, Raw(op.args))), now
@@ -1322,6 +1324,9 @@ class Holder:
             commit.messages = messages
         if held.events:
             commit.events, held.events = held.events, []
+        if held.members:
+            commit.reaction = Reaction()
+            commit.reaction.members, held.members = held.members, []
         if unparked or taken or parked:
             commit.unparked, commit.mail_taken, commit.parked = unparked, taken, parked
         self._session.submit(commit)
@@ -1480,8 +1485,9 @@ class Holder:
         following = Header(
             run=successor, workflow=header.workflow, version=definition.version,
             home=header.home, mode=header.mode, started_us=now, conversation=header.conversation,
-            timeout_us=header.timeout_us, parent=header.parent,
+            timeout_us=header.timeout_us, parent=header.parent, cause=header.run,
         )  # fmt: skip
+        held.members.append((header.conversation, successor))
         held.row.result = encode_plain(successor)
         body = pack(Start(following, outcome.value))
         return self._message("start", successor, header.home, successor, body, now)
@@ -1550,6 +1556,7 @@ class Holder:
         commit.runs = [copy(row)]
         commit.mail = mail
         commit.unparked = unparked
+        commit.events, held.events = held.events, []
         if held.arrival is not None:
             commit.inbox = [held.arrival]
         if row.service != row.home:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pavane.engine.committer import Committer
 from pavane.engine.config import EngineConfig
+from pavane.engine.duties import Duties, Duty
 from pavane.engine.handlers import Handlers
 from pavane.engine.held import Held
 from pavane.engine.holder import SUSPECT_DEATHS, Holder
@@ -64,6 +65,7 @@ class Session:
         config: EngineConfig,
         fence: Fence,
         ended: Callable[[RunRow], None],
+        duties: Sequence[Duty] = (),
     ) -> None:
         self.store = store
         self.registry = registry
@@ -74,6 +76,8 @@ class Session:
         self.draining: set[int] = set()
         self.failure: asyncio.Future[PavaneError] = asyncio.get_running_loop().create_future()
         self.services = frozenset(services)
+        self._shared = sorted({*services, *(duty.name for duty in duties)})
+        """What nodes share the partitions of."""
         self._floors: dict[int, int] = {}
         self._flight: dict[int, dict[int, None]] = {}
         self._written_positions: dict[int, int] = {}
@@ -91,6 +95,7 @@ class Session:
         self.holder = Holder(self)
         self.steps = Steps(self)
         self.handlers = Handlers(self)
+        self._duties = Duties(self, duties)
         self.run_timers = DueQueue(self.now_us, self._due_runs, 0, self.holder.wake)
         self.parked_timers = DueQueue(self.now_us, self._due_parked, "", self.steps.due)
         self.lease = LeaseKeeper(store, fence, self._lease_lost)
@@ -121,12 +126,13 @@ class Session:
         return number
 
     async def durable(
-        self, *, inbox: Sequence[InboxRow] = (), reaction: Reaction | None = None
-    ) -> None:
+        self, *, inbox: Sequence[InboxRow] = (), reaction: Reaction | None = None,
+        events: Sequence[EventRow] = (),
+    ) -> None:  # fmt: skip
         """Return when this is written; raise if it cannot be."""
         future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()
         commit = Commit(lambda error: None if future.done() else future.set_result(error))
-        commit.inbox, commit.reaction = inbox, reaction
+        commit.inbox, commit.reaction, commit.events = inbox, reaction, events
         self.submit(commit)
         error = await future
         if error is not None:
@@ -276,9 +282,9 @@ class Session:
         want: list[int] = []
         hosts = {
             service: sorted(n.no for n in nodes if service in n.services)
-            for service in self.services
+            for service in self._shared
         }
-        for row in await self.store.partition_rows(sorted(self.services)):
+        for row in await self.store.partition_rows(self._shared):
             candidates = hosts[row.service]
             mine = candidates and candidates[row.partition % len(candidates)] == self.fence.node
             if row.owner == self.fence.node and not mine:
@@ -300,6 +306,7 @@ class Session:
         while self.steps.busy(leaving) and loop.time() < ends:
             await asyncio.sleep(0.005)
         self.steps.abandon(leaving)
+        await self._duties.give(leaving)
         for service in {row.service for row in rows}:
             slots = {row.partition for row in rows if row.service == service}
             await self.handlers.give(service, slots, max(0.0, ends - loop.time()))
@@ -349,6 +356,7 @@ class Session:
                 service, [row.partition for row in own],
                 {row.partition for row in own if not row.clean},
             )  # fmt: skip
+        self._duties.own(targets)
         for row in suspects:
             self.suspect(partial(self._try, row))
         self.spawn(self.run_timers.catch_up(targets))
@@ -536,6 +544,7 @@ class Session:
         self.draining.update(self._floors)
         await self.steps.drain(self.config.grace_s)
         await self.handlers.drain(self.config.grace_s)
+        await self._duties.close()
         await self.holder.settle()
         await self.committer.flush()
         positions = [(target, self._position(target)) for target in self._floors]
@@ -557,6 +566,7 @@ class Session:
             await asyncio.wait(list(self._tasks), timeout=5)
         await self.steps.close()
         await self.handlers.close()
+        await self._duties.close()
         self.holder.close()
         await self.committer.flush()
 
@@ -571,6 +581,7 @@ class Node:
         services: Sequence[str],
         config: EngineConfig,
         ended: Callable[[RunRow], None],
+        duties: Sequence[Duty] = (),
     ) -> None:
         for service in services:
             registry.service(service)
@@ -579,6 +590,7 @@ class Node:
         self.services = list(services)
         self._config = config
         self._ended = ended
+        self._duties = duties
         self.session: Session | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
@@ -587,17 +599,20 @@ class Node:
         """Join the store's other nodes and begin to work; raise if the store cannot be used."""
         _calm_garbage_collector()
         await self._store.register(sorted(self._registry.services))
+        await self._store.register([duty.name for duty in self._duties])
         await self._join()
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
 
     async def _join(self) -> None:
         lease_us = round(self._config.lease_s * 1e6)
         name = f"{'+'.join(self.services)}-{os.getpid()}"
-        row = await self._store.join(name, this_host(), os.getpid(), self.services, lease_us)
+        offered = [*self.services, *(duty.name for duty in self._duties)]
+        row = await self._store.join(name, this_host(), os.getpid(), offered, lease_us)
         fence = Fence(row.no, row.nonce, lease_us)
         session = Session(
-            self._store, self._registry, self.services, self._config, fence, self._ended
-        )
+            self._store, self._registry, self.services, self._config, fence, self._ended,
+            self._duties,
+        )  # fmt: skip
         try:
             await session.start()
         except BaseException:

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from pavane.contract import start_type
+from pavane.core.baton import Header
 from pavane.core.codec import decoder, encode
 from pavane.errors import BadEvent, NotDecodable, TooLarge
 from pavane.event import class_of, key_of
@@ -27,6 +29,15 @@ def event_row(
     return EventRow(
         id, kind.event_type, kind.event_version, key, source, at_us, conversation, cause, trace,
         encode(event) if data is None else data, store.slot_of(key, id),
+    )  # fmt: skip
+
+
+def start_row(store: EventStore, header: Header) -> EventRow:
+    """Return the row that tells that a run began, for whoever reads the log of events."""
+    run = header.run
+    return EventRow(
+        f"{run}#start", start_type(header.workflow), 1, run, header.home, header.started_us,
+        header.conversation, header.cause, "", b"{}", store.slot_of(run, run),
     )  # fmt: skip
 
 

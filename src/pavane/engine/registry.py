@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from pavane.contract import Contract
 from pavane.engine.mailbox import mailbox_of
 from pavane.errors import BadDeclaration, UnknownName
 from pavane.handler import Handler
@@ -20,6 +21,9 @@ class Registry:
         self.services: dict[str, Service] = {}
         self.workflows: dict[tuple[str, int], Workflow[..., Any]] = {}
         self.events: dict[str, type[Any]] = {}
+        self.contracts: dict[str, Contract] = {}
+        self.announced: set[str] = set()
+        """Workflows whose runs tell in the log of events that they began."""
         self._handlers: dict[str, list[Handler]] = {}
         for service in services:
             if service.name in self.services:
@@ -59,6 +63,24 @@ class Registry:
                 f"Two event classes are called {event.event_type!r}: {known.__module__} and "
                 f"{event.__module__}. Rename one, or give it type_name=."
             )
+
+    def add_contract(self, contract: Contract) -> None:
+        if contract.name in self.contracts:
+            raise BadDeclaration(
+                f"Two conversations are called {contract.name!r}. Give one another name: "
+                f'app.conversation(…, name="…").'
+            )
+        known = {name for name, _ in self.workflows}
+        if contract.workflow and contract.workflow not in known:
+            raise BadDeclaration(
+                f"Conversation {contract.name!r} begins with a workflow that no service of this "
+                f"app has. {_unknown('workflow', contract.workflow, known)}"
+            )
+        for event in contract.classes:
+            self._add_event(event)
+        self.contracts[contract.name] = contract
+        if contract.workflow:
+            self.announced.add(contract.workflow)
 
     def service(self, name: str) -> Service:
         found = self.services.get(name)

@@ -218,11 +218,14 @@ class ConversationRow(msgspec.Struct):
 
 
 class ConversationFilter(msgspec.Struct, frozen=True):
-    """Which conversations, newest start first; `state` is judged at `now_us`."""
+    """Which conversations, newest start first; `state` is judged at `now_us`.
+
+    "unraised" are the overdue ones whose event was not published yet.
+    """
 
     contract: str | None = None
     id: str | None = None
-    state: Literal["any", "open", "overdue", "ended", "twice"] = "any"
+    state: Literal["any", "open", "overdue", "unraised", "ended", "twice"] = "any"
     now_us: int = 0
     limit: int = 100
 

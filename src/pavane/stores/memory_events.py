@@ -443,6 +443,8 @@ def _is_meant(row: ConversationRow, which: ConversationFilter) -> bool:
             return row.ended_us is None
         case "overdue":
             return row.ended_us is None and row.due_us <= which.now_us
+        case "unraised":
+            return row.ended_us is None and row.due_us <= which.now_us and not row.raised
         case "ended":
             return row.ended_us is not None
         case "twice":

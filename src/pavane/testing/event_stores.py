@@ -980,6 +980,8 @@ async def conversations_are_found_by_state(connections: Connections) -> None:
     assert await found(state="overdue", now_us=50) == "ea"
     assert await found(state="overdue", now_us=49) == ""
     assert await found(state="overdue", now_us=50, contract="orders", limit=1) == "a"
+    assert await found(state="unraised", now_us=50) == "a"
+    assert await found(state="unraised", now_us=49) == ""
     assert await found(state="ended") == "dc"
     assert await found(state="ended", id="c") == "c"
     assert await found(state="twice") == "d"

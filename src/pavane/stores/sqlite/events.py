@@ -426,6 +426,10 @@ class EventTables:
             where.append("ended_us IS NULL AND due_us <= ?")
             values.append(which.now_us)
             index = "conversations_due"
+        elif which.state == "unraised":
+            where.append("ended_us IS NULL AND raised = 0 AND due_us <= ?")
+            values.append(which.now_us)
+            index = "conversations_unraised"
         elif which.state == "ended":
             where.append("ended_us IS NOT NULL")
         elif which.state == "twice":

@@ -155,6 +155,8 @@ CREATE TABLE conversations (
     PRIMARY KEY (id, contract)
 ) WITHOUT ROWID;
 CREATE INDEX conversations_due ON conversations (due_us) WHERE ended_us IS NULL;
+CREATE INDEX conversations_unraised ON conversations (due_us)
+    WHERE ended_us IS NULL AND raised = 0;
 CREATE INDEX conversations_started ON conversations (started_us);
 CREATE INDEX conversations_ended ON conversations (ended_us) WHERE ended_us IS NOT NULL;
 CREATE INDEX conversations_twice ON conversations (started_us) WHERE ends > 1;

@@ -1,0 +1,1 @@
+"""Watching processes: nothing here changes what they do."""
