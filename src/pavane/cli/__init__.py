@@ -86,6 +86,10 @@ def _set_up_streams(ctx: click.Context) -> None:
         "events": ("pavane.cli.events:events", "Publish, list, show, follow and replay events."),
         "handlers": ("pavane.cli.handlers:handlers", "List, compare, pause and resume handlers."),
         "dead": ("pavane.cli.dead:dead", "List, retry, edit and drop dead letters."),
+        "conversations": (
+            "pavane.cli.conversations:conversations",
+            "See what an event or start led to, and whether in time.",
+        ),
         "services": ("pavane.cli.services:services", "Show services, and which nodes host them."),
         "doctor": ("pavane.cli.doctor:doctor", "Check this machine, the store and its runs."),
         "completion": ("pavane.cli.completion:completion", "Print a shell's completion script."),

@@ -127,3 +127,21 @@ def complete_dead(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         ]
 
     return _looked_up(ctx, look, "numbers")
+
+
+@_quietly
+def complete_contract(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    names = sorted(_app(ctx).registry.contracts)
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+@_quietly
+def complete_conversation(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    async def look(client: Client) -> list[CompletionItem]:
+        return [
+            CompletionItem(row.id, help=f"{row.contract} {row.key}, {row.state}")
+            for row in await client.conversations.list(limit=IDS_MAX)
+            if row.id.startswith(incomplete)
+        ]
+
+    return _looked_up(ctx, look)

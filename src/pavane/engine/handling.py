@@ -88,8 +88,9 @@ class Handling:
         self._check_open()
         row = self._item.row
         published = event_row(
-            self._session.store, event, id=self._derived_id(), source=source, at_us=self.now_us,
-            conversation=row.conversation, cause=row.id, trace=row.trace,
+            self._session.store, event, id=self._derived_id(), source=source,
+            at_us=self._session.now_us(), conversation=row.conversation, cause=row.id,
+            trace=row.trace,
         )  # fmt: skip
         self.events.append(checked_size(published, self._session.config.payload_max_bytes))
         return published.id

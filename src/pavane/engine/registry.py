@@ -82,6 +82,12 @@ class Registry:
         if contract.workflow:
             self.announced.add(contract.workflow)
 
+    def contract(self, name: str) -> Contract:
+        found = self.contracts.get(name)
+        if found is None:
+            raise UnknownName(_unknown("conversation contract", name, self.contracts))
+        return found
+
     def service(self, name: str) -> Service:
         found = self.services.get(name)
         if found is None:

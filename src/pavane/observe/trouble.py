@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
 from pavane.core.baton import ENDED
 from pavane.core.codec import error_summary
-from pavane.observe.traffic import Traffic
+from pavane.observe.traffic import Traffic, homes
 from pavane.stores.eventlog import DeadFilter, EventRow, HandlerRow
 from pavane.stores.port import LAST_US, RunRow, Store
 
@@ -44,11 +45,18 @@ class Grave(msgspec.Struct, frozen=True):
 
 
 class Blocked(msgspec.Struct, frozen=True):
-    """A run of the conversation that is stuck."""
+    """A run of the conversation that is stuck, or that did not complete."""
 
     run: str
     workflow: str
+    status: str
     reason: str
+
+    @property
+    def sentence(self) -> str:
+        said = {"stuck": "is stuck", "failed": "failed"}.get(self.status, f"was {self.status}")
+        first = next(iter(self.reason.splitlines()), "")
+        return f"run {self.run} {said}" + (f": {first}" if first else "")
 
 
 class Trouble(msgspec.Struct, frozen=True):
@@ -65,6 +73,7 @@ class Trouble(msgspec.Struct, frozen=True):
     expected: list[Consumer] = []
     dead: list[Grave] = []
     blocked: list[Blocked] = []
+    failed: list[Blocked] = []
 
     @property
     def sentence(self) -> str:
@@ -73,10 +82,7 @@ class Trouble(msgspec.Struct, frozen=True):
             f"{grave.handler} gave up {grave.type} after {grave.attempts} attempts: {grave.cause}"
             for grave in self.dead[:2]
         ]
-        parts += [
-            f"run {blocked.run} is stuck: {(blocked.reason.splitlines() or [''])[0]}"
-            for blocked in self.blocked[:2]
-        ]
+        parts += [run.sentence for run in (*self.blocked[:2], *self.failed[:2])]
         parts += [_expectation(consumer) for consumer in self.expected[:3]]
         if not parts:
             end = self.last or "its start"
@@ -100,7 +106,8 @@ def find_trouble(traffic: Traffic, now_us: int) -> Trouble:
     last = traffic.last
     dead = _graves(traffic)
     live = [row for row in traffic.runs if row.status != "passed" and row.status not in ENDED]
-    blocked = [Blocked(row.id, row.workflow, row.reason) for row in live if row.status == "stuck"]
+    blocked = _blocked(live, "stuck")
+    failed = _blocked(homes(traffic.runs), "failed", "cancelled", "killed")
     handlers, retried = _pending(traffic, now_us)
     waiting = [row for row in live if row.status == "waiting"]
     moves = (
@@ -116,7 +123,7 @@ def find_trouble(traffic: Traffic, now_us: int) -> Trouble:
     ]  # fmt: skip
     return Trouble(
         stuck, "" if last is None else last.type, "" if last is None else last.id,
-        0 if last is None else last.at_us, [*handlers, *runs], dead, blocked,
+        0 if last is None else last.at_us, [*handlers, *runs], dead, blocked, failed,
     )  # fmt: skip
 
 
@@ -151,6 +158,15 @@ def _graves(traffic: Traffic) -> list[Grave]:
         )
         for row in traffic.dead
     ]  # fmt: skip
+
+
+def _blocked(rows: Sequence[RunRow], *statuses: str) -> list[Blocked]:
+    """Return the runs with these statuses, but for children, whose parents know of it."""
+    return [
+        Blocked(row.id, row.workflow, row.status, row.reason)
+        for row in rows
+        if row.status in statuses and ("/" not in row.id or row.status == "stuck")
+    ]
 
 
 def _pending(traffic: Traffic, now_us: int) -> tuple[list[Consumer], bool]:

@@ -1,0 +1,166 @@
+"""`pavane conversations watch`: a conversation's tree, live."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from collections.abc import Iterator
+
+import click
+import msgspec
+
+from pavane.app import Client
+from pavane.cli.connection import Where, connected, where_options
+from pavane.cli.conversations.picture import Picture, read_picture
+from pavane.cli.exits import FAILED
+from pavane.cli.names import complete_conversation
+from pavane.cli.output import Format, is_unicode, output_option, print_one, say
+from pavane.cli.runs.record import until_changed
+from pavane.cli.text import duration, printable
+from pavane.cli.tree import STATE_COLOURS, draw_conversation
+from pavane.insight.causes import Node, walk
+
+FRAME_S = 0.2
+CALM_S = 0.5
+"""Without a contract a conversation is over once nothing of it is open for so long."""
+_TO_START = "\x1b[{}F\x1b[J"
+_HIDE, _SHOW = "\x1b[?25l", "\x1b[?25h"
+_LOUD = {"failed": "red", "dead": "red", "stuck": "red", "parked": "yellow", "waiting": "blue"}
+
+
+class Happening(msgspec.Struct, frozen=True):
+    """One line of a conversation's life; `key` tells it from all others of it."""
+
+    at_us: int
+    key: str
+    what: str
+    text: str
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pavane conversations watch 06611576df11721f14a7ce74 --app shop.py
+  pavane conversations watch o-1 --store shop.db | tee o-1.log
+
+\b
+It ends when the conversation has ended under its contracts and nothing of it is under way, or when
+it is stuck. The exit code is 0 if all went well and in time, else 1. Without a terminal each thing
+that happens is one line. Ctrl-C stops watching, nothing else.
+"""
+)
+@click.argument("id", shell_complete=complete_conversation)
+@where_options
+@output_option
+def watch(where: Where, id: str, output: Format) -> None:
+    """Follow a conversation until it is over or stuck; json and jsonl print a line each."""
+    app = where.app_or_none()
+
+    async def follow() -> Picture:
+        async with connected(app, where.store) as client:
+            if output == "table" and sys.stdout.isatty():
+                return await _follow_drawn(client, id)
+            return await _follow_lines(client, id, output)
+
+    picture = asyncio.run(follow())
+    for contract in picture.contracts:
+        if contract.state not in ("open", "on-time"):
+            say(f"{contract.contract}: {contract.state}")
+    if picture.is_stuck:
+        say(f"stuck: {picture.trouble.sentence}")
+    if not picture.is_good:
+        click.get_current_context().exit(FAILED)
+
+
+async def _is_final(client: Client, picture: Picture) -> bool:
+    """Tell whether nothing follows; what was just published has yet to be seen by handlers."""
+    if picture.is_stuck:
+        return True
+    last_us = max(node.from_us for root in picture.tree.roots for node in walk(root))
+    return picture.is_over and client.store.now_us() - last_us > CALM_S * 1e6
+
+
+async def _follow_drawn(client: Client, id: str) -> Picture:
+    """Draw the tree again and again over itself."""
+    height_before = 0
+    click.echo(_HIDE, nl=False, color=True)
+    try:
+        while True:
+            picture = await read_picture(client, id)
+            is_final = await _is_final(client, picture)
+            width, height = shutil.get_terminal_size()
+            lines = draw_conversation(
+                picture.tree, picture.contracts, picture.trouble, width=width - 1,
+                unicode=is_unicode(), height=None if is_final else height - 2,
+            )  # fmt: skip
+            if height_before:
+                click.echo(_TO_START.format(height_before), nl=False, color=True)
+            click.echo("\n".join(lines))
+            height_before = len(lines)
+            if is_final:
+                return picture
+            await asyncio.sleep(FRAME_S)
+    finally:
+        click.echo(_SHOW, nl=False, color=True)
+
+
+async def _follow_lines(client: Client, id: str, output: Format) -> Picture:
+    """Print what happened since the last look, one line each."""
+    told: set[str] = set()
+    while True:
+        picture = await read_picture(client, id)
+        for happening in sorted(_happenings(picture), key=lambda one: one.at_us):
+            if happening.key not in told:
+                told.add(happening.key)
+                _print(picture, happening, output)
+        sys.stdout.flush()
+        if await _is_final(client, picture):
+            return picture
+        # What is overdue or calm by now shows without anybody writing.
+        try:
+            async with asyncio.timeout(CALM_S):
+                await until_changed(client)
+        except TimeoutError:
+            pass
+
+
+def _happenings(picture: Picture) -> Iterator[Happening]:
+    for root in picture.tree.roots:
+        for node in walk(root):
+            if node.kind not in ("mark", "receive", "child", "spawn"):
+                yield _happening(node)
+    for contract in picture.contracts:
+        if contract.state != "open":
+            at_us = contract.ended_us or contract.due_us
+            key = f"{contract.contract} {contract.state}"
+            yield Happening(at_us, key, contract.state, f"under {contract.contract}")
+
+
+def _happening(node: Node) -> Happening:
+    what = {"event": "event", "hop": "passed"}.get(node.kind, node.condition)
+    text = node.label
+    if node.kind == "event":
+        text = f"{text} {node.key}".rstrip()
+    elif node.kind == "hop":
+        text = f"the baton to {node.service}"
+    elif node.kind != "handler":
+        text = f"{node.kind} {text} {node.id}".rstrip()
+    if node.attempts > 1:
+        text += f" ({node.attempts} attempts)"
+    if node.text:
+        text += f": {node.text}"
+    at_us = node.from_us if node.until_us is None else node.until_us
+    key = f"{node.kind} {node.label} {node.id} {node.from_us} {node.condition} {node.attempts}"
+    return Happening(at_us, key, what, text)
+
+
+def _print(picture: Picture, happening: Happening, output: Format) -> None:
+    if output != "table":
+        fields = msgspec.structs.asdict(happening)
+        print_one({"id": picture.tree.id} | fields, "jsonl")
+        return
+    after = f"+{duration(happening.at_us - picture.tree.from_us)}".rjust(9)
+    colour = _LOUD.get(happening.what) or STATE_COLOURS.get(happening.what)
+    what = click.style(happening.what.ljust(9), fg=colour)
+    click.echo(f"{after}  {what}  {printable(happening.text)}".rstrip())
