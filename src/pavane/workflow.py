@@ -90,7 +90,9 @@ class Workflow(Generic[P, R]):
             raw = self.params.check((event,), {})
             handling = current_handler.get()
             assert handling is not None
-            handling.start(self, raw, f"{handling.delivery().id}.{self.name}")
+            id = handling.delivery().id
+            # An event that a run published has an id that begins like those of the run's messages.
+            handling.start(self, raw, None if "#" in id else f"{id}.{self.name}")
 
         name = f"start-{self.name}"
         known = self.service.handlers.get(name)

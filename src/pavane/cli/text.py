@@ -7,6 +7,7 @@ everything foreign passes through `printable` before it is shown.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from datetime import datetime
 
 
@@ -47,7 +48,7 @@ def fit(text: str, width: int, *, ellipsis: str = "…") -> str:
     return cut + " " * max(0, width - columns(cut))
 
 
-def wrapped(text: str, width: int, *, lines_max: int = 4) -> list[str]:
+def wrapped(text: str, width: int, *, lines_max: int = 4, ellipsis: str = "…") -> list[str]:
     """Return `text` in lines of at most `width` columns, broken at spaces where there are some."""
     lines: list[str] = []
     for paragraph in text.splitlines():
@@ -64,7 +65,7 @@ def wrapped(text: str, width: int, *, lines_max: int = 4) -> list[str]:
             line = candidate
         lines.append(line)
     if len(lines) > lines_max:
-        return [*lines[: lines_max - 1], "…"]
+        return [*lines[: lines_max - 1], ellipsis]
     return lines
 
 
@@ -111,3 +112,14 @@ def size(bytes: float) -> str:
 def counted(count: int, noun: str) -> str:
     """Return "1 run", "2 runs"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def joined(facts: Sequence[str], dot: str, width: int) -> list[str]:
+    """Join facts by dots in as many lines as they need."""
+    lines: list[str] = []
+    for fact in facts:
+        if lines and columns(lines[-1]) + columns(dot) + columns(fact) <= width:
+            lines[-1] += dot + fact
+        else:
+            lines.append(fact)
+    return lines

@@ -6,13 +6,12 @@ they are not wanted. All bars share one time axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import click
 import msgspec
 
-from pavane.cli.text import clock, columns, counted, duration, fit, printable, wrapped
+from pavane.cli.text import clock, columns, counted, duration, fit, joined, printable, wrapped
 from pavane.core.operations import EXPIRY
 from pavane.insight.timeline import Leg, Span, Timeline
 
@@ -140,7 +139,7 @@ class _Drawing:
         facts += [f"{k}={printable(str(v))}" for k, v in status.attributes.items()]
         colour = STATUS_COLOURS.get(status.status)
         first = click.style(name, bold=True) + gap + click.style(state, fg=colour, bold=True)
-        return [first, *(_dim(text) for text in _joined(facts, dot, self._width))]
+        return [first, *(_dim(text) for text in joined(facts, dot, self._width))]
 
     # -- lanes ---------------------------------------------------------------------------------
 
@@ -335,17 +334,6 @@ def _diffed(text: str) -> str:
 
 def _shown(result: Any) -> str:
     return msgspec.json.encode(result).decode()
-
-
-def _joined(facts: Sequence[str], dot: str, width: int) -> list[str]:
-    """Join facts by dots in as many lines as they need."""
-    lines: list[str] = []
-    for fact in facts:
-        if lines and columns(lines[-1]) + columns(dot) + columns(fact) <= width:
-            lines[-1] += dot + fact
-        else:
-            lines.append(fact)
-    return lines
 
 
 def _dim(text: str) -> str:

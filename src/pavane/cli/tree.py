@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import click
 
-from pavane.cli.text import clock, columns, counted, duration, fit, printable, wrapped
+from pavane.cli.text import clock, columns, counted, duration, fit, joined, printable, wrapped
 from pavane.cli.timeline import ASCII, HUES, UNICODE, Glyphs
 from pavane.insight.causes import Node, Tree, walk
 from pavane.observe.conversations import ConversationStatus
@@ -103,25 +103,30 @@ class _Drawing:
         ]
         if tree.cut:
             facts.append("too large to be shown whole")
-        return [*lines, _dim(dot.join(facts)), "", _dim(" " * self._gutter + self._scale())]
+        lines += [_dim(line) for line in joined(facts, dot, self._width)]
+        return [*lines, "", _dim(" " * self._gutter + self._scale())]
 
     def _contract(self, contract: ConversationStatus) -> list[str]:
         state = "ended twice" if contract.state == "twice" else contract.state
-        head = click.style(f"{contract.contract} ", bold=True)
+        head = click.style(f"{printable(contract.contract)} ", bold=True)
         head += click.style(state.replace("-", " "), fg=STATE_COLOURS[contract.state], bold=True)
         limit = duration(contract.due_us - contract.started_us)
         if contract.ended_us is None:
             text = f", due within {limit}, by {clock(contract.due_us)}"
         else:
             took = duration(contract.ended_us - contract.started_us)
-            more = f", {contract.ends} ends" if contract.ends > 1 else ""
-            text = f", {contract.end} after {took} of {limit}{more}"
-        lines = [head + _dim(text)]
+            ends = f", {contract.ends} ends" if contract.ends > 1 else ""
+            text = f", {contract.end} after {took} of {limit}{ends}"
+        first, *more = self._wrapped(text, self._width - columns(click.unstyle(head))) or [""]
+        lines = [head + _dim(first), *(_dim(f"  {part}") for part in more)]
         if contract.milestones:
             parts = [self._milestone(m, contract.started_us) for m in contract.milestones]
-            for part in wrapped(", ".join(parts), self._width - 2):
+            for part in self._wrapped(", ".join(parts), self._width - 2):
                 lines.append(_dim(f"  {part}"))
         return lines
+
+    def _wrapped(self, text: str, width: int) -> list[str]:
+        return wrapped(text, max(width, 20), ellipsis=self.glyphs.ellipsis)
 
     def _milestone(self, passed: Passed, started_us: int) -> str:
         due = "" if passed.due_us is None else f" of {duration(passed.due_us - started_us)}"
@@ -243,7 +248,7 @@ class _Drawing:
             return []
         bad = node.condition in ("failed", "dead", "stuck")
         margin = " " * 9 + self._indent(depth) + "  "
-        lines = wrapped(text, max(20, self._width - columns(margin) - 2))
+        lines = self._wrapped(text, self._width - columns(margin) - 2)
         return [
             margin
             + click.style((self.glyphs.hook if at == 0 else "  ") + part, dim=not bad,
@@ -280,7 +285,7 @@ class _Drawing:
         label = max((len(name) for name, _ in said), default=0)
         lines: list[str] = []
         for name, text in said:
-            for at, part in enumerate(wrapped(printable(text), self._width - label - 2)):
+            for at, part in enumerate(self._wrapped(printable(text), self._width - label - 2)):
                 colour = "red" if trouble.stuck else "yellow"
                 head = click.style(name.ljust(label), fg=colour) if at == 0 else " " * label
                 lines.append(f"{head}  {part}")
