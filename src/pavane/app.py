@@ -640,6 +640,11 @@ class App:
         or ended twice. When one is overdue, `ConversationOverdue` is published, once, in that
         conversation. `milestones` are to be seen on the way, perhaps within times of their own.
         """
+        if self._client is not None:
+            raise BadDeclaration(
+                f"App {self.name!r} is open already, so nobody would watch this conversation. "
+                f"Declare it before `async with app:`, beside the app."
+            )
         contract = make_contract(start, ends, within, milestones, name)
         self.registry.add_contract(contract)
         return contract

@@ -15,6 +15,7 @@ import pytest
 
 from pavane import (
     App,
+    BadDeclaration,
     Client,
     ConversationOverdue,
     EngineConfig,
@@ -27,12 +28,13 @@ from pavane import (
 )
 from pavane.core.baton import Header
 from pavane.engine.duties import MARK
-from pavane.engine.held import decode_header
+from pavane.engine.held import blank_row, decode_header
 from pavane.errors import PavaneError
 from pavane.observe import monitor
 from pavane.observe.conversations import ConversationStatus
 from pavane.observe.monitor import Monitor
 from pavane.stores.eventlog import ConversationFilter, ConversationRow, EventFilter, EventRow
+from pavane.stores.port import Commit
 from tests.integration import watchers
 from tests.integration.fleet import ROOT
 from tests.integration.world import in_loop, until
@@ -572,6 +574,33 @@ async def test_more_overdue_ones_than_a_page_are_all_told(
         rows = await client.store.conversations(ConversationFilter(state="overdue", now_us=2**60))
         assert all(row.raised for row in rows)
     assert sorted(event.conversation for event in TOLD) == [f"silent-{n}" for n in range(10)]
+
+
+@in_loop
+async def test_invariant_11_a_damaged_run_hides_no_other_overdue_conversation(path: str) -> None:
+    async with app_on(path, "200ms").worker() as client:
+        store = client.store
+        damaged = blank_row(
+            await store.take_run_numbers(1), "orders", store.target_of("orders", "silent-1"),
+            Header("silent-1", "fulfil", 1, "orders", "orchestration", 1, "silent-1"),
+        )  # fmt: skip
+        damaged.header, damaged.status = b"{}", "completed"
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        commit = Commit(done.set_result)
+        commit.runs = [damaged]
+        store.submit([commit], None, lambda results: commit.done(results[0]))
+        assert await done is None
+        await publish(client, Placed(id="silent-1"), Placed(id="silent-2"))
+        await until(lambda: told(2))
+    assert sorted(event.conversation for event in TOLD) == ["silent-1", "silent-2"]
+
+
+@in_loop
+async def test_a_contract_that_comes_too_late_to_be_watched_is_refused(path: str) -> None:
+    app = app_on(path, watched=False)
+    async with app:
+        with pytest.raises(BadDeclaration, match="Declare it before `async with app:`"):
+            app.conversation(start=Placed, ends=[Shipped], within="1h")
 
 
 # -- killed --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pavane.engine.node import Session
 from pavane.engine.publishing import derived_id, event_row
 from pavane.errors import PavaneError
 from pavane.observe.progress import follow, milestones_of
-from pavane.observe.traffic import read_traffic
+from pavane.observe.traffic import Traffic, read_traffic
 from pavane.observe.trouble import find_trouble
 from pavane.stores.eventlog import (
     ConversationFilter,
@@ -135,7 +135,11 @@ class Monitor:
 
     async def _overdue(self, store: Store, row: ConversationRow) -> EventRow:
         now_us = store.now_us()
-        traffic = await read_traffic(store, row.id)
+        try:
+            traffic = await read_traffic(store, row.id)
+        except msgspec.DecodeError as error:  # a damaged row must not hide all other conversations
+            log.error("conversation %s cannot be read: %s", row.id, error)
+            traffic = Traffic(row.id, [])
         trouble = find_trouble(traffic, now_us)
         missing = [
             passed.type for passed in milestones_of(self.contract, row, now_us)
