@@ -39,6 +39,8 @@ OWNER = f"{MARK}monitor"
 POLL_S = 0.2
 PAGE = 200
 PACE_S = 0.002
+SHY = 2.0
+"""So much longer than it works it rests, while it is behind."""
 STRIDE = 20_000
 """Positions without anything of interest after which the own position is written nevertheless."""
 MARGIN_US = 100_000
@@ -67,9 +69,12 @@ class Monitor:
     async def run(self, session: Session) -> None:
         """Follow what happens until cancelled."""
         position = await self._position(session.store) or 0
+        loop = asyncio.get_running_loop()
         while True:
+            began_s = loop.time()
             position, is_behind = await self.run_once(session, position)
-            await asyncio.sleep(0 if is_behind else POLL_S)
+            # Also when much waits, the services of this node have most of the time.
+            await asyncio.sleep(SHY * (loop.time() - began_s) if is_behind else POLL_S)
 
     async def run_once(self, session: Session, position: int) -> tuple[int, bool]:
         """Read a page, or look for what is overdue; return the new position, and if more waits."""
