@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
@@ -140,6 +141,9 @@ class Step(Generic[P, R]):
 
 
 async def _plainly(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if current_handler.get() is not None and not inspect.iscoroutinefunction(fn):
+        # As in a run: what may block belongs into a thread, not into the node's event loop.
+        return await asyncio.to_thread(fn, *args, **kwargs)
     result = fn(*args, **kwargs)
     return await result if inspect.isawaitable(result) else result
 
@@ -493,11 +497,19 @@ current_step: ContextVar[StepContext | None] = ContextVar("pavane_step", default
 
 
 def step_info() -> StepInfo:
-    """Return what the running step can know of itself; outside a run, a first attempt."""
+    """Return what the running step can know of itself; outside a run, a first attempt.
+
+    A step that a handler calls is just a function: its attempt and idempotency key are then those
+    of the handler, see `delivery()`. They are the same for all steps that the handler calls.
+    """
     context = current_step.get()
     if context is None:
         if current() is not None:
             raise OnlyInWorkflow("step_info() belongs into a step, not into workflow code.")
+        handling = current_handler.get()
+        if handling is not None:
+            event = handling.delivery()
+            return StepInfo("", "", "", event.attempt, event.idempotency_key, None, None)
         return StepInfo("", "", "", 1, "outside-a-run", None, None)
     return context.info()
 

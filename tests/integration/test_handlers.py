@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from pavane import (
     Service,
     delivery,
     receive,
+    step_info,
 )
 from pavane.core.envelope import Redo, pack
 from pavane.stores.eventlog import DeadFilter, EventFilter, EventRow
@@ -128,6 +131,50 @@ async def test_a_chain_of_services_answers_each_event_with_the_next(world: World
     caused = [row for row in rows if row.conversation == first.id and row.id != first.id]
     assert [(row.type, row.source) for row in caused] == [("Paid", "bank"), ("Shipped", "depot")]
     assert [row.cause for row in caused] == [first.id, caused[0].id]
+
+
+@in_loop
+async def test_a_step_that_a_handler_calls_is_a_function_with_the_handlers_key(one: World) -> None:
+    """Invariant 1: the key is the same on every attempt, and another for every event."""
+    bank = Service("bank")
+
+    @bank.step
+    def charge(order: str) -> str:
+        SEEN.append((order, step_info().idempotency_key, step_info().attempt))
+        assert threading.current_thread() is not threading.main_thread()
+        if step_info().attempt == 1:
+            raise ValueError("not yet")
+        return order
+
+    @bank.on(Placed, retry=SOON)
+    async def pay(event: Placed) -> Paid:
+        paid = Paid(order=await charge(event.order))
+        SEEN.append((event.order, delivery().idempotency_key, delivery().attempt))
+        return paid
+
+    async with one.working(bank) as director:
+        for order in ("a", "b"):
+            await publish(director, Placed(order=order), id=order)
+        await seen(6)
+    for order in ("a", "b"):
+        key = f"{order}:bank.pay"
+        assert [s for s in SEEN if s[0] == order] == [(order, key, n) for n in (1, 2, 2)]
+
+
+@in_loop
+async def test_the_time_of_an_event_is_when_it_was_published(one: World) -> None:
+    bank = Service("bank")
+
+    @bank.on(Placed)
+    async def pay(event: Placed) -> Paid:
+        await asyncio.sleep(0.005)
+        SEEN.append(time.time())
+        return Paid(order=event.order)
+
+    async with one.working(bank) as director:
+        await publish(director, Placed(order="a"))
+        (paid,) = await until(lambda: published(director.client, Paid), "a payment")
+    assert paid.at_us / 1e6 >= SEEN[0] - 0.001  # the store's clock and this one may round apart
 
 
 @in_loop
