@@ -14,7 +14,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.base ## run the example shop, both ways
+demo: $(VENV)/.base ## run the example shop, in three ways
 	@$(BIN)/python -m examples.shop.demo
 
 test: $(VENV)/.dev ## lint, format check, types, tests: what CI runs

@@ -1,11 +1,12 @@
-"""`make demo`: a shop of four processes, half orchestrated, half choreographed, two of them killed.
+"""`make demo`: a shop of four processes, run in three ways at once, two of the processes killed.
 
     python -m examples.shop.demo
 
-It starts one worker process for each service on one SQLite file, places 300 orders, and on the way
-kills two of the workers and starts them again. In the end it asks the outside world what was really
-charged and shipped, compares both modes, and fails if a single order is neither shipped nor wholly
-undone.
+It starts one worker process for each service on one SQLite file and places 300 orders: a third is
+orchestrated, a third travels as a baton, and to a third the services only react, by events. On the
+way it kills two of the workers and starts them again. In the end it asks the outside world what was
+really charged and shipped, compares the three, and fails if a single order is neither shipped nor
+wholly undone.
 """
 
 from __future__ import annotations
@@ -14,51 +15,69 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import click
 
-from examples.shop.app import OrderPlaced, app, fulfil
+from examples.shop.app import app
+from examples.shop.fulfil import fulfil
 from examples.shop.orders import read_orders
-from examples.shop.outcome import Figures, figures, messages_per_run, steps_again, took_ms, wrongs
+from examples.shop.outcome import (
+    FORMS,
+    Ending,
+    Figures,
+    Form,
+    event_endings,
+    figures,
+    run_ending,
+    traffic,
+    wrongs,
+)
+from examples.shop.reactions import OrderCancelled
+from examples.shop.services import OrderPlaced, OrderShipped
+from examples.shop.tree import read_tree
 from examples.shop.workers import Worker, WorkerFailed
 from examples.shop.world import World
-from pavane import Client, RunFilter, RunStatus
+from pavane import Client, RunFilter
 from pavane.cli.output import terminal_width
 from pavane.cli.runs.record import read_timeline
 from pavane.cli.timeline import draw
-from pavane.core.operations import Mode
+from pavane.stores.eventlog import EventFilter
 
-MODES: tuple[Mode, ...] = ("orchestration", "choreography")
-TITLES = {"orchestration": "orchestrated", "choreography": "choreographed"}
+TITLES: dict[Form, str] = {
+    "orchestration": "orchestrated", "choreography": "baton passed", "events": "by events"
+}  # fmt: skip
+SHORT: dict[Form, str] = {
+    "orchestration": "orchestrated", "choreography": "baton", "events": "events"
+}  # fmt: skip
 SERVICES = ("orders", "payments", "stock", "shipping")
+ENDS = (OrderShipped.event_type, OrderCancelled.event_type)
 
 ORDERS_PER_S = 25
 DOWN_FOR_S = 1.0
 LAST_ORDER_WITHIN_S = 60.0
 LOOK_EVERY_S = 0.2
-BAR_COLUMNS = 16
-ENDED = ("completed", "failed", "cancelled", "killed", "stuck")
 
 
-def mode_of(number: int) -> Mode:
+def form_of(number: int) -> Form:
     """Orders take turns; see `orders` for why that is fair."""
-    return MODES[number % 2]
+    return FORMS[number % len(FORMS)]
 
 
 # -- the screen --------------------------------------------------------------------------------
 
 
 class Screen:
-    """One live line with a bar per mode, and notes above it.
+    """One live line with a bar per form, and notes above it.
 
     Where stdout is no terminal, the line is printed every few seconds instead.
     """
 
     def __init__(self, total: int) -> None:
-        self._totals = {mode: len(range(at, total, 2)) for at, mode in enumerate(MODES)}
+        self._totals = {form: len(range(at, total, 3)) for at, form in enumerate(FORMS)}
+        self._bar_columns = min(16, max(4, (terminal_width() - 66) // 3))
         self._live = sys.stdout.isatty()
         self._began = time.monotonic()
         self._next_line = 0.0
@@ -74,9 +93,9 @@ class Screen:
         click.echo(f"{self.time_s:6.1f} s  {text}")
         self._show()
 
-    def update(self, ended: dict[Mode, int], last: bool = False) -> None:
-        parts = [self._bar(mode, ended[mode]) for mode in MODES]
-        self._line = f"{self.time_s:6.1f} s  {'   '.join(parts)}"
+    def update(self, ended: Mapping[Form, int], last: bool = False) -> None:
+        parts = [self._bar(form, ended[form]) for form in FORMS]
+        self._line = f"{self.time_s:6.1f} s  {'  '.join(parts)}"
         if self._live:
             self._clear()
             self._show()
@@ -89,11 +108,11 @@ class Screen:
             click.echo()
         self._line = ""
 
-    def _bar(self, mode: Mode, ended: int) -> str:
-        total = self._totals[mode]
-        full = BAR_COLUMNS * ended // max(total, 1)
-        bar = "█" * full + "░" * (BAR_COLUMNS - full)
-        return f"{TITLES[mode]} {bar} {ended:>3}/{total}"
+    def _bar(self, form: Form, ended: int) -> str:
+        total = self._totals[form]
+        full = self._bar_columns * ended // max(total, 1)
+        bar = "█" * full + "░" * (self._bar_columns - full)
+        return f"{SHORT[form]} {bar} {ended:>3}/{total}"
 
     def _clear(self) -> None:
         if self._live:
@@ -116,7 +135,8 @@ class Demo:
         self.world = World(folder / "world.db")
         self.workers = {name: Worker(name, self.store, self.world.path) for name in SERVICES}
         self.screen = Screen(len(orders))
-        self.statuses: list[RunStatus] = []
+        self.placed_us: dict[str, int] = {}
+        self.endings: list[Ending] = []
 
     @asynccontextmanager
     async def staged(self) -> AsyncGenerator[Client]:
@@ -141,17 +161,25 @@ class Demo:
             raise failures.exceptions[0] from None  # the first says what is wrong
 
     async def _place_orders(self, client: Client, group: asyncio.TaskGroup) -> None:
-        # First a service that others call, then the home of all runs: orchestrated, nothing goes
-        # on while that one is away; choreographed, orders that are on their way go on.
+        # First a service that others need, then the home of all runs: orchestrated, nothing goes
+        # on while that one is away; what travels goes on, and so do the services that react.
         strikes = {len(self.orders) // 3: "payments", len(self.orders) * 2 // 3: "orders"}
         loop = asyncio.get_running_loop()
         began = loop.time()
         for number, order in enumerate(self.orders):
             await asyncio.sleep(began + number / ORDERS_PER_S - loop.time())
-            # The order's number names its run: placing it twice would still be one order.
-            await client.start(fulfil, (order,), {}, id=order.order_id, mode=mode_of(number))
+            await self._place(client, order, form_of(number))
             if number in strikes:
                 group.create_task(self._strike(strikes[number]))
+
+    async def _place(self, client: Client, order: OrderPlaced, form: Form) -> None:
+        # The order's number names its run or its event: placing it twice would still be one order.
+        id = order.order_id
+        if form == "events":
+            self.placed_us[id] = client.store.now_us()
+            await client.publish(order, source="shop", id=id)
+        else:
+            await client.start(fulfil, (order,), {}, id=id, mode=form)
 
     async def _strike(self, service: str) -> None:
         """Kill a worker, and start it again after a while."""
@@ -166,24 +194,32 @@ class Demo:
         self.screen.note(f"{service} is back (pid {worker.pid}), ready after {took_s:.1f} s")
 
     async def _watch(self, client: Client) -> None:
-        """Look at all runs every moment until each order has ended, or takes too long."""
-        total = len(self.orders)
-        until = total / ORDERS_PER_S + LAST_ORDER_WITHIN_S
+        """Look at all orders every moment until each has ended, or takes too long."""
+        until = len(self.orders) / ORDERS_PER_S + LAST_ORDER_WITHIN_S
         while True:
-            self.statuses = await client.list(RunFilter(workflow="fulfil", limit=total + 1))
-            ended = [status for status in self.statuses if status.status in ENDED]
-            over = len(ended) == total or self.screen.time_s > until
-            counts = {mode: sum(s.mode == mode for s in ended) for mode in MODES}
+            self.endings = await self._look(client)
+            over = len(self.endings) == len(self.orders) or self.screen.time_s > until
+            counts: dict[Form, int] = {
+                form: sum(e.form == form for e in self.endings) for form in FORMS
+            }
             self.screen.update(counts, last=over)
             if over:
                 return
             await asyncio.sleep(LOOK_EVERY_S)
 
+    async def _look(self, client: Client) -> list[Ending]:
+        limit = 2 * len(self.orders)
+        runs = await client.list(RunFilter(workflow="fulfil", limit=limit))
+        told = await client.store.find_events(EventFilter(types=ENDS, limit=limit))
+        forms: dict[str, Form] = {o.order_id: form_of(n) for n, o in enumerate(self.orders)}
+        ended = [run_ending(status, forms[status.id]) for status in runs]
+        return [e for e in ended if e is not None] + event_endings(self.placed_us, told)
+
 
 # -- the end -----------------------------------------------------------------------------------
 
 
-def print_table(table: dict[Mode, Figures]) -> None:
+def print_table(table: Mapping[Form, Figures]) -> None:
     rows = (
         ("orders", "{0.orders}"),
         ("  shipped", "{0.shipped}"),
@@ -191,41 +227,56 @@ def print_table(table: dict[Mode, Figures]) -> None:
         ("  declined, nothing to undo", "{0.declined}"),
         ("hops per order", "{0.hops:.1f}"),
         ("messages per order", "{0.messages:.1f}"),
+        ("events per order", "{0.events:.1f}"),
         ("median time", "{0.median_ms:,.0f} ms"),
         ("99th percentile", "{0.p99_ms:,.0f} ms"),
-        ("steps executed twice", "{0.again}"),
+        ("effects executed twice", "{0.again}"),
     )
-    click.echo(f"\n{'':<30}" + "".join(f"{TITLES[mode]:>16}" for mode in MODES))
+    click.echo(f"\n{'':<28}" + "".join(f"{TITLES[form]:>16}" for form in FORMS))
     for title, shown in rows:
-        click.echo(f"{title:<30}" + "".join(f"{shown.format(table[mode]):>16}" for mode in MODES))
+        click.echo(f"{title:<28}" + "".join(f"{shown.format(table[form]):>16}" for form in FORMS))
 
 
-def typical(statuses: Sequence[RunStatus]) -> str:
+def typical(endings: Sequence[Ending]) -> str:
     """Return the id of a shipped order that took about as long as most."""
-    shipped = sorted((s for s in statuses if s.status == "completed"), key=took_ms)
+    shipped = sorted((e for e in endings if e.what == "shipped"), key=lambda e: e.took_ms)
     return shipped[len(shipped) // 2].id
 
 
-async def show(client: Client, id: str) -> None:
+def telling(endings: Sequence[Ending], world: World) -> str:
+    """Return the id of an order with much to undo, if there is one; else a typical one."""
+    released = world.happened("released")
+    return next((ending.id for ending in endings if ending.id in released), typical(endings))
+
+
+async def show_run(client: Client, id: str) -> None:
     """Print the timeline of a run, as `pavane runs show` does."""
     for line in draw(await read_timeline(client, id), width=min(terminal_width(), 120)):
         click.echo(line)
 
 
+async def show_orders(client: Client, demo: Demo) -> None:
+    """Print one order of each form."""
+    for form in FORMS:
+        click.echo(f"\none order, {TITLES[form]}:\n")
+        mine = [ending for ending in demo.endings if ending.form == form]
+        if form == "events":
+            click.echo("\n".join(await read_tree(client, telling(mine, demo.world))))
+        else:
+            await show_run(client, typical(mine))
+
+
 async def report(client: Client, demo: Demo) -> bool:
     """Print what became of everything; tell whether all is well."""
-    messages, again = messages_per_run(demo.store), steps_again(demo.world)
-    by_mode = {mode: [s for s in demo.statuses if s.mode == mode] for mode in MODES}
-    table: dict[Mode, Figures] = {mode: figures(by_mode[mode], messages, again) for mode in MODES}
-    print_table(table)
-    found = wrongs([order.order_id for order in demo.orders], demo.statuses, demo.world)
-    for mode in MODES:
-        click.echo(f"\none order, {TITLES[mode]}:\n")
-        await show(client, typical(by_mode[mode]))
+    found = wrongs([order.order_id for order in demo.orders], demo.endings, demo.world)
     if found:
         click.secho(f"\n{len(found)} orders are wrong:", fg="red", bold=True)
         click.echo("\n".join(found))
         return False
+    sent = traffic(demo.store)
+    by_form = {form: [e for e in demo.endings if e.form == form] for form in FORMS}
+    print_table({form: figures(by_form[form], sent, demo.world) for form in FORMS})
+    await show_orders(client, demo)
     click.secho(
         f"\nAll {len(demo.orders)} orders were shipped, or undone to the last cent, and the "
         f"world's own records agree.",
@@ -245,8 +296,9 @@ async def perform(orders: Sequence[OrderPlaced], folder: Path) -> bool:
 
 NEXT = """
 What next:
-  examples/shop/app.py          the process: `fulfil`, ten lines, not one of them about modes
-  python examples/payments.py   another one, in a single file and a single process
+  examples/shop/fulfil.py       the process as one function, which knows nothing of modes
+  examples/shop/reactions.py    the same without a process: services that react to events
+  python examples/announcements.py            one event, six services
   python -m examples.shop.demo --keep kept    keeps the store, to look around in:
     pavane runs list --store kept/shop.db
     pavane runs show o-0001 --store kept/shop.db
@@ -269,7 +321,7 @@ def _folder(keep: Path | None) -> Generator[Path]:
 @click.option("--orders", "count", type=click.IntRange(min=6), help="Fewer orders than all 300.")
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep files there.")
 def main(count: int | None, keep: Path | None) -> None:
-    """Run the shop both ways at the same time, and kill two of its workers."""
+    """Run the shop in three ways at the same time, and kill two of its workers."""
     try:
         with _folder(keep) as folder:
             well = asyncio.run(perform(read_orders(count), folder))

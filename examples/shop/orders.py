@@ -2,7 +2,7 @@
 
     python -m examples.shop.orders      # writes the same file again
 
-Orders come in pairs of the same kind, so that both modes get the same share of every trouble.
+Orders come in threes of the same kind, so that each form gets the same share of every trouble.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from examples.shop.app import BEYOND, FOG, OrderPlaced
+from examples.shop.services import BEYOND, FOG, OrderPlaced
 
 FILE = Path(__file__).with_name("orders.jsonl")
-PAIRS = 150
+THREES = 100
 GOODS = {"lute": 89_000, "recorder": 4_900, "crumhorn": 21_500, "tabor": 12_000, "viol": 145_000}
 TOWNS = ("Langres", "Ferrara", "Mantua", "Burgos", "Dijon", "Exeter")
 
@@ -28,13 +28,13 @@ def read_orders(count: int | None = None) -> list[OrderPlaced]:
 
 def write_orders(file: Path = FILE) -> None:
     """Make up the orders, always the same ones."""
-    chance = random.Random(1589)
-    troubles = ["declined"] * 9 + ["sold out"] * 6 + ["fog"] * 12 + ["beyond"] * 4
-    troubles += ["none"] * (PAIRS - len(troubles))
+    chance = random.Random(1561)
+    troubles = ["declined"] * 6 + ["sold out"] * 4 + ["fog"] * 8 + ["beyond"] * 3
+    troubles += ["none"] * (THREES - len(troubles))
     chance.shuffle(troubles)
     lines: list[bytes] = []
     for trouble in troubles:
-        for _ in range(2):
+        for _ in range(3):
             sku = "orpharion" if trouble == "sold out" else chance.choice(list(GOODS))
             town = {"fog": FOG, "beyond": BEYOND}.get(trouble) or chance.choice(TOWNS)
             order = OrderPlaced(

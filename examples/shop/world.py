@@ -3,7 +3,7 @@
 It keeps records that no process of the shop can lose, so that the demo can ask in the end what was
 really charged, refunded and shipped. It knows each request by its idempotency key, as good payment
 providers do: the same key again changes nothing, another key for the same order would charge it
-twice, and would show. It also counts how often each step was executed.
+twice, and would show. It also counts how often each step or handler was executed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS effects (
     kind TEXT NOT NULL, key TEXT NOT NULL, order_id TEXT NOT NULL, PRIMARY KEY (kind, key)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS executions (
-    key TEXT PRIMARY KEY, begun INTEGER NOT NULL, failed INTEGER NOT NULL
+    key TEXT PRIMARY KEY, order_id TEXT NOT NULL, begun INTEGER NOT NULL, failed INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
 
@@ -60,17 +60,17 @@ class World:
         with self._open() as db:
             db.executescript(_CREATE)
 
-    # -- asked by steps ------------------------------------------------------------------------
+    # -- asked by steps and handlers -----------------------------------------------------------
 
     @contextmanager
-    def asked(self) -> Generator[None]:
-        """Let the world take its time over the running step, and count this execution of it."""
+    def asked(self, order_id: str) -> Generator[None]:
+        """Let the world take its time over what runs, and count this execution of it."""
         key = step_info().idempotency_key
         with self._open() as db:
             db.execute(
-                "INSERT INTO executions VALUES (?, 1, 0) "
+                "INSERT INTO executions VALUES (?, ?, 1, 0) "
                 "ON CONFLICT (key) DO UPDATE SET begun = begun + 1",
-                (key,),
+                (key, order_id),
             )
         time.sleep(ANSWERS_AFTER_S)
         try:
@@ -99,9 +99,11 @@ class World:
                 ).fetchall()
             )
 
-    def executed_again(self) -> list[str]:
-        """Return the keys of steps that were executed again although no attempt had failed."""
+    def executed_again(self) -> dict[str, int]:
+        """Count, per order, what was executed again although no attempt had failed."""
         with self._open() as db:
-            return [
-                row[0] for row in db.execute("SELECT key FROM executions WHERE begun > failed + 1")
-            ]
+            return dict(
+                db.execute(
+                    "SELECT order_id, count(*) FROM executions WHERE begun > failed + 1 GROUP BY 1"
+                ).fetchall()
+            )

@@ -1,10 +1,12 @@
-"""The examples do what they say, in both modes: readers copy from them."""
+"""The examples do what they say, in all their forms: readers copy from them."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
 import os
+import re
+import runpy
 import subprocess
 import sys
 from collections import defaultdict
@@ -16,11 +18,16 @@ from click.testing import CliRunner
 
 from examples import incidents, onboarding, payments
 from examples.incidents import Incident, Work
+from examples.shop.app import app as shop
 from examples.shop.orders import FILE, read_orders, write_orders
-from examples.shop.outcome import wrongs
+from examples.shop.outcome import Ending, What, event_endings, wrongs
+from examples.shop.reactions import OrderCancelled
+from examples.shop.services import BEYOND, FOG, OrderPlaced, OrderShipped
+from examples.shop.tree import draw_tree
 from examples.shop.world import World
-from pavane import App, RunFailed, RunStatus
+from pavane import App, Client, RunFailed
 from pavane.core.operations import Mode
+from pavane.stores.eventlog import EventFilter, EventRow
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES: tuple[Mode, ...] = ("orchestration", "choreography")
@@ -207,7 +214,9 @@ def test_the_shop_loses_no_order_when_workers_are_killed(tmp_path: Path) -> None
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert shown.stdout.count("kill -9") == 2
     assert "All 60 orders were shipped, or undone to the last cent" in shown.stdout
-    assert shown.stdout.count("payments.charge") == 2  # a timeline for each mode
+    assert shown.stdout.count("payments.charge") == 2  # a timeline for each mode of runs
+    assert "└─ PaymentTaken" in shown.stdout  # and a tree for events
+    assert re.search(r"orders +20 +20 +20\n", shown.stdout)
 
 
 def test_the_shop_does_not_mix_two_demos_in_one_folder(tmp_path: Path) -> None:
@@ -217,33 +226,92 @@ def test_the_shop_does_not_mix_two_demos_in_one_folder(tmp_path: Path) -> None:
     assert "holds an earlier demo; name another folder" in shown.stderr
 
 
+GOOD = {"order_id": "o-1", "sku": "lute", "cents": 89_000, "card": "good", "town": "Dijon"}
+
+
 @pytest.mark.parametrize(
-    ("status", "effects", "wrong"),
+    ("order", "last", "effects"),
     [
-        ("completed", ["charged", "reserved", "shipped"], ""),
-        ("completed", ["charged", "reserved"], "is said to be shipped, but the world has"),
-        ("failed", [], ""),
-        ("failed", ["charged", "refunded", "released"], ""),
-        ("failed", ["charged"], "is said to be undone, but the world has"),
-        ("failed", ["charged", "refunded", "reserved"], "is said to be undone"),
-        ("running", [], "has not ended"),
+        ({}, "OrderShipped", ["charged", "reserved", "shipped"]),
+        ({"town": FOG}, "OrderShipped", ["charged", "reserved", "shipped"]),
+        ({"card": "declined"}, "OrderCancelled", []),
+        ({"sku": "orpharion"}, "OrderCancelled", ["charged", "refunded"]),
+        (
+            {"town": BEYOND}, "OrderCancelled",
+            ["charged", "refunded", "released", "reserved"],
+        ),
+    ],
+)  # fmt: skip
+def test_an_order_by_events_is_shipped_or_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: dict[str, str], last: str,
+    effects: list[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SHOP_WORLD", str(tmp_path / "world.db"))
+    placed = OrderPlaced(**(GOOD | order))  # type: ignore[arg-type]
+
+    async def place() -> list[EventRow]:
+        async with shop.worker(store=str(tmp_path / "shop.db")) as client:
+            await client.publish(placed, source="shop", id="o-1")
+            await told(client, OrderShipped, OrderCancelled)
+            return (await client.store.find_events(EventFilter(conversation="o-1")))[::-1]
+
+    events = asyncio.run(place())
+    assert events[-1].type == last
+    world = World(tmp_path / "world.db")
+    kinds = ("charged", "refunded", "released", "reserved", "shipped")
+    assert dict.fromkeys(effects, 1) == {
+        kind: times for kind in kinds if (times := world.happened(kind).get("o-1", 0))
+    }
+    assert wrongs(["o-1"], event_endings({"o-1": 0}, events), world) == []
+    assert len(draw_tree(events)) == len(events)
+
+
+async def told(client: Client, *types: type) -> EventRow:
+    """Wait for the first event of one of these types."""
+    names = tuple(kind.__name__ for kind in types)
+    async with asyncio.timeout(20):
+        while not (found := await client.store.find_events(EventFilter(types=names))):
+            await asyncio.sleep(0.01)
+    return found[-1]
+
+
+@pytest.mark.parametrize(
+    ("what", "effects", "wrong"),
+    [
+        ("shipped", ["charged", "reserved", "shipped"], ""),
+        ("shipped", ["charged", "reserved"], "is said to be shipped, but the world has"),
+        ("cancelled", [], ""),
+        ("cancelled", ["charged", "refunded", "released"], ""),
+        ("cancelled", ["charged"], "is said to be undone, but the world has"),
+        ("cancelled", ["charged", "refunded", "reserved"], "is said to be undone"),
+        ("neither", [], "has not ended well: stuck"),
     ],
 )
 def test_an_order_that_the_world_tells_otherwise_is_listed(
-    tmp_path: Path, status: str, effects: list[str], wrong: str
+    tmp_path: Path, what: What, effects: list[str], wrong: str
 ) -> None:
     world = World(tmp_path / "world.db")
     world.create()
     for effect in effects:
         world.record(effect, "o-1")
-    found = wrongs(["o-1"], [_status("o-1", status)], world)
+    found = wrongs(["o-1"], [Ending("o-1", "events", what, 1, said="stuck")], world)
     assert (wrong in found[0]) if wrong else not found
 
 
-def test_an_order_without_a_run_is_listed(tmp_path: Path) -> None:
+def test_an_order_that_nobody_ended_is_listed(tmp_path: Path) -> None:
     world = World(tmp_path / "world.db")
     world.create()
-    assert wrongs(["o-1"], [], world) == ["o-1 has not ended: lost"]
+    assert "o-1 has not ended" in wrongs(["o-1"], [], world)[0]
+
+
+def test_an_order_that_events_ended_twice_is_listed(tmp_path: Path) -> None:
+    world = World(tmp_path / "world.db")
+    world.create()
+    ends = [
+        EventRow(id, type, 1, "o-1", "", 1, "o-1", "", "", b"")
+        for id, type in (("a", "OrderShipped"), ("b", "OrderCancelled"))
+    ]
+    assert "ended twice" in wrongs(["o-1"], event_endings({"o-1": 0}, ends), world)[0]
 
 
 def test_the_orders_file_is_the_one_that_its_module_writes(tmp_path: Path) -> None:
@@ -253,10 +321,53 @@ def test_the_orders_file_is_the_one_that_its_module_writes(tmp_path: Path) -> No
     assert len(read_orders()) == 300
 
 
-def _status(id: str, status: str) -> RunStatus:
-    return RunStatus(
-        id, "fulfil", 1, "orchestration", status, "", "orders", "orders", 0, 0, 1, 0, {}
-    )
+# -- events ------------------------------------------------------------------------------------
+
+
+def test_everybody_forgets_a_user_although_one_fails_and_one_gives_up() -> None:
+    shown = run_program("examples/announcements.py")
+    assert shown.returncode == 0, shown.stderr
+    first, letter, second = re.split(r"(dead letter .+)\n", shown.stdout)
+    assert letter == "dead letter after 2 attempts, u-7: ValueError: invoice 1588 is not paid"
+    for user, parts in (("u-8", first), ("u-7", second)):
+        assert f"{user} is forgotten:" in parts
+        assert "search: removed from the index at attempt 3" in parts
+        services = {line.split(":")[0].strip() for line in parts.splitlines()[1:]}
+        assert services == {"sessions", "mailing", "search", "billing", "files"}
+
+
+def test_a_workflow_is_started_by_an_event_awaits_one_and_publishes_others() -> None:
+    shown = run_program("examples/hybrid.py")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines() == [
+        "l-1: a lute of 6 courses",
+        "l-2: nothing",
+        "l-1 has a new lute of 6 courses",
+        "l-2 has none, because it was not paid",
+        "wood still set aside for: l-1",
+    ]
+
+
+def test_the_readme_shows_services_that_react(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a newcomer pastes into an empty folder works, with the workers started afterwards."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (program,) = [block for block in blocks if 'App("parcels"' in block]
+    (tmp_path / "parcels.py").write_text(program)
+    monkeypatch.setenv("PAVANE_STORE", str(tmp_path / "parcels.db"))
+    placed = run_program(str(tmp_path / "parcels.py"), "o-1", "o-2")
+    assert placed.returncode == 0, placed.stderr
+    parcels: App = runpy.run_path(str(tmp_path / "parcels.py"))["app"]
+
+    async def shipped() -> list[EventRow]:
+        async with parcels.worker() as client, asyncio.timeout(20):
+            which = EventFilter(types=("OrderShipped",))
+            while len(found := await client.store.find_events(which)) < 2:
+                await asyncio.sleep(0.01)
+            return found
+
+    assert {row.key for row in asyncio.run(shipped())} == {"o-1", "o-2"}
 
 
 # -- as programs -------------------------------------------------------------------------------
