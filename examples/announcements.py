@@ -15,10 +15,8 @@ import tempfile
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from pavane import App, Client, Event, Retry, Service, delivery, receive
-from pavane.core.envelope import Redo, pack
-from pavane.stores.eventlog import DeadFilter, DeadRow
-from pavane.stores.port import Commit, Message
+from pavane import App, Event, Retry, Service, delivery, receive
+from pavane.steering.dead import DeadQuery
 
 sessions, mailing, search, billing, files, audit = map(
     Service, ("sessions", "mailing", "search", "billing", "files", "audit")
@@ -130,8 +128,15 @@ async def wait_until_forgotten(user_id: str) -> list[str]:
     return (await receive(UserForgotten, key=user_id)).parts
 
 
-SERVICES = [sessions, mailing, search, billing, files, audit]
-app = App("announcements", services=SERVICES)
+def make_app(store: str | None = None) -> App:
+    services = [sessions, mailing, search, billing, files, audit]
+    app = App("announcements", services=services, store=store)
+    # Nobody directs, but somebody watches: `pavane conversations list` shows who is late, and why.
+    app.conversation(start=UserDeleted, ends=[UserForgotten], within="31d")
+    return app
+
+
+app = make_app()
 
 
 # -- two users leave ---------------------------------------------------------------------------
@@ -156,40 +161,20 @@ async def show(app: App, user_id: str) -> None:
 
 
 async def sort_out_invoice(app: App) -> None:
-    """Be the person who looks after dead letters: see the cause, repair it, have it retried."""
-    letter = await first_dead(app.client)
-    print(f"dead letter after {letter.attempts} attempts, {letter.key}: {letter.cause}")
-    UNPAID.pop(letter.key)
-    await retry_dead(app.client, letter, billing.name)
-
-
-async def first_dead(client: Client) -> DeadRow:
-    """Wait for a dead letter and return it."""
-    while not (found := await client.store.dead_letters(DeadFilter())):
+    """Be the person who looks after dead letters; `pavane dead list` and `retry` do the same."""
+    dead = app.client.dead
+    while not (letters := await dead.list()):
         await asyncio.sleep(0.01)
-    return found[0]
-
-
-async def retry_dead(client: Client, letter: DeadRow, service: str) -> None:
-    """Have the handler, which is one of `service`, try again; durable when this returns."""
-    written: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-    commit = Commit(lambda _: None)
-    target = client.store.target_of(service, letter.key)
-    redo = Redo(letter.handler, letter.pos, letter.no, letter.again)
-    now_us = client.store.now_us()
-    commit.messages = [
-        Message("redo", f"~dead-{letter.no}", service, "", pack(redo), now_us, target)
-    ]
-    client.store.submit([commit], None, lambda results: written.set_result(results[0]))
-    error = await written
-    if error is not None:
-        raise error
+    for letter in letters:
+        print(f"dead letter after {letter.attempts} attempts, {letter.key}: {letter.cause}")
+        UNPAID.pop(letter.key)
+    async for _ in dead.retry(DeadQuery(handler="billing.close_account")):
+        pass
 
 
 async def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pavane-announcements-") as folder:
-        store = f"{folder}/announcements.db"
-        async with App("announcements", services=SERVICES, store=store) as app:
+        async with make_app(f"{folder}/announcements.db") as app:
             await delete_users(app)
 
 

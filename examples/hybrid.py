@@ -119,13 +119,13 @@ async def order_two(app: App) -> None:
     patience = timedelta(seconds=0.5)
     for order_id, courses in (("l-1", 6), ("l-2", 10)):
         order = LuteOrdered(order_id=order_id, courses=courses, pay_within=patience)
-        # The id of the event becomes the id of the run that it starts.
         await app.publish(order, id=order_id)
     async with asyncio.timeout(20):
         while len(PRINTED) < 2:
             await asyncio.sleep(0.01)
     for order_id in ("l-1", "l-2"):
-        print(f"{order_id}: {await app.get(order_id).result()}")
+        # A run that an event started is named after the event and the workflow.
+        print(f"{order_id}: {await app.get(f'{order_id}.build').result()}")
     print("\n".join(PRINTED))
     print(f"wood still set aside for: {', '.join(WOOD)}")
 

@@ -210,7 +210,7 @@ class Demo:
     async def _look(self, client: Client) -> list[Ending]:
         limit = 2 * len(self.orders)
         runs = await client.list(RunFilter(workflow="fulfil", limit=limit))
-        told = await client.store.find_events(EventFilter(types=ENDS, limit=limit))
+        told = await client.events.list(EventFilter(types=ENDS, limit=limit))
         forms: dict[str, Form] = {o.order_id: form_of(n) for n, o in enumerate(self.orders)}
         ended = [run_ending(status, forms[status.id]) for status in runs]
         return [e for e in ended if e is not None] + event_endings(self.placed_us, told)
@@ -302,6 +302,8 @@ What next:
   python -m examples.shop.demo --keep kept    keeps the store, to look around in:
     pavane runs list --store kept/shop.db
     pavane runs show o-0001 --store kept/shop.db
+    pavane events show o-0003 --store kept/shop.db
+    pavane handlers list --store kept/shop.db
 """
 
 

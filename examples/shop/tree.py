@@ -10,7 +10,7 @@ from pavane.stores.eventlog import EventFilter, EventRow
 
 async def read_tree(client: Client, conversation: str) -> list[str]:
     """Return the conversation's tree of causes, line by line."""
-    found = await client.store.find_events(EventFilter(conversation=conversation, limit=1000))
+    found = await client.events.list(EventFilter(conversation=conversation, limit=1000))
     return draw_tree(found[::-1])
 
 
