@@ -37,13 +37,14 @@ from examples.shop.outcome import (
 )
 from examples.shop.reactions import OrderCancelled
 from examples.shop.services import OrderPlaced, OrderShipped
-from examples.shop.tree import read_tree
 from examples.shop.workers import Worker, WorkerFailed
 from examples.shop.world import World
 from pavane import Client, RunFilter
-from pavane.cli.output import terminal_width
+from pavane.cli.conversations.picture import read_picture
+from pavane.cli.output import is_unicode, terminal_width
 from pavane.cli.runs.record import read_timeline
 from pavane.cli.timeline import draw
+from pavane.cli.tree import draw_conversation
 from pavane.stores.eventlog import EventFilter
 
 TITLES: dict[Form, str] = {
@@ -255,13 +256,23 @@ async def show_run(client: Client, id: str) -> None:
         click.echo(line)
 
 
+async def show_conversation(client: Client, id: str) -> None:
+    """Print everything that one event caused, as `pavane conversations show` does."""
+    picture = await read_picture(client, id)
+    for line in draw_conversation(
+        picture.tree, picture.contracts, picture.trouble, width=min(terminal_width(), 120),
+        unicode=is_unicode(),
+    ):  # fmt: skip
+        click.echo(line)
+
+
 async def show_orders(client: Client, demo: Demo) -> None:
     """Print one order of each form."""
     for form in FORMS:
         click.echo(f"\none order, {TITLES[form]}:\n")
         mine = [ending for ending in demo.endings if ending.form == form]
         if form == "events":
-            click.echo("\n".join(await read_tree(client, telling(mine, demo.world))))
+            await show_conversation(client, telling(mine, demo.world))
         else:
             await show_run(client, typical(mine))
 
@@ -302,8 +313,8 @@ What next:
   python -m examples.shop.demo --keep kept    keeps the store, to look around in:
     pavane runs list --store kept/shop.db
     pavane runs show o-0001 --store kept/shop.db
+    pavane conversations show o-0003 --store kept/shop.db
     pavane events show o-0003 --store kept/shop.db
-    pavane handlers list --store kept/shop.db
 """
 
 
