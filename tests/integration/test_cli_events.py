@@ -172,7 +172,7 @@ def test_show_tells_what_became_of_an_event(worker: None) -> None:
     assert f"run {id}" in drawn
     thanked = published("Thanked", "s-2")[0]["id"]
     until(lambda: read("events", "show", thanked)["taken"], "the mailbox")
-    assert f"run {id} of audit" in good("events", "show", thanked)
+    assert f"run {id}.follow of audit" in good("events", "show", thanked)
 
 
 def test_list_filters_by_time(worker: None) -> None:

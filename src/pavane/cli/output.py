@@ -13,8 +13,8 @@ import msgspec
 
 from pavane.cli.text import columns, fit, printable
 
-LAST_MIN = 24
-SQUEEZED_MIN = 8
+LAST_MIN = 12
+SQUEEZED_MIN = 6
 """Columns of a table that even a narrow terminal shows."""
 
 Format = Literal["table", "json", "jsonl"]

@@ -188,7 +188,7 @@ class Handlers:
             # It is this node's own, another's, or of a node that is gone and cannot take it back.
             is_open = circuit is not None and circuit.retry_at_s is not None
             if not is_open and until_us + BREAKER_STALE_US < now:
-                self._session.spawn(self.store.pause_handler(subscription.no, 0, ""))
+                self._session.spawn(self._say(subscription, 0, ""))
             until_us = 0
         elif not until_us and circuit is not None and circuit.retry_at_s is not None:
             circuit.retry_at_s = min(circuit.retry_at_s, self._loop.time())  # resumed by hand

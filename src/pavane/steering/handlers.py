@@ -103,7 +103,9 @@ class HandlerDesk:
         Events wait in the log meanwhile; what is under way ends.
         """
         row = await self._desk.row(name)
-        await self._store.pause_handler(row.no, LAST_US, reason.removeprefix(BREAKER))
+        await self._store.pause_handler(
+            row.no, LAST_US, reason.removeprefix(BREAKER).strip() or BY_HAND
+        )
         return full_name(row)
 
     async def resume(self, name: str) -> str:

@@ -67,7 +67,7 @@ def list_handlers(where: Where, output: Format) -> None:
     heads = ("HANDLER", "STATE", "BACKLOG", "PARKED", "DEAD", "EVENTS", "")
     rows = [_row(handler) for handler in found]
     colours = [STATE_COLOURS[handler.state] for handler in found]
-    print_table(heads, rows, colours=colours, coloured=1, squeezed=(0, 5))
+    print_table(heads, rows, colours=colours, coloured=1, squeezed=(5,))
 
 
 def _row(handler: HandlerStatus) -> list[str]:
