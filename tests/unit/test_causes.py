@@ -221,18 +221,32 @@ def test_a_run_shows_its_steps_hops_and_what_it_published() -> None:
     ]
 
 
-def test_a_run_stands_below_the_handler_that_started_it_also_with_the_event_s_id() -> None:
+def test_a_run_stands_below_the_handler_that_started_it() -> None:
     start = HandlerRow(4, "orders", "start-fulfil", ["Placed"], 0)
     story = Story(start, CHARGE)
     placed = story.event("Placed", 0)
     story.handled(start, placed, 5, 1)
     story.handled(CHARGE, placed, 20, 5)
-    story.run("c", Entry("start", at(10)), cause="c")
+    story.run("c.fulfil", Entry("start", at(10)), cause="c")
     story.published(CHARGE, placed, "Paid", 20)
     assert outline(story.tree()) == [
         "event Placed",
         "  handler orders.start-fulfil",
         "    run fulfil",
+        "  handler pay.charge",
+        "    event Paid (unhandled)",
+    ]
+
+
+def test_a_run_with_the_id_of_an_event_takes_nothing_from_it() -> None:
+    story = Story(CHARGE)
+    placed = story.event("Placed", 0)
+    story.handled(CHARGE, placed, 20, 5)
+    story.run("c", Entry("start", at(10)), cause="c")
+    story.published(CHARGE, placed, "Paid", 20)
+    assert outline(story.tree()) == [
+        "event Placed",
+        "  run fulfil",
         "  handler pay.charge",
         "    event Paid (unhandled)",
     ]

@@ -249,16 +249,19 @@ class _Builder:
         by_id = {_id(self._left[place]): place for place in open_}
         found: list[str] = []
         for name in names:
-            if name.startswith("start-") and event.id in by_id:
-                found.append(by_id[event.id])
+            started = f"{event.id}.{name.removeprefix('start-')}"
+            if started in by_id:
+                found.append(by_id[started])
             for number in range(1, len(open_) + TRIES_MAX):
                 id = derived_id(event.conversation, f"{event.id}>{service}.{name}#{number}")
                 if id in by_id:
                     found.append(by_id[id])
                 if len(found) == len(open_):
                     return found
-        handlers = [h for h in self._traffic.subscribers(event) if h.service == service]
-        return open_ if len(handlers) == 1 else found  # a replay derives other ids
+        if sum(h.service == service for h in self._traffic.subscribers(event)) == 1:
+            # A replay derives other ids, but nobody else here can have published these.
+            found += [p for p in open_ if isinstance(self._left[p], EventRow) and p not in found]
+        return found
 
     # -- runs ----------------------------------------------------------------------------------
 
