@@ -247,6 +247,7 @@ async def test_a_run_sleeps_over_a_kill(fleet: Fleet, mode: Mode) -> None:
     first = fleet.launch(lease_s=PATIENT_S)
     async with AsyncExitStack() as stack:
         client = await connected(stack, fleet)
+        await until_owned_by(client, 1)  # a slow start of the process is no part of the nap
         run = await start(client, crew.naps, 0.8, mode=mode)
         await until_status(run, "waiting", reason="timer")
         first.kill()
