@@ -1,0 +1,240 @@
+"""What can be declared of a handler, and what every declaration that makes no sense says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import pytest
+
+from pavane import BadDeclaration, Event, Service
+from pavane.engine.handlers import handler_spec
+from pavane.engine.registry import Registry
+from pavane.errors import OnlyInHandler
+from pavane.handler import Handler, delivery, emitted, per_second
+from pavane.policy import Retry
+
+
+class Placed(Event, key="order"):
+    order: str
+
+
+class Paid(Event, key="order"):
+    order: str
+
+
+class Refused(Event):
+    pass
+
+
+bank = Service("bank")
+
+
+def takes_one(event: Placed) -> None: ...
+def takes_two(event: Placed, state: dict[str, int]) -> None: ...
+def takes_list(events: list[Placed]) -> None: ...
+async def takes_connection(event: Placed, connection: Any) -> None: ...
+def returns_text(event: Placed) -> str: ...
+
+
+# -- rates and what is emitted -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        (None, None), (5, 5.0), (0.5, 0.5), ("100/s", 100.0), ("90/m", 1.5), ("10/5s", 2.0),
+        (" 36 / h ", 0.01), ("1.5/500ms", 3.0),
+    ],
+)  # fmt: skip
+def test_rates_are_read(rate: str | float | None, expected: float | None) -> None:
+    assert per_second(rate) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rate", ["fast", "100", "/s", "10/x", "0/s", 0, -1])
+def test_what_is_no_rate_is_refused_with_examples(rate: str | float) -> None:
+    with pytest.raises(BadDeclaration, match=r"is no rate|is not a duration"):
+        per_second(rate)
+
+
+@pytest.mark.parametrize(
+    ("returns", "expected"),
+    [
+        (None, ()), (Placed, (Placed,)), (Placed | None, (Placed,)),
+        (Placed | Paid | None, (Placed, Paid)), (list[Paid], (Paid,)),
+        (list[Paid | Placed], (Paid, Placed)), (list[Paid] | Paid | Refused, (Paid, Refused)),
+        (tuple[Placed, ...], (Placed,)), (tuple[Placed, Paid], (Placed, Paid)), (Any, ()),
+    ],
+)  # fmt: skip
+def test_return_annotations_say_what_is_published(returns: Any, expected: Any) -> None:
+    assert emitted(returns, "h") == expected
+
+
+@pytest.mark.parametrize("returns", [int, str | Placed, list[dict[str, int]], Event])
+def test_a_return_annotation_that_is_no_event_is_refused(returns: Any) -> None:
+    with pytest.raises(BadDeclaration, match=r"Handler h returns .*which is no event\. Return an"):
+        emitted(returns, "h")
+
+
+# -- handlers ----------------------------------------------------------------------------------
+
+
+def declare(fn: Callable[..., Any], *events: Any, **options: Any) -> Handler:
+    service = Service("shop")
+
+    @service.on(Placed, Paid)
+    def both(event: Placed | Paid) -> None: ...
+
+    @service.on(Refused, name="main")
+    def main(event: Refused) -> None: ...
+
+    service.on(*(events or (Placed,)), **{"name": "made", **options})(fn)
+    return service.handlers["made"]
+
+
+def test_a_handler_knows_its_events_and_what_it_publishes() -> None:
+    service = Service("shop")
+
+    @service.on(Placed, Refused, retry=Retry(attempts=2), timeout="3s", rate="5/s", linger="20ms")
+    async def charge(event: Placed | Refused) -> Paid | None: ...
+
+    handler = service.handlers["charge"]
+    assert handler.events == {"Placed": Placed, "Refused": Refused}
+    assert (handler.emits, handler.is_async, repr(handler)) == ((Paid,), True, "shop.charge")
+    options = handler.options
+    assert (options.timeout_s, options.rate_per_s, options.linger_s) == (3.0, 5.0, 0.02)
+    assert declare(takes_one, emits=[Paid]).emits == (Paid,)
+    assert declare(lambda event: None).emits is None  # it may publish anything
+
+
+@pytest.mark.parametrize(
+    ("since", "since_us"),
+    [(None, None), ("beginning", 0), (datetime(2026, 1, 1, tzinfo=UTC), 1_767_225_600_000_000)],
+)
+def test_a_new_handler_begins_at_the_end_the_beginning_or_a_time(
+    since: Any, since_us: int | None
+) -> None:
+    assert handler_spec(declare(takes_one, since=since)).since_us == since_us
+
+
+@pytest.mark.parametrize(
+    ("fn", "options", "why"),
+    [
+        (takes_two, {}, r"must take 1 parameter \(event\); it takes 2"),
+        (takes_one, {"state": dict}, r"must take 2 parameters \(event, state\); it takes 1"),
+        (takes_one, {"transaction": True}, r"must take 2 parameters \(event, connection\)"),
+        (takes_one, {"batch": 2}, "batch=2, so its first parameter must be annotated as a list"),
+        (takes_connection, {"transaction": True}, r"transaction=True: write it as a plain `def`"),
+        (takes_one, {"concurrency": 0}, r"concurrency= and batch= .* must be at least 1"),
+        (takes_list, {"batch": 0}, r"concurrency= and batch= .* must be at least 1"),
+        (takes_one, {"on_dead": "halt"}, r"on_dead='halt' .*Write 'continue' or 'stop'"),
+        (takes_one, {"since": "start"}, r"since='start' .*Write 'beginning' or a datetime"),
+        (takes_one, {"since": timedelta(1)}, "is no place in the log"),
+        (returns_text, {}, r"returns <class 'str'>, which is no event"),
+        (takes_one, {"name": "no name"}, r"'no name' is no name for a handler"),
+        (takes_one, {"name": "main"}, r"has a handler 'main' already\. Give one another name"),
+        (takes_one, {"shadow": True}, r"instead_of=… one of both, main"),
+        (takes_one, {"share": 0.1, "instead_of": "other"}, r"instead_of=… one of both, main"),
+        (takes_one, {"instead_of": "main"}, r"needs shadow=True or share=0\.1"),
+        (takes_one, {"share": 0.1, "instead_of": "both"}, "must take the same: Placed, Paid"),
+        (takes_connection, {"transaction": True, "shadow": True, "instead_of": "both"}, "plain"),
+    ],
+)
+def test_a_handler_that_makes_no_sense_says_why(
+    fn: Callable[..., Any], options: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(BadDeclaration, match=why):
+        declare(fn, **options)
+
+
+def test_a_batch_has_no_keyed_state() -> None:
+    def with_state(events: list[Placed], state: dict[str, int]) -> None: ...
+
+    with pytest.raises(BadDeclaration, match="cannot have both state= and a batch"):
+        declare(with_state, state=dict)
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5])
+def test_a_share_is_a_part(share: float) -> None:
+    with pytest.raises(BadDeclaration, match=r"must be above 0, at most 1"):
+        declare(takes_one, Refused, share=share, instead_of="main")
+
+
+def test_a_shadow_changes_nothing() -> None:
+    def written(event: Placed, connection: Any) -> None: ...
+
+    with pytest.raises(BadDeclaration, match=r"must not change anything: leave out transaction="):
+        declare(written, transaction=True, shadow=True, instead_of="both")
+    with pytest.raises(BadDeclaration, match=r"must not change anything: leave out share="):
+        declare(takes_one, shadow=True, share=0.1, instead_of="both")
+
+
+def test_a_share_takes_lists_if_the_current_handler_does() -> None:
+    service = Service("shop")
+    service.on(Placed, batch=5, name="main")(takes_list)
+    with pytest.raises(BadDeclaration, match="must take the same: a list of Placed"):
+        service.on(Placed, share=0.1)(takes_one)
+
+
+def test_shares_of_one_handler_are_no_more_than_all() -> None:
+    service = Service("shop")
+    service.on(Placed, name="main")(takes_one)
+    service.on(Placed, name="a", share=0.6, instead_of="main")(takes_one)
+    service.on(Placed, name="b", share=0.4, instead_of=service.handlers["main"].name)(takes_one)
+    with pytest.raises(BadDeclaration, match=r"take 1\.1 of its keys together"):
+        service.on(Placed, name="c", share=0.1, instead_of="main")(takes_one)
+
+
+def test_a_handler_names_event_classes() -> None:
+    with pytest.raises(BadDeclaration, match=r"must name at least one event class"):
+        bank.on()
+    with pytest.raises(BadDeclaration, match=r"on\(<class 'int'>\) must be given event classes"):
+        bank.on(cast("Any", int))
+
+
+def test_two_classes_under_one_name_are_refused_by_the_app() -> None:
+    one, other = Service("one"), Service("other")
+
+    class Twin(Event, type_name="Placed"):
+        pass
+
+    one.on(Placed)(takes_one)
+    other.on(Twin)(takes_one)
+    with pytest.raises(BadDeclaration, match=r"Two event classes are called 'Placed'.*type_name="):
+        Registry([one, other])
+
+
+def test_of_several_versions_of_a_workflow_the_newest_starts_on_events() -> None:
+    service = Service("shop")
+
+    async def fulfil(event: Placed) -> None: ...
+
+    for version in (1, 3, 2):
+        service.workflow(name="fulfil", version=version, starts_on=Placed)(fulfil)
+    (handler,) = service.handlers.values()
+    assert handler.starts is not None
+    assert (handler.name, handler.starts.version) == ("start-fulfil", 3)
+
+
+def test_starts_on_names_an_event_class() -> None:
+    async def fulfil(event: Placed) -> None: ...
+
+    with pytest.raises(BadDeclaration, match=r"starts_on=<class 'int'> must be an event class"):
+        bank.workflow(starts_on=int)(fulfil)
+
+
+def test_outside_of_a_handler_there_is_no_delivery() -> None:
+    with pytest.raises(OnlyInHandler, match="works only inside a handler"):
+        delivery()
+
+
+def test_called_directly_it_is_just_the_function() -> None:
+    service = Service("shop")
+
+    @service.on(Placed)
+    def charge(event: Placed) -> Paid:
+        return Paid(order=event.order)
+
+    assert charge(Placed(order="a")) == Paid(order="a")
+    assert service.handlers["charge"](Placed(order="a")) == Paid(order="a")
