@@ -360,6 +360,15 @@ def test_the_last_event_is_not_the_one_that_tells_it_is_overdue() -> None:
     assert story.trouble().last == "Placed"
 
 
+def test_who_is_told_that_it_is_overdue_is_not_expected_next() -> None:
+    alarm = HandlerRow(5, "desk", "alarm", ["ConversationOverdue"], 0)
+    story = Story(alarm)
+    story.event("Placed", 0)
+    story.event("ConversationOverdue", 500, id="o", cause="c")
+    story.waits(alarm)
+    assert story.trouble().expected == []
+
+
 # -- the picture -------------------------------------------------------------------------------
 
 

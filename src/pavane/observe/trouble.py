@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from pavane.contract import ConversationOverdue
 from pavane.core.baton import ENDED
 from pavane.core.codec import error_summary
 from pavane.observe.traffic import Traffic, homes
@@ -177,6 +178,8 @@ def _pending(traffic: Traffic, now_us: int) -> tuple[list[Consumer], bool]:
     found: list[Consumer] = []
     retried = False
     for event in traffic.events:
+        if event.type == ConversationOverdue.event_type:
+            continue  # who is told that it is held up does not hold it up
         for handler in traffic.subscribers(event):
             row = parked.get((handler.no, event.pos))
             paused = _paused(handler, now_us)
