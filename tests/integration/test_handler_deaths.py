@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from pavane import App, EngineConfig, Event, Retry, Service
+from pavane.core.codec import error_summary
 from pavane.stores.eventlog import DeadFilter
 from pavane.stores.port import LAST_US
 from tests.integration.crash_points import fork, reap
@@ -104,7 +105,7 @@ def test_what_kills_its_process_is_quarantined_wherever_it_waits(tmp_path: Path,
         async with make(path).connect() as client:
             (letter,) = await client.store.dead_letters(DeadFilter())
             assert b'"n":5' in letter.data
-            assert letter.cause.startswith("PavaneError: Quarantined: 5 processes died")
+            assert "Quarantined: 5 processes died" in error_summary(letter.error)
             assert await client.store.parked_count(1) == 0
             raw = await client.store.state("bank", "Trail", "k1")
             if raw is not None:

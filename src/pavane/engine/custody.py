@@ -425,14 +425,14 @@ class Custody:
 
     def _answer(
         self, message: Message, reaction: Reaction, *, for_good: bool = True,
-        then: Callable[[], None] | None = None,
+        then: Callable[[PavaneError | None], None] | None = None,
     ) -> None:  # fmt: skip
         """Write what becomes of a request; unless `for_good`, it may be made once more."""
 
         def written(error: PavaneError | None) -> None:
             self._session.consumed(message)
-            if then is not None and error is None:
-                then()
+            if then is not None:
+                then(error)
 
         commit = Commit(written)
         if for_good:
@@ -468,9 +468,10 @@ class Custody:
             reaction.parked = [self._redone(subscription, redo, row, dead)]
             self._about_to_park.add(place)
 
-        def then() -> None:
+        def then(error: PavaneError | None) -> None:
             self._about_to_park.discard(place)
-            self._granted(subscription, row, dead, redo.drop)
+            if error is None:
+                self._granted(subscription, row, dead, redo.drop)
 
         self._answer(message, reaction, then=then)
 

@@ -1,0 +1,352 @@
+"""Events that start runs, runs that wait for events, and handlers that talk to runs."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pavane import (
+    BadArguments,
+    Event,
+    RunEnded,
+    Service,
+    choreographed,
+    continue_as_new,
+    receive,
+)
+from pavane.core.operations import Mode
+from pavane.stores.eventlog import EventFilter
+from tests.integration.world import LAYOUTS, MODES, Director, World, in_loop, until
+
+CASES = [(mode, layout) for mode in MODES for layout in LAYOUTS]
+
+
+class Placed(Event, key="order"):
+    order: str
+    n: int = 0
+
+
+class Paid(Event, key="order"):
+    order: str
+    n: int = 0
+
+
+class Cancelled(Event, key="order"):
+    order: str
+
+
+class Loose(Event):
+    n: int = 0
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(case).replace(" ", "_"))
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+    return World(tmp_path / "world.db", *request.param)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> World:
+    return World(tmp_path / "world.db", "orchestration", "one node")
+
+
+async def publish(director: Director, event: Any, id: str | None = None) -> str:
+    return await director.client.publish(event, source="test", id=id)
+
+
+async def result(director: Director, id: str) -> Any:
+    await until(lambda: director.client.store.run_rows(id), f"run {id}")
+    return await director.get(id).result(timeout=20)
+
+
+# -- waiting for what is published -------------------------------------------------------------
+
+
+@in_loop
+async def test_early_late_and_concurrent_events_all_arrive(world: World) -> None:
+    """Invariant 4; the baton is away from home when the run begins to wait."""
+    shop, bank = Service("shop"), Service("bank")
+
+    @bank.step
+    async def check(order: str) -> str:
+        return order
+
+    @shop.workflow(receives=[Paid])
+    async def fulfil(order: str) -> list[int]:
+        found: list[int] = []
+        for _ in range(3):
+            await check(order)
+            found.append((await receive(Paid, key=order)).n)
+            await check(order)
+        return found
+
+    async with world.working(shop, bank) as director:
+        await publish(director, Paid(order="a", n=1))
+        runs = [await director.start(fulfil, "a"), await director.start(fulfil, "a")]
+        await publish(director, Paid(order="a", n=2))
+        await asyncio.sleep(0.1)
+        await publish(director, Paid(order="a", n=3))
+        assert [await run.result(timeout=20) for run in runs] == [[1, 2, 3], [1, 2, 3]]
+
+
+@in_loop
+async def test_several_receives_may_be_raced_and_the_loser_is_given_back(world: World) -> None:
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Paid, Cancelled])
+    async def fulfil(order: str) -> list[str]:
+        seen: list[str] = []
+        for _ in range(3):
+            waits = [
+                asyncio.ensure_future(receive(Paid, key=order)),
+                asyncio.ensure_future(receive(Cancelled, key=order)),
+            ]
+            done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in pending:
+                task.cancel()
+            seen += sorted(type(task.result()).__name__ for task in done)
+            if len(seen) == 3:
+                break
+        return seen
+
+    async with world.working(shop) as director:
+        run = await director.start(fulfil, "a")
+        await asyncio.sleep(0.05)
+        for event in (Paid(order="a"), Cancelled(order="a"), Paid(order="b"), Paid(order="a")):
+            await publish(director, event)
+        assert sorted(await run.result(timeout=20)) == ["Cancelled", "Paid", "Paid"]
+
+
+@in_loop
+async def test_two_waits_of_one_run_for_one_key_get_two_events(world: World) -> None:
+    """Invariant 4: each event once per run."""
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Paid])
+    async def fulfil(order: str) -> list[int]:
+        both = await asyncio.gather(receive(Paid, key=order), receive(Paid, key=order))
+        return [event.n for event in both]
+
+    async with world.working(shop) as director:
+        run = await director.start(fulfil, "a")
+        for n in (1, 2):
+            await publish(director, Paid(order="a", n=n), id=f"p{n}")
+            await publish(director, Paid(order="a", n=n), id=f"p{n}")
+        assert sorted(await run.result(timeout=20)) == [1, 2]
+
+
+@in_loop
+async def test_an_event_that_a_timeout_missed_is_there_for_the_next_wait(world: World) -> None:
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Paid])
+    async def fulfil(order: str) -> tuple[int, list[int]]:
+        missed, seen = 0, list[int]()
+        while len(seen) < 8:
+            try:
+                async with asyncio.timeout(0.01 * (missed + 1)):  # the answer may take longer
+                    seen.append((await receive(Paid, key=order)).n)
+            except TimeoutError:
+                missed += 1
+        return missed, seen
+
+    async with world.working(shop) as director:
+        run = await director.start(fulfil, "a")
+        for n in range(8):
+            await asyncio.sleep(0.004 * (n % 4))
+            await publish(director, Paid(order="a", n=n))
+        _, seen = await run.result(timeout=30)
+    assert seen == list(range(8))
+
+
+@in_loop
+async def test_an_event_is_kept_for_as_long_as_declared(small: World) -> None:
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Paid], keep="300ms")
+    async def fulfil(order: str) -> int:
+        return (await receive(Paid, key=order)).n
+
+    async with small.working(shop) as director:
+        await publish(director, Paid(order="a", n=1))
+        assert await director.result(fulfil, "a") == 1
+        await asyncio.sleep(0.4)
+        run = await director.start(fulfil, "a")
+        await asyncio.sleep(0.05)
+        await publish(director, Paid(order="a", n=2))
+        assert await run.result(timeout=20) == 2
+
+
+@in_loop
+async def test_a_run_that_goes_on_anew_gets_each_event_once(world: World) -> None:
+    """Invariant 4, across continue_as_new."""
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Paid])
+    async def fulfil(order: str, seen: list[int]) -> list[int]:
+        seen.append((await receive(Paid, key=order)).n)
+        seen.append((await receive(Paid, key=order)).n)
+        if len(seen) < 6:
+            continue_as_new(order, seen)
+        return seen
+
+    async with world.working(shop) as director:
+        await publish(director, Paid(order="a", n=0))
+        run = await director.start(fulfil, "a", [])
+        for n in range(1, 6):
+            await publish(director, Paid(order="a", n=n))
+            await asyncio.sleep(0.01 * (n % 2))
+        assert await run.result(timeout=20) == [0, 1, 2, 3, 4, 5]
+
+
+@in_loop
+async def test_only_what_has_a_key_can_be_waited_for_by_key(small: World) -> None:
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Loose, Paid])
+    async def loose() -> None:
+        await receive(Loose, key="a")
+
+    @shop.workflow(receives=[Paid])
+    async def empty() -> None:
+        await receive(Paid, key="")
+
+    async with small.working(shop) as director:
+        for flow, why in ((loose, "Loose has no key"), (empty, "an empty key counts as one")):
+            run = await director.start(flow)
+            with pytest.raises(Exception, match=why):
+                await run.result(timeout=20)
+
+
+# -- starting on, sending to -------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_chain_of_runs_that_start_each_other_by_events(world: World) -> None:
+    """Invariant 4; ids of events that runs publish are ids of runs in turn."""
+    shop, bank = Service("shop"), Service("bank")
+    mode: Mode = world.mode
+
+    @bank.step
+    async def charge(order: str) -> int:
+        return len(order)
+
+    @shop.step
+    async def label(order: str) -> str:
+        return f"{order}!"
+
+    @shop.workflow(starts_on=Placed, receives=[Paid], mode=mode)
+    async def fulfil(event: Placed) -> str:
+        await charge(event.order)
+        text = await label(event.order)
+        await shop.publish(Cancelled(order=event.order))
+        paid = await receive(Paid, key=event.order)
+        return f"{text} {paid.n}"
+
+    @bank.workflow(starts_on=Cancelled, mode=mode)
+    async def refund(event: Cancelled) -> str:
+        await label(event.order)
+        async with choreographed():
+            n = await charge(event.order) + len(await label(event.order))
+        await bank.publish(Paid(order=event.order, n=n))
+        return event.order
+
+    async with world.working(shop, bank) as director:
+        for _ in range(2):
+            await publish(director, Placed(order="a"), id="e1")
+        assert await result(director, "e1.fulfil") == "a! 3"
+        (event,) = await director.client.store.find_events(EventFilter(types=("Cancelled",)))
+        assert event.conversation == "e1"
+        runs = await director.client.store.runs_in("e1")
+        (refunding,) = [id for id in runs if id != "e1.fulfil"]
+        assert await result(director, refunding) == "a"
+        assert len(await director.client.store.find_events(EventFilter(types=("Paid",)))) == 1
+
+
+@in_loop
+async def test_handlers_start_runs_and_send_to_them_once(world: World) -> None:
+    shop, desk = Service("shop"), Service("desk")
+
+    @shop.workflow(receives=[Loose])
+    async def gather(order: str, count: int) -> list[int]:
+        return [(await receive(Loose)).n for _ in range(count)]
+
+    @desk.on(Placed)
+    async def begin(event: Placed) -> None:
+        if event.n == 0:
+            await gather.start(event.order, 3)
+        else:
+            await gather.send(event.order, Loose(n=event.n))
+
+    async with world.working(shop, desk) as director:
+        run = await director.start(gather, "x", 3, id="known")
+        for n in (1, 2, 3):
+            for _ in range(2):
+                await publish(director, Placed(order="known", n=n), id=f"e{n}")
+        assert await run.result(timeout=20) == [1, 2, 3]
+        await publish(director, Placed(order="y"), id="begin")
+
+        async def begun() -> Any:
+            return await director.client.store.runs_in("begin")
+
+        (id,) = await until(begun, "the run that a handler started")
+        for n in range(3):
+            await director.get(id).send(Loose(n=n))
+        assert await director.get(id).result(timeout=20) == [0, 1, 2]
+
+
+@in_loop
+async def test_events_that_come_for_a_run_that_has_ended_are_refused_or_kept(small: World) -> None:
+    """Late and duplicate events are visible, not lost: in the log, and in the run's mail."""
+    shop, desk = Service("shop"), Service("desk")
+
+    @shop.workflow(receives=[Loose])
+    async def gather() -> int:
+        return (await receive(Loose)).n
+
+    @desk.on(Placed)
+    async def tell(event: Placed) -> None:
+        await gather.send(event.order, Loose(n=event.n))
+
+    async with small.working(shop, desk) as director:
+        run = await director.start(gather, id="r1")
+        await run.send(Loose(n=1))
+        assert await run.result(timeout=20) == 1
+        with pytest.raises(RunEnded, match="'r1' has ended"):
+            await run.send(Loose(n=2))
+        await publish(director, Placed(order="r1", n=3))
+
+        async def kept() -> Any:
+            return await director.client.store.mail_of("shop", "r1")
+
+        (mail,) = await until(kept, "late mail")
+        assert mail.body == b'{"n":3}'
+
+
+@in_loop
+async def test_a_handler_sends_only_what_a_workflow_receives(small: World) -> None:
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Loose])
+    async def gather() -> int:
+        return (await receive(Loose)).n
+
+    failures: list[BaseException] = []
+
+    @shop.on(Placed)
+    async def tell(event: Placed) -> None:
+        try:
+            await gather.send("r1", Paid(order="a"))
+        except BadArguments as error:
+            failures.append(error)
+
+    async with small.working(shop) as director:
+        await publish(director, Placed(order="a"))
+
+        async def failed() -> Any:
+            return failures
+
+        (error,) = await until(failed)
+    assert "does not receive Paid; it receives: Loose" in str(error)
