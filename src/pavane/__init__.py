@@ -28,9 +28,11 @@ _HOMES = {
         "StepTimeout", "StoreError", "TooLarge", "UndeclaredReceive", "UnknownName", "UnknownRun",
     ),
 }  # fmt: skip
+_MODULES = ("outbox",)
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
+    from pavane import outbox as outbox
     from pavane.app import App as App
     from pavane.app import Client as Client
     from pavane.app import Run as Run
@@ -87,10 +89,12 @@ if TYPE_CHECKING:
     from pavane.workflow import set_attributes as set_attributes
     from pavane.workflow import uuid4 as uuid4
 
-__all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_WHERE, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"pavane.{name}")
     home = _WHERE.get(name)
     if home is None:
         raise AttributeError(f"module 'pavane' has no attribute {name!r}")

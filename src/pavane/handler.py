@@ -123,6 +123,13 @@ class Handler:
             )
         if options.state is not None and self.takes_list:
             raise BadDeclaration(f"Handler {self!r} cannot have both state= and a batch of events.")
+        if options.transaction and (options.timeout_s is not None or options.shadow):
+            what = "timeout=" if options.timeout_s is not None else "shadow=True"
+            why = "cannot be stopped" if options.timeout_s is not None else "writes for real"
+            raise BadDeclaration(
+                f"Handler {self!r} cannot have both {what} and transaction=True: what runs inside "
+                f"the store's transaction {why}."
+            )
         if options.transaction and self.is_async:
             raise BadDeclaration(
                 f"Handler {self!r} has transaction=True: write it as a plain `def`. It runs inside "
@@ -230,8 +237,24 @@ class Delivery(msgspec.Struct, frozen=True):
     idempotency_key: str
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """What an event inherits from the step or handler that publishes it through a connection.
+
+    `id` is the same whenever an attempt publishes the same again.
+    """
+
+    id: str
+    source: str
+    conversation: str
+    cause: str
+    trace: str
+    payload_max_bytes: int
+
+
 class HandlerContext(Protocol):
     """The engine's side of a running handler."""
+
+    def origin(self, content: str) -> Origin: ...
 
     def delivery(self) -> Delivery: ...
     def publish(self, event: Any, source: str) -> str: ...

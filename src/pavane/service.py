@@ -32,6 +32,7 @@ from pavane.handler import (
     Breaker,
     Handler,
     HandlerOptions,
+    Origin,
     Since,
     current_handler,
     per_second,
@@ -128,6 +129,11 @@ class Step(Generic[P, R]):
         heartbeat: Duration | None = None,
     ) -> Step[P, R]:
         """Return the same step with other options for the calls made through it."""
+        if self.transaction and (timeout is not None or heartbeat is not None):
+            raise BadDeclaration(
+                f"{self} is a transaction, which cannot be stopped: it takes no timeout= and no "
+                f"heartbeat=. Keep it short, and bound what it does by its SQL."
+            )
         changed = StepOptions(
             retry=retry or self.options_.retry,
             timeout_s=self.options_.timeout_s if timeout is None else seconds(timeout),
@@ -162,6 +168,28 @@ class StepDecorator:
     def __call__(self, fn: Callable[P, R]) -> Step[P, R]: ...
     def __call__(self, fn: Callable[P, Any]) -> Step[P, Any]:
         return self._service.add_step(fn, self._name, self._options)
+
+
+class TransactionDecorator:
+    """What `@service.transaction(…)` returns."""
+
+    def __init__(self, service: Service, name: str | None, options: StepOptions) -> None:
+        self._service = service
+        self._name = name
+        self._options = options
+
+    def __call__(self, fn: Callable[Concatenate[Any, P], R]) -> Step[P, R]:
+        if inspect.iscoroutinefunction(fn):
+            raise BadDeclaration(
+                f"{fn.__name__} cannot be a transaction: write it as a plain `def`. It runs inside "
+                f"the store's own transaction, which must not wait for anything else."
+            )
+        if not inspect.signature(fn).parameters:
+            raise BadDeclaration(
+                f"Transaction {getattr(fn, '__name__', fn)} must take a connection as its first "
+                f"parameter; callers leave it out."
+            )
+        return self._service.add_step(fn, self._name, self._options, transaction=True)
 
 
 class Service:
@@ -208,8 +236,7 @@ class Service:
         complete; it is registered before this step starts, so it must tolerate that nothing
         happened.
         """
-        if undo is not None and not isinstance(undo, Step):
-            raise BadDeclaration(f"undo={undo!r} must be a step: decorate it with @service.step.")
+        _check_undo(undo)
         options = StepOptions(
             retry=retry,
             timeout_s=None if timeout is None else seconds(timeout),
@@ -220,7 +247,26 @@ class Service:
             return StepDecorator(self, name, options)
         return self.add_step(fn, name, options)
 
-    def transaction(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, R]:
+    @overload
+    def transaction(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, R]: ...
+    @overload
+    def transaction(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        retry: Retry | None = None,
+        undo: Callable[..., Awaitable[Any]] | None = None,
+    ) -> TransactionDecorator: ...
+    def transaction(
+        self,
+        fn: Any = None,
+        /,
+        *,
+        name: str | None = None,
+        retry: Retry | None = None,
+        undo: Callable[..., Awaitable[Any]] | None = None,
+    ) -> Any:
         """Declare a step that runs inside the store's own transaction.
 
         ```python
@@ -233,14 +279,14 @@ class Service:
         Its first parameter is a connection of the store's database (SQLite: of APSW), which callers
         leave out. What it writes there and its result are one transaction: exactly once, whatever
         crashes. It is a plain `def` and should be short, since nothing else is written meanwhile;
-        it must not commit. A failure rolls back what it did and goes to the workflow.
+        it must not commit, use the connection later, or do anything outside of the database: it is
+        called again if its transaction cannot be written. A failure rolls back what it did and is
+        retried, or goes to the workflow, as for `step`; so do `retry` and `undo`.
         """
-        if inspect.iscoroutinefunction(fn):
-            raise BadDeclaration(
-                f"{fn.__name__} cannot be a transaction: write it as a plain `def`. It runs inside "
-                f"the store's own transaction, which must not wait for anything else."
-            )
-        return self.add_step(fn, None, StepOptions(), transaction=True)
+        _check_undo(undo)
+        options = StepOptions(retry=retry, undo=undo)
+        decorator = TransactionDecorator(self, name, options)
+        return decorator if fn is None else decorator(fn)
 
     def on(
         self,
@@ -467,6 +513,11 @@ class Service:
         return f"Service({self.name!r})"
 
 
+def _check_undo(undo: object) -> None:
+    if undo is not None and not isinstance(undo, Step):
+        raise BadDeclaration(f"undo={undo!r} must be a step: decorate it with @service.step.")
+
+
 # -- inside a running step ---------------------------------------------------------------------
 
 
@@ -491,6 +542,7 @@ class StepContext(Protocol):
 
     def info(self) -> StepInfo: ...
     def beat(self, details: Any) -> None: ...
+    def origin(self, content: str) -> Origin: ...
 
 
 current_step: ContextVar[StepContext | None] = ContextVar("pavane_step", default=None)

@@ -109,6 +109,41 @@ async def fulfil(sku: str) -> str:
         return await ship(parcel)
 
 
+def enter(connection: Any, what: str, sku: str) -> str:
+    connection.execute("CREATE TABLE IF NOT EXISTS books (what TEXT, sku TEXT)")
+    connection.execute("INSERT INTO books VALUES (?, ?)", (what, sku))
+    return f"{what} {sku}"
+
+
+@payments.transaction
+def credit(connection: Any, sku: str) -> str:
+    return enter(connection, "credit", sku)
+
+
+@payments.transaction(undo=credit)
+def debit(connection: Any, sku: str) -> str:
+    return enter(connection, "debit", sku)
+
+
+@stock.transaction
+def take(connection: Any, sku: str) -> str:
+    return enter(connection, "take", sku)
+
+
+@orders.transaction
+def file(connection: Any, sku: str) -> str:
+    return enter(connection, "file", sku)
+
+
+@orders.workflow
+async def settle(sku: str) -> str:
+    async with saga():
+        await debit(sku)
+        await file(sku)
+        await asyncio.gather(take(sku), file(f"{sku} taken"))
+        return await ship(sku)
+
+
 class Told(Event):
     text: str
 
@@ -189,7 +224,7 @@ async def work_until_ended(
 
 
 async def start_and_await(client: Client, mode: Mode, scenario: str) -> None:
-    flow = {"saga": fulfil, "talk": talk}[scenario]
+    flow = {"saga": fulfil, "talk": talk, "books": settle}[scenario]
     run = await client.start(flow, ("book",), {}, id="r-1", mode=mode)
     if scenario == "talk":
         await tell_and_cancel(client, run)
@@ -333,6 +368,7 @@ def looked_at() -> dict[str, Any]:
             "unmarked": rows(UNMARKED),
             "parked": rows("SELECT id FROM parked"),
             "mail": rows("SELECT id FROM mailbox"),
+            "books": rows("SELECT what, sku FROM books") if rows(HAS_BOOKS) else [],
         }
     finally:
         db.close()
@@ -344,6 +380,7 @@ WHERE runs.service = runs.home AND runs.id = 'r-1' ORDER BY journal.seq
 """
 JOURNALS = "SELECT runs.id, journal.body FROM journal JOIN runs ON runs.no = journal.run"
 REPLIES = "SELECT body FROM log WHERE kind = 'reply'"
+HAS_BOOKS = "SELECT 1 FROM sqlite_schema WHERE name = 'books'"
 UNMARKED = """
 SELECT id, kind, receiver FROM log WHERE kind IN ('baton', 'command')
 AND NOT EXISTS (SELECT 1 FROM inbox WHERE inbox.id = log.id AND inbox.service = log.receiver)

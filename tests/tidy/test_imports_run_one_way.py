@@ -18,11 +18,13 @@ ENGINE = CONFIG | AUTHORING | {"engine"}
 STEERING = ENGINE | {"steering"}
 WATCHING = ENGINE | {"observe"}
 APP = STEERING | WATCHING | {"app"}
-ON_TOP = APP | {"insight", "dashboard", "cli", "testing", "contrib", "__main__"}
+OUTBOX = APP | {"outbox"}
+ON_TOP = OUTBOX | {"insight", "dashboard", "cli", "testing", "contrib", "__main__"}
 
 MAY_IMPORT = (
     dict.fromkeys(ON_TOP, ON_TOP)
     | {"app": APP, "steering": STEERING, "observe": WATCHING, "engine": ENGINE, "config": CONFIG}
+    | {"outbox": OUTBOX}
     | {"stores": PORTS, "brokers": PORTS, "service": AUTHORING, "workflow": AUTHORING}
     | {"handler": AUTHORING, "contract": AUTHORING}
     | {"core": CORE}

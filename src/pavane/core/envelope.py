@@ -15,7 +15,8 @@ class Call(msgspec.Struct, array_like=True):
     """A command: have `step` of `service` done for operation `op` of `run`.
 
     `options` overrides the declared ones; `reply_to` is the service that holds the run. `deaths` is
-    how many times the run was touched after a crash before it asked. The message id and the
+    how many times the run was touched after a crash before it asked; `asked_in` the era in which it
+    first did, which is older than `era` if a person had the run go on since. The message id and the
     idempotency key derive from run and operation.
     """
 
@@ -30,10 +31,16 @@ class Call(msgspec.Struct, array_like=True):
     undo: bool = False
     options: Raw = Raw(b"null")
     deaths: int = 0
+    asked_in: int = 0
 
     @property
     def id(self) -> str:
         return operation_id(self.run, self.op, self.era)
+
+    @property
+    def work_id(self) -> str:
+        """The mark, and the reply, of a transaction: the same however often it is asked for."""
+        return f"{operation_id(self.run, self.op, self.asked_in)}t"
 
 
 class Reply(msgspec.Struct, array_like=True):

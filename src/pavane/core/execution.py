@@ -101,6 +101,8 @@ class Execution:
         self.given_up: list[Operation] = []
         self.outcome: Outcome | None = None
         self.fed = 0
+        self.eras: Sequence[int] = ()
+        """In which era each operation was asked for; this one's, for those that are missing."""
         self._issued: list[str] = []
         self._next_op = 0
         self._main: asyncio.Task[Any] | None = None
@@ -157,6 +159,10 @@ class Execution:
         finally:
             self._replaying = False
         self.new = []
+
+    def asked_in(self, ordinal: int) -> int:
+        """Return the era in which an operation was first asked for; later rewinds kept it."""
+        return self.eras[ordinal] if ordinal < len(self.eras) else self.header.era
 
     def discard(self) -> None:
         """Put the execution away: its code can do nothing durable any more."""

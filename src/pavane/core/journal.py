@@ -73,3 +73,16 @@ def effective(entries: Sequence[Entry]) -> list[Entry]:
 def eras(entries: Iterable[Entry]) -> int:
     """Return how often the run was rewound."""
     return sum(entry.what == "rewind" for entry in entries)
+
+
+def issue_eras(entries: Iterable[Entry]) -> list[int]:
+    """Return for each operation that was asked for and not taken back, in which era it was."""
+    kept: list[tuple[int, Entry]] = []
+    era = 0
+    for entry in entries:
+        if entry.what == "rewind":
+            era += 1
+            del kept[entry.op :]
+        else:
+            kept.append((era, entry))
+    return [era for era, entry in kept for mark in entry.issued if not mark.startswith("patch ")]

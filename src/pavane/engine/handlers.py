@@ -217,7 +217,10 @@ class Handlers:
 
     def _call_soon(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
         # A task made directly, and no callback when it is done, save a tenth of an event's cost.
-        task = asyncio.Task(self._handle(subscription, lanes, items), loop=self._loop)
+        task = asyncio.Task(
+            self._handle(subscription, lanes, items), loop=self._loop,
+            context=self._session.context.copy(),
+        )  # fmt: skip
         for lane in lanes:
             lane.call = task
         self._calls[items[0]] = task

@@ -5,6 +5,7 @@ What is asked for takes effect with the commit that marks the event as handled, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ from pavane.core.baton import Header
 from pavane.core.codec import encode
 from pavane.core.envelope import Signal, Start, pack
 from pavane.engine.mailbox import Mailbox
-from pavane.engine.publishing import checked_size, derived_id, event_row
+from pavane.engine.publishing import checked_size, derived_id, event_row, origin
 from pavane.engine.subscription import Item
 from pavane.errors import OnlyInHandler
 from pavane.event import class_of
-from pavane.handler import Delivery, Handler
+from pavane.handler import Delivery, Handler, Origin
 from pavane.stores.eventlog import EventRow, MarkRow, Outcome, Reaction
 from pavane.stores.port import Message
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 class Handling:
     """One call of a handler: what it is about, and what it asks for."""
+
+    _outboxed: Counter[str] | None = None
+    """How often it published the same through a connection."""
 
     def __init__(self, session: Session, handler: Handler, item: Item, now_us: int) -> None:
         self._session = session
@@ -56,6 +60,7 @@ class Handling:
         """Forget what was asked for: the handler is called once more, for the same attempt."""
         self._count, self._closed = 0, False
         self.events, self.messages, self.members = [], [], []
+        self._outboxed = None
 
     def close(self) -> None:
         """Take nothing more: the handler has returned, and what it asked for is being written."""
@@ -83,6 +88,16 @@ class Handling:
                 f"Handler {self._handler!r} has returned, and what it asked for is written. Await "
                 f"what publishes, starts or sends inside the handler."
             )
+
+    def origin(self, content: str) -> Origin:
+        self._check_open()
+        row, handler = self._item.row, self._handler
+        self._outboxed = self._outboxed or Counter()
+        return origin(
+            f"{row.id}>{handler.service.name}.{handler.name}{self._item.again}", content,
+            self._outboxed, handler.service.name, row.conversation, row.id, row.trace,
+            self._session.config.payload_max_bytes,
+        )  # fmt: skip
 
     def publish(self, event: Any, source: str) -> str:
         self._check_open()

@@ -46,7 +46,14 @@ from pavane.core.envelope import (
     unpack,
 )
 from pavane.core.execution import Execution
-from pavane.core.journal import Entry, decode_chunk, effective, encode_entry, eras
+from pavane.core.journal import (
+    Entry,
+    decode_chunk,
+    effective,
+    encode_entry,
+    eras,
+    issue_eras,
+)
 from pavane.core.operations import EXPIRY, Operation
 from pavane.core.policy import Pass, decide
 from pavane.engine.held import (
@@ -375,6 +382,7 @@ class Holder:
             definition = self._registry.workflow(header.workflow, header.version)
             delivered = effective(entries)
             execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
+            execution.eras = issue_eras(entries) if header.era else ()
             begun = len(delivered) > 1 or bool(delivered and delivered[0].issued)
             if begun:
                 execution.replay(delivered)
@@ -916,6 +924,7 @@ class Holder:
             definition = self._registry.workflow(header.workflow, header.version)
             delivered = effective(entries)
             execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
+            execution.eras = issue_eras(entries) if header.era else ()
             execution.replay(delivered)
         except (CorruptJournal, Mismatch, UnknownName) as error:
             held.arrival = InboxRow(message.to, message.id, self._session.now_us())
@@ -1186,6 +1195,7 @@ class Holder:
             held.row.service, header.conversation, op.undo,
             self._session.steps.encode_options(op.service, op.name, op.detail),
             held.row.deaths if held.suspect == CLEARED_BY else 0,
+            held.execution.asked_in(op.ordinal),
         )  # fmt: skip
 
     def _launch(self, held: Held, operations: Sequence[Operation]) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -92,6 +93,8 @@ class Session:
         self.now_us = store.now_us
         self.committer = Committer(store, fence, self._route, self._published, self.lost)
         self.submit = self.committer.submit
+        self.context = copy_context()
+        """What steps and handlers begin with; else they would inherit from whoever came before."""
         self.holder = Holder(self)
         self.steps = Steps(self)
         self.handlers = Handlers(self)
@@ -585,6 +588,12 @@ class Node:
     ) -> None:
         for service in services:
             registry.service(service)
+        declared = registry.transactions_of(services)
+        if declared and not store.features.transactions:
+            raise StoreError(
+                f"{', '.join(declared)} must run inside the store's own transaction, and a "
+                f"{type(store).__name__} gives no connection to it. Use an SQLite store."
+            )
         self._store = store
         self._registry = registry
         self.services = list(services)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, datetime
 from hashlib import blake2s
 from typing import Any
@@ -13,6 +14,7 @@ from pavane.core.baton import Header
 from pavane.core.codec import decoder, encode
 from pavane.errors import BadEvent, NotDecodable, TooLarge
 from pavane.event import class_of, key_of
+from pavane.handler import Origin
 from pavane.stores.eventlog import EventRow, EventStore
 
 _plain = msgspec.json.Decoder(dict[str, Any])
@@ -56,6 +58,20 @@ def derived_id(conversation: str, seed: str) -> str:
     It begins with the conversation's, so that what belongs together lies together in an index.
     """
     return f"{conversation}.{blake2s(seed.encode(), digest_size=8).hexdigest()}"
+
+
+def origin(
+    seed: str, content: str, counts: Counter[str], source: str, conversation: str, cause: str,
+    trace: str, limit: int,
+) -> Origin:  # fmt: skip
+    """Return what an event inherits that is published through a connection.
+
+    Its id derives from what is published and not from the order: an attempt that goes on where the
+    last one stopped publishes what is new, and only what is the same again is recognised.
+    """
+    counts[content] += 1
+    id = derived_id(conversation, f"{seed}!{counts[content]}{content}")
+    return Origin(id, source, conversation, cause, trace, limit)
 
 
 def read_event(cls: Any, row: EventRow, data: bytes | None = None) -> Any:

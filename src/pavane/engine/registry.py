@@ -56,6 +56,13 @@ class Registry:
     def handlers(self) -> list[Handler]:
         return [handler for handlers in self._handlers.values() for handler in handlers]
 
+    def transactions_of(self, services: Iterable[str]) -> list[str]:
+        """Return what is declared to run inside the store's transaction."""
+        chosen = [self.services[name] for name in services if name in self.services]
+        steps = [repr(s) for service in chosen for s in service.steps.values() if s.transaction]
+        handlers = [h for service in chosen for h in service.handlers.values()]
+        return steps + [repr(h) for h in handlers if h.options.transaction]
+
     def _add_event(self, event: type[Any]) -> None:
         known = self.events.setdefault(event.event_type, event)
         if known is not event:

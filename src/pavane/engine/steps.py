@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -23,6 +24,8 @@ from pavane.core.codec import decoder, encode, encode_error, error_summary, load
 from pavane.core.envelope import Call, Reply, Request, operation_id, pack, unpack
 from pavane.core.operations import Operation
 from pavane.engine.held import Held
+from pavane.engine.publishing import origin
+from pavane.engine.transactions import Transactions
 from pavane.errors import (
     BadArguments,
     CorruptJournal,
@@ -34,6 +37,7 @@ from pavane.errors import (
     TooLarge,
     UnknownName,
 )
+from pavane.handler import Origin
 from pavane.policy import ONCE, PERSISTENT, Retry, StepOptions, seconds
 from pavane.service import Step, StepInfo, current_step, deadline_from
 from pavane.stores.port import Commit, InboxRow, Message, ParkedRow
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pavane.steps")
 
 BEAT_EVERY_S = 1.0
+FINAL = (BadArguments, NotEncodable, TooLarge, NotDecodable)
+"""Errors that another attempt would meet again."""
 _decode_any = decoder(Any)
 
 
@@ -110,6 +116,8 @@ class Attempt:
     task: asyncio.Task[None] | None = None
     revoked = False
     abandoned = False
+    outboxed: Counter[str] | None = None
+    """How often it published the same through a connection."""
 
     def __init__(
         self,
@@ -157,9 +165,23 @@ class Attempt:
             None if self.details == b"null" else _decode_any(self.details),
         )  # fmt: skip
 
+    @property
+    def is_transaction(self) -> bool:
+        return self.step is not None and self.step.transaction
+
     def beat(self, details: Any) -> None:
-        """Take a heartbeat, from the step's task or thread."""
-        self.steps.beat_soon(self, encode(details))
+        """Take a heartbeat, from the step's task or thread; a transaction needs none."""
+        if not self.is_transaction:
+            self.steps.beat_soon(self, encode(details))
+
+    def origin(self, content: str) -> Origin:
+        call = self.call
+        seed = call.work_id if self.is_transaction else operation_id(call.run, call.op, 0)
+        self.outboxed = self.outboxed or Counter()
+        return origin(
+            f"{seed}>{call.service}.{call.step}", content, self.outboxed, call.service,
+            call.conversation, call.run, "", self.steps.payload_max_bytes,
+        )  # fmt: skip
 
 
 class Steps:
@@ -169,10 +191,14 @@ class Steps:
         self._session = session
         self._store = session.store
         self._config = session.config
+        self.payload_max_bytes = session.config.payload_max_bytes
+        self._transactions = Transactions(session, self)
         self._loop = asyncio.get_running_loop()
         self._running: dict[tuple[str, str], Attempt] = {}
         self._commands: dict[tuple[str, str], Message] = {}
         """Commands whose effect is not durable yet."""
+        self._revoked: set[tuple[str, str]] = set()
+        """Steps whose row was read, perhaps, before it was durable that it is gone."""
         self._threads: ThreadPoolExecutor | None = None
         self._done: asyncio.Event = asyncio.Event()
         self.draining = False
@@ -264,7 +290,8 @@ class Steps:
 
     def resume(self, parked: ParkedRow) -> None:
         """Run the next attempt of a parked step, which is due."""
-        if (parked.service, parked.id) in self._running or not self._session.owns(parked.target):
+        key = (parked.service, parked.id)
+        if key in self._running or key in self._revoked or not self._session.owns(parked.target):
             return
         attempt = self._attempt(unpack(Call, parked.call), parked.service)
         attempt.parked = parked
@@ -297,7 +324,8 @@ class Steps:
                 attempt.task.cancel()
         self._session.parked_timers.forget((service, id))
         if attempt is None or attempt.parked is not None:
-            commit = Commit(_ignore)
+            self._revoked.add((service, id))
+            commit = Commit(lambda error: self._revoked.discard((service, id)))
             commit.unparked = [(service, id)]
             self._session.submit(commit)
 
@@ -332,7 +360,13 @@ class Steps:
             self._failed(attempt, error, final=True)
             return
         self._running[key] = attempt
-        attempt.task = asyncio.Task(self._run(attempt, attempt.step), loop=self._loop, name=key[1])
+        if attempt.is_transaction:
+            self._transactions.begin(attempt, attempt.step)
+            return
+        attempt.task = asyncio.Task(
+            self._run(attempt, attempt.step), loop=self._loop, name=key[1],
+            context=self._session.context.copy(),
+        )  # fmt: skip
 
     async def _run(self, attempt: Attempt, step: Step[..., Any]) -> None:
         """Make one attempt and hand on what became of it."""
@@ -350,14 +384,8 @@ class Steps:
             else:
                 result = await self._call(step, args, kwargs)
             if not step.returns_none:
-                raw = encode(result)
-                if len(raw) > self._config.payload_max_bytes:
-                    raise TooLarge(
-                        f"The result of {step} is {len(raw):,} bytes; the limit is "
-                        f"{self._config.payload_max_bytes:,}. Store large data elsewhere and "
-                        f"return a reference."
-                    )
-        except (BadArguments, NotEncodable, TooLarge, NotDecodable) as bad:
+                raw = self.encoded(step, result)
+        except FINAL as bad:
             error, final = bad, True
         except KeyboardInterrupt:
             raise
@@ -376,6 +404,29 @@ class Steps:
 
     def _is_stopped(self, attempt: Attempt) -> bool:
         return attempt.abandoned or self.draining or not self._session.open
+
+    def encoded(self, step: Step[..., Any], result: Any) -> bytes:
+        """Return a result as it is stored; raise if it cannot be."""
+        raw = encode(result)
+        if len(raw) > self.payload_max_bytes:
+            raise TooLarge(
+                f"The result of {step} is {len(raw):,} bytes; the limit is "
+                f"{self.payload_max_bytes:,}. Store large data elsewhere and return a reference."
+            )
+        return raw
+
+    def transacted(self, attempt: Attempt, error: BaseException | None) -> None:
+        """Go on after a transaction, which has answered already unless it failed."""
+        del self._running[attempt.key]
+        if not self._running:
+            self._done.set()
+        if error is None:
+            if attempt.message is not None:
+                self._consumed(attempt.message)
+        elif attempt.revoked:
+            self._drop(attempt)
+        else:
+            self._failed(attempt, error, isinstance(error, FINAL))
 
     def _drop(self, attempt: Attempt) -> None:
         """Forget a revoked attempt; a command is marked as consumed."""
@@ -462,6 +513,8 @@ class Steps:
     def take_custody(self, before_us: int) -> None:
         """Write commands that run since before `before_us`, so that the log can move on."""
         for attempt in list(self._running.values()):
+            if attempt.is_transaction:
+                continue  # it waits for the writer, and custody would wait behind it
             if attempt.started_us < before_us and attempt.parked is None:
                 held = attempt.held
                 if attempt.message is not None or (held is not None and held.arrival is not None):

@@ -32,6 +32,7 @@ class Connection(Protocol):
     """One connection; to be used by one thread at a time."""
 
     authorizer: Callable[..., int] | None
+    cursor_factory: Callable[[Connection], Cursor]
 
     @property
     def in_transaction(self) -> bool: ...
@@ -44,6 +45,10 @@ class Connection(Protocol):
     def set_busy_timeout(self, milliseconds: int) -> None: ...
     def setlk_timeout(self, ms: int, flags: int) -> None: ...
     def close(self, force: bool = False) -> None: ...
+
+
+new_cursor = cast("Callable[[Connection], Cursor]", apsw.Cursor)
+"""Make a cursor of a connection, as it does by itself."""
 
 
 def connect(path: str) -> Connection:

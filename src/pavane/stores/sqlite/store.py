@@ -24,7 +24,7 @@ from zlib import crc32
 import apsw
 import msgspec
 
-from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.errors import LeaseLost, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import (
     Commit,
     Conflict,
@@ -853,6 +853,8 @@ class SqliteStore(EventTables):
 
 
 def _refusal(error: Exception) -> PavaneError:
+    if isinstance(error, WorkFailed):
+        return error
     if isinstance(error, apsw.ConstraintError) and getattr(error, "extendedresult", 0) in REPEATED:
         return Conflict(f"This was written before: {error}.")
     return PavaneError(f"A value cannot be stored: {error!r}.")

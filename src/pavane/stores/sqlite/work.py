@@ -1,23 +1,32 @@
 """User code inside the store's transaction: `Commit.work`.
 
 Each runs in a savepoint, on the writer thread, with the writer's own connection. It may read and
-write as it likes, but not end the transaction, which is not its own.
+write as it likes, but not end the transaction, which is not its own: the authoriser denies that to
+statements, and a conflict clause that rolls back all the same fails the work, alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import apsw
 
 from pavane.errors import PavaneError, WorkFailed
 from pavane.stores.port import Commit, Conflict, broken_chain
-from pavane.stores.sqlite.connection import Connection
+from pavane.stores.sqlite.connection import Connection, Cursor, new_cursor
+
+_SAVEPOINT = "pavane work"
+_OF_THE_STORE = (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.NotADBError)
+"""Errors that no work is to blame for, and that no other commit would fare better with."""
 
 
 def do_work(c: Connection, batch: Sequence[Commit]) -> dict[Commit, PavaneError]:
-    """Do the work of these commits; return those that are refused, with the reason."""
+    """Do the work of these commits; return those that are refused, with the reason.
+
+    Raises WorkFailed if one ended the transaction, in which the others' work is lost then.
+    """
     refused: dict[Commit, PavaneError] = {}
     broken: set[int] = set()
     for commit in batch:
@@ -33,18 +42,49 @@ def _do(c: Connection, commit: Commit) -> PavaneError | None:
         return None
     if _is_done(c, commit):
         return Conflict("This was done before.")
-    c.execute("SAVEPOINT work")
-    c.authorizer = _not_its_own
+    state = _state(c, commit)
+    c.execute(f'SAVEPOINT "{_SAVEPOINT}"')
+    error = _called(c, commit, state)
+    if isinstance(error, _OF_THE_STORE):
+        raise error
+    if not c.in_transaction:
+        raise WorkFailed(_ended()) from error
+    if error is not None:
+        c.execute(f'ROLLBACK TO "{_SAVEPOINT}"')
+    c.execute(f'RELEASE "{_SAVEPOINT}"')
+    return None if error is None else WorkFailed(error)
+
+
+def _called(c: Connection, commit: Commit, state: bytes | None) -> BaseException | None:
+    """Call the work; return what it raised. Statements that it left unfinished are ended."""
+    assert commit.work is not None
+    cursors: WeakSet[Cursor] = WeakSet()
+
+    def cursor(connection: Connection) -> Cursor:
+        if not connection.in_transaction:  # what follows would be a transaction of its own
+            raise _ended()
+        made = new_cursor(connection)
+        cursors.add(made)
+        return made
+
+    c.authorizer, c.cursor_factory = _not_its_own, cursor
     try:
-        commit.work(c, _state(c, commit))
+        commit.work(c, state)
         return None
-    except Exception as error:
-        c.authorizer = None
-        c.execute("ROLLBACK TO work")
-        return WorkFailed(error)
+    except BaseException as error:  # work that exits has failed; the writer thread goes on
+        return error
     finally:
-        c.authorizer = None
-        c.execute("RELEASE work")
+        c.authorizer, c.cursor_factory = None, new_cursor
+        for left in list(cursors):
+            left.close(True)  # an unfinished statement would keep the transaction from ending
+
+
+def _ended() -> PavaneError:
+    return PavaneError(
+        "The transaction was rolled back by a statement in it (such as INSERT OR ROLLBACK, or "
+        "RAISE(ROLLBACK) in a trigger), but it is not its own: others' work is in it too. Write OR "
+        "ABORT, and raise an error to undo what was done here."
+    )
 
 
 def _is_done(c: Connection, commit: Commit) -> bool:
@@ -69,7 +109,9 @@ def _state(c: Connection, commit: Commit) -> bytes | None:
     return None if body is None else body.encode()
 
 
-def _not_its_own(operation: int, *_: Any) -> int:
+def _not_its_own(operation: int, _: Any, name: Any, *__: Any) -> int:
     if operation == apsw.SQLITE_TRANSACTION:
+        return apsw.SQLITE_DENY
+    if operation == apsw.SQLITE_SAVEPOINT and str(name).lower() == _SAVEPOINT:
         return apsw.SQLITE_DENY
     return apsw.SQLITE_OK

@@ -1,0 +1,208 @@
+"""The outbox: publishes events inside the user's own transaction, on the store's database.
+
+```python
+from pavane import outbox
+
+async with AsyncSession(engine) as session, session.begin():
+    session.add(Order(id="o-1", cents=4200))
+    await outbox.publish(session, OrderPlaced(order_id="o-1", cents=4200))
+
+with sqlite3.connect("shop.db") as connection:
+    connection.execute("INSERT INTO orders VALUES ('o-1', 4200)")
+    outbox.publish_sync(connection, OrderPlaced(order_id="o-1", cents=4200))
+```
+
+The event is published if and only if the transaction commits, and events of one key are handled in
+the order of commits. `publish` takes any connection; `publish_sync` is for code without `await`.
+
+Connections: `sqlite3`, `apsw`, and SQLAlchemy's `Connection`, `Session`, `AsyncConnection` and
+`AsyncSession` over them. In a process that opens the store itself (a worker, `app.connect()`) only
+`apsw`: the standard library brings another copy of SQLite, and two copies in one process do not see
+each other's locks on a file.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from pavane.app import checked_run_id, new_run_id
+from pavane.core.codec import encode
+from pavane.core.execution import PAYLOAD_MAX_BYTES, current
+from pavane.engine.publishing import checked_size
+from pavane.errors import BadArguments, NotInWorkflow, StoreError
+from pavane.event import class_of, is_event, key_of
+from pavane.handler import Origin, current_handler
+from pavane.service import current_step
+from pavane.stores.eventlog import EventRow
+
+SOURCE = "outbox"
+_OF_POSTGRES = {"asyncpg", "psycopg", "psycopg2", "psycopg_pool", "pg8000"}
+
+
+async def publish(
+    connection: Any, event: Any, *, id: str | None = None, source: str | None = None
+) -> str:
+    """Publish `event` with the transaction of `connection`; return its id.
+
+    Takes effect when the transaction commits, or never. An `id` that was published before changes
+    nothing. `source` is the CloudEvents source, "outbox" by default.
+
+    Inside a step or a handler the event belongs to the same conversation, with the run or the
+    handled event as its cause and the service as its source; its id derives from the step or event
+    and from what is published, so that another attempt publishes the same only once.
+
+    Raises StoreError for a connection on another database or one that would publish at once,
+    BadArguments for what is no event or no connection, NotEncodable and TooLarge for the event.
+    """
+    row = _row(event, id, source)
+    if _is_asynchronous(connection):
+        await connection.run_sync(_append, row)
+    else:
+        _append(connection, row)
+    return row.id
+
+
+def publish_sync(
+    connection: Any, event: Any, *, id: str | None = None, source: str | None = None
+) -> str:
+    """Do as `publish`, for code that cannot await, on a connection that needs no await."""
+    row = _row(event, id, source)
+    if _is_asynchronous(connection):
+        raise BadArguments(
+            f"{_spelled(connection)} is asynchronous: write `await outbox.publish(…)`."
+        )
+    _append(connection, row)
+    return row.id
+
+
+# -- the event ---------------------------------------------------------------------------------
+
+
+def _row(event: Any, id: str | None, source: str | None) -> EventRow:
+    """Return the row to write, but for its slot."""
+    if not is_event(event):
+        raise BadArguments(
+            f"{event!r} is no event. Derive its class from pavane.Event, or use @event."
+        )
+    context = current_handler.get() or current_step.get()
+    if context is None and current() is not None:
+        raise NotInWorkflow(
+            "outbox.publish(…) belongs into a step, where connections do. In workflow code use "
+            "`await service.publish(event)`."
+        )
+    kind, key, data = class_of(event), key_of(event), encode(event)
+    chosen = new_run_id() if id is None else checked_run_id(id)
+    if context is not None:
+        content = f"{kind.event_type} {kind.event_version} {key} {data.decode()}"
+        origin = context.origin(content)
+    else:
+        origin = Origin(chosen, SOURCE, chosen, "", "", PAYLOAD_MAX_BYTES)
+    row = EventRow(
+        origin.id if id is None else chosen, kind.event_type, kind.event_version, key,
+        _checked_source(source or origin.source), time.time_ns() // 1000, origin.conversation,
+        origin.cause, origin.trace, data,
+    )  # fmt: skip
+    return checked_size(row, origin.payload_max_bytes)
+
+
+def _checked_source(source: str) -> str:
+    if not source.isprintable() or " " in source:
+        raise BadArguments(f"source={source!r} must be printable and without spaces.")
+    return source
+
+
+# -- the connection ----------------------------------------------------------------------------
+# Types are looked for in modules that are loaded: whoever has such a connection has loaded them.
+
+
+def _is_a(value: Any, module: str, *names: str) -> bool:
+    loaded = sys.modules.get(module)
+    kinds = tuple(getattr(loaded, name) for name in names if hasattr(loaded, name))
+    return isinstance(value, kinds)
+
+
+def _is_asynchronous(connection: Any) -> bool:
+    return _is_a(
+        connection, "sqlalchemy.ext.asyncio", "AsyncConnection", "AsyncSession",
+        "async_scoped_session",
+    )  # fmt: skip
+
+
+def _append(connection: Any, row: EventRow) -> None:
+    if _is_a(connection, "sqlalchemy.orm", "Session", "scoped_session"):
+        connection = connection.connection()
+    if _is_a(connection, "sqlalchemy.engine", "Connection"):
+        _append_by_sqlalchemy(connection, row)
+    elif _is_a(connection, "sqlite3", "Connection") or _is_a(connection, "apsw", "Connection"):
+        _check_transaction(connection)
+        _append_by_driver(connection, row)
+    else:
+        raise _refused(connection)
+
+
+def _append_by_driver(connection: Any, row: EventRow) -> None:
+    from pavane.stores.sqlite.outbox import append_event
+
+    is_apsw = _is_a(connection, "apsw", "Connection")
+
+    def execute(sql: str, values: Any) -> Any:
+        cursor = connection.cursor()
+        if not is_apsw:
+            cursor.row_factory = None  # the user's own may give no tuples
+        cursor.execute(sql, values)
+        return cursor.fetchall()
+
+    append_event(execute, row, is_apsw=is_apsw)
+
+
+def _append_by_sqlalchemy(connection: Any, row: EventRow) -> None:
+    from pavane.stores.sqlite.outbox import append_event
+
+    if connection.dialect.name != "sqlite":
+        raise _refused(connection, connection.dialect.name)
+    connection.exec_driver_sql("SELECT 1").close()  # now SQLAlchemy has begun what it begins
+    driver = connection.connection.driver_connection
+    _check_transaction(driver)
+
+    def execute(sql: str, values: Any) -> Any:
+        result = connection.exec_driver_sql(sql, tuple(values))
+        return result.fetchall() if result.returns_rows else []
+
+    append_event(execute, row, is_apsw=_is_a(driver, "apsw", "Connection"))
+
+
+def _check_transaction(driver: Any) -> None:
+    """Refuse a connection on which the event would be a transaction of its own."""
+    if driver.in_transaction:
+        return
+    # The standard library begins a transaction by itself, unless it is told not to.
+    legacy = getattr(driver, "autocommit", -1) == -1
+    if legacy and getattr(driver, "isolation_level", None) is not None:
+        return
+    raise StoreError(
+        f"{_spelled(driver)} has no open transaction and commits each statement by itself, so the "
+        f"event would be published at once, whatever becomes of the rest. Begin a transaction "
+        f"first (BEGIN IMMEDIATE), or use `await app.publish(event)`."
+    )
+
+
+def _refused(connection: Any, dialect: str = "") -> Exception:
+    root = type(connection).__module__.partition(".")[0]
+    if dialect == "postgresql" or root in _OF_POSTGRES:
+        return StoreError(
+            f"{_spelled(connection)} is a connection to Postgres, and this version of Pavane has "
+            f"no store there: an event must be in the same database as what it is about. Use an "
+            f"SQLite store, or publish by `await app.publish(event)` after your commit."
+        )
+    return BadArguments(
+        f"{_spelled(connection)}{f' ({dialect})' if dialect else ''} is no connection that the "
+        f"outbox knows: one of sqlite3, of apsw, or SQLAlchemy's Connection, Session, "
+        f"AsyncConnection or AsyncSession to an SQLite file."
+    )
+
+
+def _spelled(connection: object) -> str:
+    kind = type(connection)
+    return f"{kind.__module__}.{kind.__qualname__}"
