@@ -39,12 +39,11 @@ def append_event(execute: Execute, row: EventRow, *, is_apsw: bool) -> None:
 
     `is_apsw` tells that the connection is of the SQLite library that stores use in this process.
     """
-    name = _checked_library(execute, is_apsw)
     try:
-        execute(_LOCK, ())
+        execute(_LOCK, ())  # before any look at the file, which would be a read
     except Exception as error:
         if "no such table" in str(error):
-            raise _no_store(name) from error
+            raise _no_store(_checked_library(execute, is_apsw)) from error
         if "locked" in str(error):
             error.add_note(
                 "Others write to this database too. Let the connection wait for them (a busy "
@@ -52,6 +51,7 @@ def append_event(execute: Execute, row: EventRow, *, is_apsw: bool) -> None:
                 "read before it writes is refused at once if anyone wrote meanwhile."
             )
         raise
+    name = _checked_library(execute, is_apsw)
     row.slot = crc32((row.key or row.id).encode()) % _checked_partitions(execute, name)
     values = (
         row.slot, row.id, row.type, row.version, row.key, row.source, row.at_us, row.conversation,
