@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pavane import Breaker, Event, Retry, Service, event
+from pavane import Breaker, Event, Retry, Service, delivery, event
 from pavane.engine.handlers import Handlers
 from pavane.engine.node import Session
 from pavane.engine.subscription import QUEUE_MAX, Subscription
-from pavane.stores.eventlog import DeadFilter, EventFilter, MarkRow, Reaction
-from pavane.stores.port import LAST_US, Commit
+from pavane.stores.eventlog import (
+    DeadFilter,
+    EventFilter,
+    EventRow,
+    MarkRow,
+    ParkedEvent,
+    Reaction,
+)
+from pavane.stores.port import LAST_US, Commit, Store
+from pavane.stores.sqlite import SqliteStore
 from tests.integration.world import Director, World, in_loop, until
 
 SOON = Retry(attempts=3, first="2ms", factor=1)
@@ -416,6 +425,45 @@ async def test_what_another_node_handled_leaves_custody(world: World) -> None:
 
         await until(nothing_is_parked)
     assert SEEN == [1, 1, 2]
+
+
+@in_loop
+async def test_what_the_last_owner_did_beyond_the_tail_of_this_node_is_known(world: World) -> None:
+    """Invariants 4 and 6: neither is a handled event handled again, nor an attempt forgotten."""
+    bank = Service("bank")
+
+    @bank.on(Placed)
+    async def charge(event: Placed) -> None:
+        SEEN.append((event.n, delivery().attempt))
+
+    async with world.working(bank) as director, world.idle(bank) as owner:
+        store, no = owner.client.store, subscription(director, "charge").no
+        slots = await leave(director, "a")
+        # Nothing is awaited here, so this node has not read of it when it takes the slot over.
+        rows = [
+            EventRow(
+                f"e{n}", "Placed", 1, "a", "test", store.now_us(), f"e{n}", "", "",
+                b'{"order":"a","n":%d}' % n, store.slot_of("a", ""),
+            )
+            for n in (1, 2)
+        ]  # fmt: skip
+        write(store, lambda commit: setattr(commit, "events", rows))
+        reaction, now = Reaction(), store.now_us()
+        reaction.marks = [MarkRow(no, rows[0].pos, now, 0, 1, "done")]
+        reaction.parked = [ParkedEvent(no, rows[1].pos, rows[1].slot, "a", 3, now, now)]
+        write(store, lambda commit: setattr(commit, "reaction", reaction))
+        await come_back(director, slots)
+        await publish(director, Placed(order="a", n=3))
+        await seen(2)
+    assert SEEN == [(2, 3), (3, 1)]
+
+
+def write(store: Store, fill: Callable[[Commit], None]) -> None:
+    """Write a commit before anything else happens in this loop."""
+    commit = Commit(lambda error: None)
+    fill(commit)
+    assert isinstance(store, SqliteStore)
+    assert store._write([commit], None) == [None]  # pyright: ignore[reportPrivateUsage]
 
 
 @in_loop
