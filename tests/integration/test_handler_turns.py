@@ -308,9 +308,12 @@ async def test_a_call_that_a_hand_over_cancels_leaves_the_state_to_others(world:
         await come_back(director, slots)
         await publish(director, Placed(order="a", n=2))
         await seen(3)
-        state = await director.client.store.state("bank", "Account", "a")
+
+        async def saved() -> bool:
+            return await director.client.store.state("bank", "Account", "a") == b'{"events":2}'
+
+        await until(saved, "the state")
     assert SEEN == [1, 1, 2]
-    assert state == b'{"events":2}'
 
 
 @in_loop

@@ -191,7 +191,11 @@ async def test_an_event_published_twice_takes_effect_once(world: World) -> None:
         for _ in range(5):
             await publish(director, Placed(order="a"), id="same")
         await publish(director, Placed(order="z"))
-        await seen(2)
+
+        async def both() -> bool:
+            return len(await published(director.client, Paid)) >= 2
+
+        await until(both, "both payments")
         rows = await published(director.client, Paid)
     assert SEEN == ["a", "z"]
     assert len(rows) == 2
