@@ -88,6 +88,12 @@ def sink_in_thread() -> None:
     os._exit(9)
 
 
+@galley.transaction
+def sink_in_transaction(connection: Any) -> None:
+    record("sink")
+    os._exit(9)
+
+
 @deck.workflow
 async def steady(count: int, pause_s: float) -> int:
     total = 0
@@ -116,7 +122,7 @@ async def carries() -> Any:
 
 @deck.workflow
 async def sinks(how: str) -> None:
-    await (sink() if how == "async" else sink_in_thread())
+    await {"async": sink, "thread": sink_in_thread, "transaction": sink_in_transaction}[how]()
 
 
 @deck.workflow

@@ -19,6 +19,7 @@ DEATHS_MAX = 5
 POISON = [
     (crew.sinks, "async"),
     (crew.sinks, "thread"),
+    (crew.sinks, "transaction"),
     (crew.sinks_at_once,),
     (crew.sinks_after_a_timer,),
     (crew.sinks_after_an_event,),

@@ -9,7 +9,15 @@ from msgspec import Raw
 
 from pavane.core.baton import Baton, Header, Outcome, Stop, decode_baton, encode_baton
 from pavane.core.codec import FORMAT, encode
-from pavane.core.journal import Entry, decode_chunk, effective, encode_entry, eras, join_entries
+from pavane.core.journal import (
+    Entry,
+    decode_chunk,
+    effective,
+    encode_entry,
+    eras,
+    issue_eras,
+    join_entries,
+)
 from pavane.errors import CorruptJournal
 
 
@@ -93,3 +101,15 @@ def test_a_baton_of_a_later_format_is_refused_with_what_to_do() -> None:
 def test_a_torn_baton_is_refused(cut: int) -> None:
     with pytest.raises(CorruptJournal, match="baton"):
         decode_baton(encode_baton(baton())[:cut])
+
+
+def test_an_operation_keeps_the_era_in_which_it_was_asked_for() -> None:
+    def asked(*marks: str) -> Entry:
+        return Entry("done", 1, 0, issued=list(marks))
+
+    journal = [asked("step a.b"), asked("patch x", "step a.c"), asked("step a.d", "step a.e")]
+    assert issue_eras(journal) == [0, 0, 0, 0]
+    assert issue_eras([*journal, rewind(3)]) == [0, 0, 0, 0]
+    assert issue_eras([*journal, rewind(2), asked("step a.d")]) == [0, 0, 1]
+    assert issue_eras([*journal, rewind(2), asked("step a.d"), rewind(1)]) == [0]
+    assert issue_eras([asked(), rewind(0), asked("step a.b"), rewind(1), asked("t")]) == [1, 2]
