@@ -17,7 +17,7 @@ from pavane.workflow import Workflow
 Layout = Literal["one node", "a node each"]
 MODES: tuple[Mode, ...] = ("orchestration", "choreography")
 LAYOUTS: tuple[Layout, ...] = ("one node", "a node each")
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 T = TypeVar("T")
 
 
