@@ -123,17 +123,15 @@ class Handler:
             )
         if options.state is not None and self.takes_list:
             raise BadDeclaration(f"Handler {self!r} cannot have both state= and a batch of events.")
-        if options.transaction and (options.timeout_s is not None or options.shadow):
-            what = "timeout=" if options.timeout_s is not None else "shadow=True"
-            why = "cannot be stopped" if options.timeout_s is not None else "writes for real"
-            raise BadDeclaration(
-                f"Handler {self!r} cannot have both {what} and transaction=True: what runs inside "
-                f"the store's transaction {why}."
-            )
         if options.transaction and self.is_async:
             raise BadDeclaration(
                 f"Handler {self!r} has transaction=True: write it as a plain `def`. It runs inside "
                 f"the store's own transaction, which must not wait for anything else."
+            )
+        if options.transaction and options.timeout_s is not None:
+            raise BadDeclaration(
+                f"Handler {self!r} cannot have both timeout= and transaction=True: what runs "
+                f"inside the store's transaction cannot be stopped."
             )
         if options.concurrency < 1 or options.batch < 1:
             raise BadDeclaration(f"concurrency= and batch= of {self!r} must be at least 1.")

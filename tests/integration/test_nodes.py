@@ -19,7 +19,7 @@ from pavane.core.operations import Mode
 from pavane.stores.port import PartitionRow
 from tests.integration import crew
 from tests.integration.crew import most_executions, recorded
-from tests.integration.fleet import LEASE_S, Fleet, connected, start
+from tests.integration.fleet import Fleet, connected, start
 from tests.integration.world import in_loop, until, until_status
 
 PATIENT_S = 15.0
@@ -100,11 +100,12 @@ async def test_a_node_that_was_stopped_for_three_leases_writes_nothing_more_and_
     fleet: Fleet, mode: Mode
 ) -> None:
     """Invariant 2: nothing under an older fence lands after a newer one."""
-    first = fleet.launch()
+    lease_s = 2.0  # which a busy machine does not end for the other one too
+    first = fleet.launch(lease_s=lease_s)
     async with AsyncExitStack() as stack:
         client = await connected(stack, fleet)
         zombie = (await until_owned_by(client, 1)).pop()
-        fleet.launch()
+        fleet.launch(lease_s=lease_s)
         await until_owned_by(client, 2)
         runs = [await start(client, crew.steady, 8, 0.03, mode=mode) for _ in range(16)]
 
@@ -115,7 +116,7 @@ async def test_a_node_that_was_stopped_for_three_leases_writes_nothing_more_and_
         await until(functools.partial(stop_between_transactions, first, fleet.store))
         await until_owned_by(client, 1, without=zombie)
         head = await client.store.log_head()
-        await asyncio.sleep(2 * LEASE_S)  # until three leases are over
+        await asyncio.sleep(2 * lease_s)  # until three leases are over
         first.send_signal(signal.SIGCONT)
         for run in runs:
             assert await run.result(timeout=30) == 56

@@ -493,7 +493,7 @@ def test_what_cannot_be_a_transaction_is_refused_when_it_is_declared() -> None:
     with pytest.raises(BadDeclaration, match="must be a step"):
         service.transaction(undo=print)  # pyright: ignore
     service.on(Booked)(print_event)
-    with pytest.raises(BadDeclaration, match="writes for real"):
+    with pytest.raises(BadDeclaration, match="must not change anything"):
 
         @service.on(Booked, transaction=True, shadow=True)
         def shadow(event: Booked, connection: Any) -> None: ...
