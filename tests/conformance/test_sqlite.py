@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -324,15 +324,10 @@ def test_a_stopped_process_that_wakes_up_writes_nothing_more(path: Path) -> None
             assert zombie.stdout is not None
             node = int(zombie.stdout.readline())
             zombie.send_signal(signal.SIGSTOP)
-            # It may hold the writer's lock just now, which nobody can take away while it lives.
-            taking = asyncio.ensure_future(_expire(store, node))
-            while not (await asyncio.wait([taking], timeout=0.5))[0]:
-                zombie.send_signal(signal.SIGCONT)
-                await asyncio.sleep(0.001)
-                zombie.send_signal(signal.SIGSTOP)
-            await taking
+            await _beside(zombie, _expire(store, node))
             before = await _state(store)
-            assert await written(store, numbered(store, 2, 0), fence=fence) == [None]
+            commit = numbered(store, 2, 0)
+            assert await _beside(zombie, written(store, commit, fence=fence)) == [None]
             zombie.send_signal(signal.SIGCONT)
             printed, _ = await asyncio.to_thread(zombie.communicate, timeout=30)
             log, journal = before
@@ -343,6 +338,19 @@ def test_a_stopped_process_that_wakes_up_writes_nothing_more(path: Path) -> None
         await store.close()
 
     asyncio.run(take_over())
+
+
+async def _beside(zombie: subprocess.Popen[str], work: Coroutine[Any, Any, Any]) -> Any:
+    """Do something while a process is stopped, now and then for a moment only.
+
+    It may hold the writer's lock just now, which nobody can take away while it lives.
+    """
+    working = asyncio.ensure_future(work)
+    while not (await asyncio.wait([working], timeout=0.5))[0]:
+        zombie.send_signal(signal.SIGCONT)
+        await asyncio.sleep(0.001)
+        zombie.send_signal(signal.SIGSTOP)
+    return await working
 
 
 async def _expire(store: SqliteStore, node: int) -> None:
