@@ -435,6 +435,25 @@ def test_doctor_finds_names_and_schemas_that_do_not_meet(folder: Path) -> None:
     assert "nobody declares to publish OrderLost, for which payments.search waits" in name["text"]
     (gone,) = [f for f in found["handlers"] if "not in the code" in f["text"]]
     assert "payments.charge" in gone["text"]
+    assert "pavane handlers forget NAME" in gone["remedy"]
+
+
+def test_a_handler_that_is_not_in_the_code_any_more_is_forgotten(folder: Path) -> None:
+    (folder / "changed_shop.py").write_text(CHANGED)
+    here = ("--store", "forgotten.db")
+    place("f-1", 5, *here)
+    names = {row["name"] for row in read("handlers", "list", *here)}
+    assert "charge" in names
+    said = refused(2, "handlers", "forget", "payments.charge", "--yes", *here)
+    assert "Handler payments.charge is declared in the app's code; delete it there first." in said
+    changed = ("--app", "changed_shop.py", *here)
+    said = refused(2, "handlers", "forget", "payments.charge", *changed)
+    assert "Forget payments.charge, and give up 1 event that waits for it?" in said
+    assert "give --yes" in said
+    result = pavane("handlers", "forget", "payments.charge", "--yes", *changed)
+    assert (result.exit_code, result.stderr) == (0, "forgot payments.charge\n")
+    assert "charge" not in {row["name"] for row in read("handlers", "list", *changed)}
+    assert "No handler is called" in refused(3, "handlers", "forget", "payments.charge", *changed)
 
 
 def test_doctor_tells_of_dead_letters(worker: None) -> None:

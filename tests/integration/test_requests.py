@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from pavane import App, Breaker, Client, EngineConfig, Event, Retry, Service
+from pavane.errors import BadArguments, UnknownName
 from pavane.steering.dead import DeadQuery
 from pavane.steering.events import Replay
 from pavane.stores.eventlog import EventFilter
@@ -149,6 +152,40 @@ async def test_a_handler_not_declared_any_more_can_drop_but_not_retry(tmp_path: 
         await all_dead(client, 0)
         (status,) = await client.handlers.list()
         assert status.state == "undeclared"
+
+
+@in_loop
+async def test_only_a_handler_that_no_code_has_can_be_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "desk.db"
+    async with Desk(path).app.worker() as client:
+        await ask(client, 1)
+        await all_dead(client, 1)
+        with pytest.raises(BadArguments, match="declared in the app's code; delete it there"):
+            await client.handlers.forget("desk.answer")
+    without = Desk(path, declared=False)
+    async with without.app.worker() as client:
+        with pytest.raises(BadArguments, match="has dead letters; see to them first"):
+            await client.handlers.forget("desk.answer")
+        assert [count async for count in client.dead.drop(DeadQuery())] == [1]
+        await all_dead(client, 0)
+        await ask(client, 2, "bob")
+        async with App("other", [], store=str(path)).connect() as stranger:
+            with pytest.raises(BadArguments, match="A node works for desk now, perhaps with"):
+                await stranger.handlers.forget("desk.answer")
+        given_up = await client.handlers.forget("answer")
+        assert (given_up.name, given_up.backlog) == ("answer", 2)
+        assert await client.handlers.list() == []
+        with pytest.raises(UnknownName):
+            await client.handlers.forget("desk.answer")
+    again = Desk(path)
+    again.closed = False
+    async with again.app.worker() as client:  # begins at the log's end, as any new handler
+        await client.publish(Asked(who="cyd", number=7), source="test")
+
+        async def answered() -> bool:
+            return await answers(client) == [7]
+
+        await until(answered)
 
 
 @in_loop

@@ -229,7 +229,7 @@ def _gone(gone: list[HandlerStatus]) -> Finding:
         f"{counted(len(gone), 'handler')} in the store and not in the code: {listed}. "
         f"Events since are kept for them and cannot be pruned",
         "Declare them again if that is a mistake (renamed? name=\"…\" keeps the old name, and its "
-        "progress). Otherwise drop their dead letters: `pavane dead drop --handler NAME`.",
+        "progress). Otherwise `pavane handlers forget NAME`.",
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from pavane.engine.breaker import BREAKER
 from pavane.engine.mailbox import MAILBOX
+from pavane.errors import BadArguments
 from pavane.handler import Handler
 from pavane.steering.desk import Desk, full_name
 from pavane.stores.eventlog import DeadFilter, HandlerRow
@@ -113,6 +114,48 @@ class HandlerDesk:
         row = await self._desk.row(name)
         await self._store.pause_handler(row.no, 0, "")
         return full_name(row)
+
+    async def check_unused(self, name: str) -> HandlerStatus:
+        """Return a handler that may be forgotten, or raise BadArguments with what is to do first.
+
+        That is one that no code has any more: not the app's, or, where the app does not have its
+        service, not that of any node at work.
+        """
+        row = await self._desk.row(name)
+        known = full_name(row)
+        if self._desk.declared(row) is not None:
+            raise BadArguments(
+                f"Handler {known} is declared in the app's code; delete it there first."
+            )
+        hosted = await self._desk.hosted()
+        if row.service in hosted and not self._desk.is_abandoned(row):
+            raise BadArguments(
+                f"A node works for {row.service} now, perhaps with {known}. Stop it, or name the "
+                f"app that it runs, whose code tells."
+            )
+        if await self._store.dead_letters(DeadFilter(handlers=(row.no,), limit=1)):
+            raise _has_dead_letters(known)
+        return await self._status(row, None, hosted, 0)
+
+    async def forget(self, name: str) -> HandlerStatus:
+        """Delete what the store knows of a handler that is not in the code any more.
+
+        What waits for it is given up; the events stay in the log until they are pruned, which it
+        holds up no longer. Return what it was. Nodes that run older code with it must be stopped
+        before: they know nothing of this. Raises UnknownName and BadArguments; see `check_unused`.
+        """
+        status = await self.check_unused(name)
+        row = await self._desk.row(name)
+        if not await self._store.forget_handler(row.no):
+            raise _has_dead_letters(full_name(row))
+        return status
+
+
+def _has_dead_letters(name: str) -> BadArguments:
+    return BadArguments(
+        f"Handler {name} has dead letters; see to them first: `pavane dead list --handler {name}`, "
+        f"then `pavane dead drop --handler {name}`."
+    )
 
 
 def _share_status(share: Handler, main: HandlerStatus) -> HandlerStatus:

@@ -48,6 +48,7 @@ class EventData:
         self.ids: dict[str, EventRow] = {}
         self.head = 0
         self.handlers: dict[int, HandlerRow] = {}
+        self.last_handler = 0
         self.cursors: dict[int, dict[int, int]] = {}
         """Positions by handler and slot."""
         self.marks: dict[int, dict[int, MarkRow]] = {}
@@ -124,6 +125,16 @@ class EventData:
         for conversation, run in r.members:
             self.members.setdefault(conversation, set()).add(run)
 
+    def forget(self, no: int) -> bool:
+        if any(row.handler == no for row in self.dead.values()):
+            return False
+        for by_handler in (self.handlers, self.cursors, self.marks):
+            by_handler.pop(no, None)
+        for of_events in (self.parked, self.shadows):
+            for place in [place for place in of_events if place[0] == no]:
+                del of_events[place]
+        return True
+
     def put_state(self, row: StateRow) -> None:
         key = (row.service, row.name, row.key)
         if row.body is None:
@@ -161,7 +172,8 @@ class EventData:
         if row is not None:
             row.types = sorted(spec.types)
             return row
-        no = len(self.handlers) + 1
+        self.last_handler += 1
+        no = self.last_handler
         row = HandlerRow(no, spec.service, spec.name, sorted(spec.types), self.clock())
         self.handlers[no] = row
         self.cursors[no] = dict.fromkeys(range(self.partitions), self.position_at(spec.since_us))
@@ -229,8 +241,7 @@ class EventViews:
 
     partitions: int
 
-    def _open_data(self) -> SharedData:
-        raise NotImplementedError
+    _open_data: Callable[[], SharedData]
 
     def slot_of(self, key: str, id: str) -> int:
         return crc32((key or id).encode()) % self.partitions
@@ -282,6 +293,10 @@ class EventViews:
             if no in events.handlers:
                 row = events.handlers[no]
                 row.paused_until_us, row.reason = until_us, reason
+
+    async def forget_handler(self, no: int) -> bool:
+        with self._writing() as events:
+            return events.forget(no)
 
     async def cursors(self, handler: int) -> dict[int, int]:
         return dict(self._open_data().events.cursors.get(handler, {}))

@@ -1,4 +1,4 @@
-"""`pavane handlers`: what the handlers of services do, and pausing them."""
+"""`pavane handlers`: what the handlers of services do, pausing and forgetting them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Examples:
   pavane handlers show mail.thank2 --app shop.py
   pavane handlers pause mail.thank --store shop.db --reason "provider is down"
   pavane handlers resume mail.thank --store shop.db
+  pavane handlers forget mail.thank_old --app shop.py
 
 \b
 Every command takes --app and --store (or PAVANE_APP and PAVANE_STORE). Comparing a shadow or a
@@ -25,7 +26,8 @@ share needs the app's code; for all else --store alone is enough.
         "show": ("pavane.cli.handlers.look:show", "Show one; compare a shadow or share."),
         "pause": ("pavane.cli.handlers.steer:pause", "Let handlers begin nothing more."),
         "resume": ("pavane.cli.handlers.steer:resume", "Let handlers go on."),
+        "forget": ("pavane.cli.handlers.forget:forget", "Delete one that no code has any more."),
     },
 )
 def handlers() -> None:
-    """List, compare, pause and resume handlers."""
+    """List, compare, pause, resume and forget handlers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -33,6 +34,7 @@ from pavane.stores.sqlite.statements import insert_all, statement
 EVENTS_HEAD = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
 SCAN_MAX = 20_000
 """Positions that are looked at in one go, so that it takes milliseconds; others run in between."""
+DELETED_AT_ONCE = 5_000
 EVENT_COLUMNS = "id, type, version, key, source, at_us, conversation, cause, trace, data, slot, pos"
 _OF_CONVERSATION = (
     f"SELECT {EVENT_COLUMNS} FROM events WHERE id = ?3 AND conversation = ?3 UNION ALL"
@@ -305,6 +307,35 @@ class EventTables:
             c.execute(sql, (until_us, reason, no))
 
         await self._execute(write)
+
+    async def forget_handler(self, no: int) -> bool:
+        def give_up(c: Connection) -> bool:
+            if c.execute("SELECT 1 FROM dead_letters WHERE handler = ? LIMIT 1", (no,)).get:
+                return False
+            # Declared again before its marks are gone, it must not do anything a second time.
+            head = c.execute(EVENTS_HEAD).get
+            c.execute("UPDATE cursors SET position = ? WHERE handler = ?", (head, no))
+            c.execute("DELETE FROM parked_events WHERE handler = ?", (no,))
+            return True
+
+        def delete_some(c: Connection, table: str) -> int:
+            some = f"SELECT pos FROM {table} WHERE handler = ?1 LIMIT ?2"
+            c.execute(
+                f"DELETE FROM {table} WHERE handler = ?1 AND pos IN ({some})", (no, DELETED_AT_ONCE)
+            )
+            return c.changes()
+
+        def delete(c: Connection) -> None:
+            c.execute("DELETE FROM cursors WHERE handler = ?", (no,))
+            c.execute("DELETE FROM handlers WHERE no = ?", (no,))
+
+        if not await self._execute(give_up):
+            return False
+        for table in ("marks", "shadows"):
+            while await self._execute(partial(delete_some, table=table)):
+                await asyncio.sleep(0)
+        await self._execute(delete)
+        return True
 
     async def cursors(self, handler: int) -> dict[int, int]:
         return dict(self._rows("SELECT slot, position FROM cursors WHERE handler = ?", (handler,)))
