@@ -32,7 +32,6 @@ from pavane.errors import (
     BadArguments,
     BadDeclaration,
     CorruptJournal,
-    PavaneError,
     RunConflict,
     RunEnded,
     RunFailed,
@@ -61,6 +60,9 @@ from pavane.stores.port import (
     RunFilter,
     RunRow,
     Store,
+    durable,
+    promise,
+    submit_alone,
 )
 from pavane.workflow import Workflow
 
@@ -185,7 +187,7 @@ class Client:
         self._homes: dict[str, tuple[str, int]] = {}
         """Home and partition of each run whose end is waited for."""
         self._poller: asyncio.Task[None] | None = None
-        desk = Desk(store, registry, self._write_now, config.payload_max_bytes)
+        desk = Desk(store, registry, self._write, config.payload_max_bytes)
         self.events = Events(desk)
         self.handlers = HandlerDesk(desk)
         self.dead = DeadLetters(desk)
@@ -248,30 +250,22 @@ class Client:
             started_us=self.store.now_us(), conversation=run,
             timeout_us=round((limit_s or 0) * 1e6),
         )  # fmt: skip
-        error = await self._begin(header, raw)
-        if isinstance(error, Conflict):
+        try:
+            await self._begin(header, raw)
+        except Conflict:
             await self._compare(header, raw)
-        elif error is not None:
-            raise error
         return Run(self, run, header.home)
 
-    async def _begin(self, header: Header, raw: bytes) -> PavaneError | None:
-        future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()
-
-        def done(error: PavaneError | None) -> None:
-            if not future.done():
-                future.set_result(error)
-
+    async def _begin(self, header: Header, raw: bytes) -> None:
         session = self._owner(header.home, header.run)
         if session is not None:
+            done, begun = promise()
             session.holder.start(header, raw, done=done)
+            await begun
         else:
-            commit = Commit(done)
-            commit.inbox = [start_claim(header)]
-            commit.messages = [self._message("start", header.run, header.home, header.run,
-                                             pack(Start(header, Raw(raw))))]  # fmt: skip
-            self._submit(commit)
-        return await future
+            body = pack(Start(header, Raw(raw)))
+            message = self._message("start", header.run, header.home, header.run, body)
+            await self._write(Commit(inbox=[start_claim(header)], messages=[message]))
 
     async def _compare(self, header: Header, raw: bytes) -> None:
         """A run of this id exists: fine if it is the same, else RunConflict."""
@@ -324,23 +318,10 @@ class Client:
         if session is not None:
             session.submit(commit)
         else:
-            self.store.submit([commit], None, lambda results: commit.done(results[0]))
+            submit_alone(self.store, commit)
 
-    async def _write(self, commit: Commit, future: asyncio.Future[PavaneError | None]) -> None:
-        self._submit(commit)
-        error = await future
-        if error is not None:
-            raise error
-
-    async def _write_now(self, commit: Commit) -> None:
-        """Write a commit that nobody waits for otherwise."""
-        other, future = self._commit()
-        commit.done = other.done
-        await self._write(commit, future)
-
-    def _commit(self) -> tuple[Commit, asyncio.Future[PavaneError | None]]:
-        future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()
-        return Commit(lambda error: None if future.done() else future.set_result(error)), future
+    async def _write(self, commit: Commit) -> None:
+        await durable(commit, self._submit)
 
     # -- steering ------------------------------------------------------------------------------
 
@@ -368,12 +349,10 @@ class Client:
         with suppress(UnknownName):
             self.registry.workflow(row.workflow, row.version).check_receives(event)
         body = self._checked(encode(event), f"Event {name}")
-        commit, future = self._commit()
         message_id = f"{row.id}#s-{id or new_run_id()}"
-        commit.messages = [
-            self._message("signal", message_id, row.home, row.id, pack(Signal(name, Raw(body))))
-        ]
-        await self._write(commit, future)
+        signal = pack(Signal(name, Raw(body)))
+        message = self._message("signal", message_id, row.home, row.id, signal)
+        await self._write(Commit(messages=[message]))
 
     async def _open_row(self, run: str) -> RunRow:
         row = await self.home_row(run)
@@ -393,10 +372,9 @@ class Client:
         await self._ask(row, kind)
 
     async def _ask(self, row: RunRow, kind: str) -> None:
-        commit, future = self._commit()
         id = f"{row.id}#{kind}-{new_run_id()}"
-        commit.messages = [self._message(kind, id, row.home, row.id, pack(Request("client")))]
-        await self._write(commit, future)
+        message = self._message(kind, id, row.home, row.id, pack(Request("client")))
+        await self._write(Commit(messages=[message]))
 
     async def retry(self, run: str) -> None:
         row = await self.home_row(run)
@@ -434,17 +412,17 @@ class Client:
         forked.entries = len(entries)
         forked.attributes = row.attributes
         forked.trail = encode_plain([Stop(row.home, now, 0)])
-        commit, future = self._commit()
-        commit.runs = [forked]
-        commit.inbox = [start_claim(header)]
-        commit.reaction = Reaction()
-        commit.reaction.members = [(header.conversation, header.run)]
         chunk = b"[" + b",".join(encode_entry(entry) for entry in entries) + b"]"
-        commit.journal = [JournalRow(number, 0, chunk)]
-        start = Start(header, entries[0].value)
-        commit.messages = [self._message("start", header.run, row.home, header.run, pack(start))]
+        start = pack(Start(header, entries[0].value))
+        commit = Commit(
+            runs=[forked],
+            inbox=[start_claim(header)],
+            journal=[JournalRow(number, 0, chunk)],
+            messages=[self._message("start", header.run, row.home, header.run, start)],
+            reaction=Reaction(members=[(header.conversation, header.run)]),
+        )
         try:
-            await self._write(commit, future)
+            await self._write(commit)
         except Conflict:
             raise RunConflict(f"Run {header.run!r} exists already; choose another id.") from None
         return header.run
@@ -463,9 +441,8 @@ class Client:
             self.store, event, id=chosen, source=source, at_us=self.store.now_us(),
             conversation=conversation or chosen, cause="", trace=traceparent,
         )  # fmt: skip
-        commit, future = self._commit()
-        commit.events = [checked_size(row, self._config.payload_max_bytes)]
-        await self._write(commit, future)
+        checked_size(row, self._config.payload_max_bytes)
+        await self._write(Commit(events=[row]))
         return chosen
 
     # -- looking -------------------------------------------------------------------------------

@@ -105,6 +105,12 @@ class Handler:
         self.__doc__ = fn.__doc__
         self.__wrapped__ = fn
 
+    def read_state(self, raw: bytes | None) -> Any:
+        """Return the state that is stored for a key, or a new one; None if it keeps none."""
+        if self.state_decoder is None or self.options.state is None:
+            return None
+        return self.options.state() if raw is None else self.state_decoder(raw)
+
     def _check(self, fn: Callable[..., Any]) -> None:
         options = self.options
         given = ["event"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from pavane.observe import monitor
 from pavane.observe.conversations import ConversationStatus
 from pavane.observe.monitor import Monitor
 from pavane.stores.eventlog import ConversationFilter, ConversationRow, EventFilter, EventRow
-from pavane.stores.port import Commit
+from pavane.stores.port import Commit, durable, submit_alone
 from tests.integration import watchers
 from tests.integration.fleet import ROOT
 from tests.integration.world import in_loop, until
@@ -585,11 +586,7 @@ async def test_invariant_11_a_damaged_run_hides_no_other_overdue_conversation(pa
             Header("silent-1", "fulfil", 1, "orders", "orchestration", 1, "silent-1"),
         )  # fmt: skip
         damaged.header, damaged.status = b"{}", "completed"
-        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        commit = Commit(done.set_result)
-        commit.runs = [damaged]
-        store.submit([commit], None, lambda results: commit.done(results[0]))
-        assert await done is None
+        await durable(Commit(runs=[damaged]), partial(submit_alone, store))
         await publish(client, Placed(id="silent-1"), Placed(id="silent-2"))
         await until(lambda: told(2))
     assert sorted(event.conversation for event in TOLD) == ["silent-1", "silent-2"]

@@ -90,11 +90,10 @@ async def dead(client: Client) -> Any:
 
 
 async def redo(client: Client, service: str, redo: Redo, key: str) -> None:
-    commit, future = client._commit()
     target = client.store.target_of(service, key)
     id = f"redo-{redo.pos}-{redo.dead}-{redo.again}"
-    commit.messages = [Message("redo", id, service, "", pack(redo), 0, target)]
-    await client._write(commit, future)
+    message = Message("redo", id, service, "", pack(redo), 0, target)
+    await client._write(Commit(messages=[message]))
 
 
 async def handler_no(client: Client, name: str) -> int:

@@ -76,8 +76,7 @@ class Bench:
         """The call of the event at `pos` has ended, and what became of it is durable."""
         lanes, items = next(one for one in self.begun if one[1][0].row.pos == pos)
         self.subscription.ended()
-        for item in items:
-            self.subscription.settled(item.row.pos, item.row.slot)
+        self.subscription.settled(items)
         for lane in lanes:
             lane.busy = False
             self.subscription.wake(lane)

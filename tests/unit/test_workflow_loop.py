@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import itertools
 import logging
 import os
 import socket
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +434,47 @@ def test_an_asynchronous_generator_and_a_context_manager_may_call_steps() -> Non
     for number in range(3):
         run.done("a", number * 10)
     assert run.result == [0, 10, 20]
+
+
+async def _stretch(name: str) -> AsyncGenerator[int, None]:
+    try:
+        for number in itertools.count():
+            yield await a(number)
+    finally:
+        SEEN.append(name)
+
+
+def test_a_generator_that_workflow_code_abandons_is_run_by_nobody_else() -> None:
+    async def reads_one() -> int:
+        numbers = _stretch("workflow's")
+        first = await anext(numbers)
+        del numbers  # in the midst, and nobody closes it
+        return first
+
+    async def drive() -> None:
+        run = PureRun(workflow(reads_one), shadow=False)  # which would put generators away
+        run.done("a", 7)
+        assert run.result == 7
+        own = _stretch("loop's")
+        assert await anext(own) == 0
+        del own
+        gc.collect()
+        await asyncio.sleep(0.01)
+
+    SEEN.clear()
+    asyncio.run(drive())
+    assert SEEN == ["loop's"], "the outer loop closes what is its own, and only that"
+
+
+def test_the_hooks_for_generators_are_left_as_they_were() -> None:
+    async def two() -> int:
+        return await a() + await b()
+
+    before = sys.get_asyncgen_hooks()
+    assert PureRun(workflow(two)).wanted == ["step desk.a"]
+    assert sys.get_asyncgen_hooks() == before
+    asyncio.run(asyncio.to_thread(PureRun, workflow(two)))
+    assert sys.get_asyncgen_hooks() == before
 
 
 # -- what does not belong there ----------------------------------------------------------------

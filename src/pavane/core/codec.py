@@ -580,8 +580,10 @@ class Params:
         An array that is shorter than the signature takes the defaults of the parameters that came
         later. Raises `NotDecodable`.
         """
+        if raw == b"[]" and not self._params:
+            return (), {}
         try:
-            values = cast("tuple[Any, ...]", self._read_all(raw))
+            values: tuple[Any, ...] = self._read_all(raw)
         except Exception:
             values = self._read_each(raw, NotDecodable)
         if self._is_all_positional:

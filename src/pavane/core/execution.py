@@ -55,6 +55,7 @@ class WorkflowDefinition(Protocol):
 class OperationFuture(WorkflowFuture):
     """The future of an operation; cancelling it gives the operation up."""
 
+    __slots__ = ("execution", "of")
     execution: Execution
     of: int
 
@@ -130,7 +131,8 @@ class Execution:
         is in `new` and `given_up` until the next call.
         """
         self.new, self.given_up, self._issued = [], [], []
-        self.loop.now_us = max(self.loop.now_us, entry.at_us)
+        if entry.at_us > self.loop.now_us:
+            self.loop.now_us = entry.at_us
         self._driving = True
         try:
             self._deliver(entry)
@@ -182,9 +184,8 @@ class Execution:
             operation = self._take(entry)
             future = operation.future
             assert future is not None
-            raw = bytes(entry.value)
             try:
-                value = operation.decode(raw) if operation.decode else None
+                value = operation.decode(entry.value) if operation.decode else None
             except NotDecodable as error:
                 future.set_exception(error)
             else:

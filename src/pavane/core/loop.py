@@ -30,6 +30,7 @@ CALLBACKS_MAX = 1_000_000
 class WorkflowFuture(asyncio.Future[Any]):
     """A future that hashes by its ordinal, set by whoever makes it: an `__init__` takes long."""
 
+    __slots__ = ("ordinal",)
     ordinal: int
 
     def __hash__(self) -> int:
@@ -38,6 +39,8 @@ class WorkflowFuture(asyncio.Future[Any]):
 
 class WorkflowTask(asyncio.Task[Any]):
     """A task that hashes by its ordinal, and knows its context, which 3.11 does not tell."""
+
+    __slots__ = ("context", "ordinal")
 
     def __init__(self, coro: Any, *, loop: WorkflowLoop, context: Context, **options: Any) -> None:
         self.ordinal = loop.next_ordinal()
@@ -101,8 +104,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             return
         outer = events._get_running_loop()
         hooks = sys.get_asyncgen_hooks()
+        if type(hooks.finalizer) is not _Generators:
+            generators = _Generators(hooks)
+            sys.set_asyncgen_hooks(generators.begun, generators)
         events._set_running_loop(self)
-        sys.set_asyncgen_hooks(None, _ignore)
         try:
             left = CALLBACKS_MAX
             while ready:
@@ -116,8 +121,9 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                         f"a timer or an event. Does a loop poll with asyncio.sleep(0)?"
                     )
         finally:
-            sys.set_asyncgen_hooks(*hooks)
             events._set_running_loop(outer)
+            if hooks.finalizer is None:
+                sys.set_asyncgen_hooks(*hooks)
 
     def discard(self) -> None:
         """Close what still waits, without letting it do anything durable.
@@ -248,12 +254,38 @@ def _close(task: WorkflowTask) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(coro))
 
 
+class _Generators:
+    """Keeps asynchronous generators of workflow code apart from others, by a thread's two hooks.
+
+    One that workflow code abandons is left to garbage collection: nothing may run it outside of its
+    run. Any other is a matter of `outer`, the hooks of the loop that drives workflows. They are
+    wrapped once and stay so until that loop ends, since setting hooks raises audit events, which
+    took a sixth of a delivery's time; without such a loop they are set for a delivery only.
+    """
+
+    def __init__(self, outer: Any) -> None:
+        self._outer = outer
+        self._of_workflows: set[int] = set()
+        """By address: whatever is there later passes `begun` first, and is told apart anew."""
+
+    def begun(self, generator: Any) -> None:
+        if isinstance(events._get_running_loop(), WorkflowLoop):
+            self._of_workflows.add(id(generator))
+            return
+        self._of_workflows.discard(id(generator))
+        if self._outer.firstiter is not None:
+            self._outer.firstiter(generator)
+
+    def __call__(self, generator: Any) -> None:
+        """Do what is to be done with an abandoned one."""
+        if id(generator) in self._of_workflows:
+            self._of_workflows.discard(id(generator))
+        elif self._outer.finalizer is not None:
+            self._outer.finalizer(generator)
+
+
 def _refuse_timer(_: DurableTimer) -> None:
     raise Discarded("This execution was put away.")
-
-
-def _ignore(_: object) -> None:
-    """Leave an abandoned asynchronous generator to garbage collection."""
 
 
 def _refuse(name: str) -> Callable[..., NoReturn]:

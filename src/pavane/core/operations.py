@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal
+
+import msgspec
 
 from pavane.core.loop import DurableTimer
 
@@ -15,7 +18,7 @@ EXPIRY = "expiry"
 """The name of the timer behind a run's own timeout."""
 
 
-class Operation:
+class Operation(msgspec.Struct, eq=False):
     """One durable request of a workflow.
 
     `args` are encoded when it is issued, so that later changes of the arguments do not count.
@@ -24,39 +27,30 @@ class Operation:
     someone was asked to do it.
     """
 
-    __slots__ = (
-        "args", "deadline_us", "decode", "detail", "fingerprint", "future", "handle", "issued_us",
-        "kind", "mode", "name", "ordinal", "sent", "service", "undo",
-    )  # fmt: skip
+    ordinal: int
+    kind: Kind
+    name: str
+    service: str
+    issued_us: int
+    args: bytes = b"[]"
+    detail: Any = None
+    mode: Mode | None = None
+    undo: bool = False
+    decode: Callable[[bytes], Any] | None = None
+    future: asyncio.Future[Any] | None = None
+    handle: DurableTimer | None = None
+    deadline_us: int = 0
+    sent: bool = False
 
-    def __init__(
-        self,
-        ordinal: int,
-        kind: Kind,
-        name: str,
-        service: str,
-        issued_us: int,
-        args: bytes = b"[]",
-        detail: Any = None,
-        mode: Mode | None = None,
-        undo: bool = False,
-    ) -> None:
-        self.ordinal = ordinal
-        self.kind: Kind = kind
-        self.name = name
-        self.service = service
-        self.issued_us = issued_us
-        self.args = args
-        self.decode: Callable[[bytes], Any] | None = None
-        self.future: asyncio.Future[Any] | None = None
-        self.handle: DurableTimer | None = None
-        self.deadline_us = 0
-        self.detail = detail
-        self.mode: Mode | None = mode
-        self.undo = undo
-        self.sent = False
-        where = f"{service}." if service else ""
-        self.fingerprint = f"{'undo' if undo else kind} {where}{name}"
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint("undo" if self.undo else self.kind, self.service, self.name)
 
     def __repr__(self) -> str:
         return f"<{self.ordinal}: {self.fingerprint}>"
+
+
+@lru_cache(maxsize=4096)
+def _fingerprint(what: str, service: str, name: str) -> str:
+    where = f"{service}." if service else ""
+    return f"{what} {where}{name}"

@@ -7,6 +7,9 @@ import msgspec
 from pavane.core.execution import PAYLOAD_MAX_BYTES
 from pavane.core.policy import HOPS_MAX, JOURNAL_MAX_BYTES
 
+SUSPECT_DEATHS = 2
+"""What was under way in so many process deaths is touched again alone, with nothing else."""
+
 
 class EngineConfig(msgspec.Struct, frozen=True):
     """How a node behaves; the defaults suit one machine and its embedded store."""

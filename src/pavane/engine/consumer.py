@@ -143,12 +143,18 @@ class Consumer:
         known = max((p.known for p in subscription.slots.values()), default=0)
         if after >= known:
             return set()
-        no, until = subscription.no, min(until, known)
-        handled = {mark.pos for mark in await self._store.marks(no, after, until)}
         slots = list(subscription.slots)
-        while True:
-            parked = await self._store.parked_events(no, slots, after, PAGE)
-            handled.update(row.pos for row in parked)
-            if len(parked) < PAGE or parked[-1].pos >= until:
-                return handled
-            after = parked[-1].pos
+        return await taken_up(self._store, subscription.no, slots, after, min(until, known))
+
+
+async def taken_up(
+    store: EventStore, handler: int, slots: Sequence[int], after: int, until: int
+) -> set[int]:
+    """Return the events above `after` up to `until` that were handled or taken into custody."""
+    found = {mark.pos for mark in await store.marks(handler, after, until)}
+    while True:
+        parked = await store.parked_events(handler, slots, after, PAGE)
+        found.update(row.pos for row in parked)
+        if len(parked) < PAGE or parked[-1].pos >= until:
+            return found
+        after = parked[-1].pos

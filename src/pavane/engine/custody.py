@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from pavane.core.codec import encode_error, error_summary
 from pavane.core.envelope import Redo, unpack
-from pavane.engine.consumer import PAGE
+from pavane.engine.config import SUSPECT_DEATHS
+from pavane.engine.consumer import PAGE, taken_up
 from pavane.engine.handling import mark
 from pavane.engine.subscription import QUEUE_MAX, Item, Lane, Subscription
 from pavane.errors import (
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pavane.custody")
 
-SUSPECT_DEATHS = 2
 FINAL = (BadEvent, NotDeclared, NotEncodable, NotDecodable, TooLarge)
 """Errors that another attempt would meet again."""
 CAUSE_MAX = 200
@@ -87,23 +87,20 @@ class Custody:
         while after < until and len(found) < QUEUE_MAX:
             rows = await self._store.read_events(after, until, PAGE, types, slots)
             upto = rows[-1].pos if len(rows) == PAGE else until
-            marks = await self._store.marks(subscription.no, after, upto)
-            parked = await self._store.parked_events(subscription.no, slots, after, QUEUE_MAX * 2)
-            handled = {mark.pos for mark in marks} | {row.pos for row in parked}
+            handled = await taken_up(self._store, subscription.no, slots, after, upto)
             found += [
                 row for row in rows
                 if row.pos > cursors.get(row.slot, 0) and row.pos not in handled
             ]  # fmt: skip
             after = upto
         now = self._session.now_us()
-        reaction = Reaction()
-        reaction.parked = [
+        parked = [
             ParkedEvent(subscription.no, row.pos, row.slot, row.key, 1, now, now, deaths=1)
             for row in found[:QUEUE_MAX]
         ]
-        if reaction.parked:
-            await self._session.durable(reaction=reaction)
-        return {row.pos for row in reaction.parked}
+        if parked:
+            await self._session.durable(reaction=Reaction(parked=parked))
+        return {row.pos for row in parked}
 
     async def load(
         self,
@@ -146,9 +143,7 @@ class Custody:
         for row in calm:
             row.deaths += 1
         if calm:
-            reaction = Reaction()
-            reaction.parked = calm
-            await self._session.durable(reaction=reaction)
+            await self._session.durable(reaction=Reaction(parked=calm))
         return [subscription.lanes[row.key or row.pos] for row in under_way if row not in calm]
 
     async def try_suspect(self, subscription: Subscription, lane: Lane) -> None:
@@ -170,9 +165,7 @@ class Custody:
                 self._bury(subscription, [lane], item, PavaneError(text))
             return
         head.deaths += 1
-        reaction = Reaction()
-        reaction.parked = [head]
-        await self._session.durable(reaction=reaction)
+        await self._session.durable(reaction=Reaction(parked=[head]))
         self.go_on(subscription, lane)
         while lane.busy and self._session.open:
             await asyncio.sleep(0.005)
@@ -191,7 +184,7 @@ class Custody:
                 self._loop.call_later(delay_s, self._due, subscription, lane, lane.head)
         elif lane.behind:
             lane.busy = True
-            self._session.handlers.spawn(self._next_parked(subscription, lane))
+            self._session.spawn(self._next_parked(subscription, lane))
         else:
             subscription.wake(lane)
 
@@ -222,7 +215,7 @@ class Custody:
         assert lane.head is not None
         head, lane.head = lane.head, None
         subscription.began()
-        self._session.handlers.spawn(self._resume_from_store(subscription, lane, head))
+        self._session.spawn(self._resume_from_store(subscription, lane, head))
 
     async def _resume_from_store(
         self, subscription: Subscription, lane: Lane, head: ParkedEvent
@@ -233,9 +226,8 @@ class Custody:
             return
         subscription.ended()
         log.error("event %d of handler %r is gone", head.pos, subscription.handler)
-        reaction = Reaction()
-        reaction.unparked = [(subscription.no, head.pos)]
-        await self._session.durable(reaction=reaction)
+        gone = Reaction(unparked=[(subscription.no, head.pos)])
+        await self._session.durable(reaction=gone)
         lane.busy = False
         self.go_on(subscription, lane)
         subscription.unanswered()
@@ -308,19 +300,16 @@ class Custody:
         """Write the next attempts, and take what waits in their lanes into custody behind them."""
 
         def written(error: PavaneError | None) -> None:
-            if isinstance(error, (LeaseLost, StoreError)):
-                return
-            for item in items:
-                subscription.settled(item.row.pos, item.row.slot)
-            self._session.handlers.lanes_done(subscription, lanes)
+            if not isinstance(error, (LeaseLost, StoreError)):
+                self._session.handlers.settled(subscription, lanes, items)
 
         for lane in lanes:
-            behind, lane.queue = list(lane.queue), deque()
-            self.park_behind(subscription, lane, behind)
-        commit = Commit(written)
-        commit.reaction = Reaction()
-        commit.reaction.parked = parked
-        self._session.submit(commit)
+            self._park_queue(subscription, lane)
+        self._session.submit(Commit(written, reaction=Reaction(parked=parked)))
+
+    def _park_queue(self, subscription: Subscription, lane: Lane) -> None:
+        behind, lane.queue = list(lane.queue), deque()
+        self.park_behind(subscription, lane, behind)
 
     def park_behind(self, subscription: Subscription, lane: Lane, items: list[Item]) -> None:
         """Take events into custody that wait behind another of their key."""
@@ -330,15 +319,10 @@ class Custody:
 
         def written(error: PavaneError | None) -> None:
             if not isinstance(error, (LeaseLost, StoreError)):
-                for item in items:
-                    subscription.settled(item.row.pos, item.row.slot)
+                subscription.settled(items)
 
-        commit = Commit(written)
-        commit.reaction = Reaction()
-        commit.reaction.parked = [
-            self._parked(subscription, item, LAST_US, b"null") for item in items
-        ]
-        self._session.submit(commit)
+        parked = [self._parked(subscription, item, LAST_US, b"null") for item in items]
+        self._session.submit(Commit(written, reaction=Reaction(parked=parked)))
 
     def _bury(
         self, subscription: Subscription, lanes: list[Lane], item: Item, error: BaseException
@@ -351,16 +335,12 @@ class Custody:
         log.error("%r gave up event %s: %s", subscription.handler, row.id, error_summary(raw))
 
         def written(failure: PavaneError | None) -> None:
-            if isinstance(failure, (LeaseLost, StoreError)):
-                return
             if isinstance(failure, Conflict):
                 self._session.handlers.was_handled(subscription, lanes, [item])
-                return
-            subscription.settled(row.pos, row.slot)
-            self._session.handlers.lanes_done(subscription, lanes)
+            elif not isinstance(failure, (LeaseLost, StoreError)):
+                self._session.handlers.settled(subscription, lanes, [item])
 
-        commit = Commit(written)
-        commit.reaction = reaction = Reaction()
+        reaction = Reaction()
         mark(reaction, subscription.no, [item], "dead", self._session.now_us())
         if subscription.options.shadow:
             now = self._session.now_us()
@@ -375,20 +355,19 @@ class Custody:
             ]  # fmt: skip
             if holds:
                 lane.stopped = True
-                behind, lane.queue = list(lane.queue), deque()
-                self.park_behind(subscription, lane, behind)
-        self._session.submit(commit)
+                self._park_queue(subscription, lane)
+        self._session.submit(Commit(written, reaction=reaction))
 
     # -- what people ask for -------------------------------------------------------------------
 
-    def redo_message(self, message: Message, redelivered: bool) -> None:
+    def redo_message(self, message: Message) -> None:
         """Handle a dead letter once more, or drop it; or handle an old event again."""
         if not self._session.open:
             return
         self._asked.append(message)
         if not self._is_answering:
             self._is_answering = True
-            self._session.handlers.spawn(self._answer_all())
+            self._session.spawn(self._answer_all())
 
     async def _answer_all(self) -> None:
         """Take what was asked for one after the other: the log's order is the order per key."""
@@ -419,9 +398,8 @@ class Custody:
             self._answer(message, self._dropped(redo))
         else:
             log.error("message %s is for a handler that is not declared here", message.id)
-            reaction = Reaction()
-            reaction.asked = [(redo.dead, "")] if redo.dead else []
-            self._answer(message, reaction, for_good=False)
+            asked = [(redo.dead, "")] if redo.dead else []
+            self._answer(message, Reaction(asked=asked), for_good=False)
 
     def _answer(
         self, message: Message, reaction: Reaction, *, for_good: bool = True,
@@ -434,18 +412,15 @@ class Custody:
             if then is not None:
                 then(error)
 
-        commit = Commit(written)
+        commit = Commit(written, reaction=reaction)
         if for_good:
             commit.inbox = [InboxRow(message.to, message.id, self._session.now_us())]
-        commit.reaction = reaction
         self._session.submit(commit)
 
     def _dropped(self, redo: Redo) -> Reaction:
-        reaction = Reaction()
-        reaction.undead = [redo.dead]
         now = self._session.now_us()
-        reaction.remarks = [MarkRow(redo.handler, redo.pos, now, 0, 0, "dropped")]
-        return reaction
+        remark = MarkRow(redo.handler, redo.pos, now, 0, 0, "dropped")
+        return Reaction(undead=[redo.dead], remarks=[remark])
 
     async def _redo_in(
         self, subscription: Subscription, message: Message, redo: Redo, row: EventRow,
@@ -454,7 +429,7 @@ class Custody:
         place = (subscription.no, row.pos)
         if place in self._about_to_park or await self._is_parked(*place):
             # An earlier request for the same event is not over yet.
-            self._loop.call_later(REDO_LATER_S, self.redo_message, message, True)
+            self._loop.call_later(REDO_LATER_S, self.redo_message, message)
             return
         while row.slot not in subscription.slots:  # its partition is being taken over
             if not self._session.owns(message.target):
@@ -463,9 +438,8 @@ class Custody:
         if redo.drop:
             reaction = self._dropped(redo)
         else:
-            reaction = Reaction()
-            reaction.undead = [redo.dead] if redo.dead else []
-            reaction.parked = [self._redone(subscription, redo, row, dead)]
+            redone = self._redone(subscription, redo, row, dead)
+            reaction = Reaction(undead=[redo.dead] if redo.dead else [], parked=[redone])
             self._about_to_park.add(place)
 
         def then(error: PavaneError | None) -> None:
@@ -509,8 +483,7 @@ class Custody:
             if lane.head is not None and not lane.busy and row.pos < lane.head.pos:
                 lane.behind += 1
                 lane.head = None  # what was asked for is older
-            behind, lane.queue = list(lane.queue), deque()
-            self.park_behind(subscription, lane, behind)
+            self._park_queue(subscription, lane)
         self.go_on(subscription, lane)
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Awaitable, Iterable, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -65,10 +63,8 @@ class Handlers:
         self._loop = asyncio.get_running_loop()
         self._by_service: dict[str, list[Subscription]] = {}
         self.by_no: dict[int, Subscription] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
         self._calls: dict[Item, asyncio.Task[None]] = {}
         self._gates: dict[tuple[str, str, str], deque[tuple[Subscription, Lane, Item]]] = {}
-        self._threads: ThreadPoolExecutor | None = None
         self._cursors_due_s = 0.0
         self.consumer = Consumer(self.store, session.spawn, 0)
         self.custody = Custody(session)
@@ -162,10 +158,7 @@ class Handlers:
                 progress.written = position
                 moved.append((subscription.no, slot, position))
         if moved:
-            commit = Commit(_ignore)
-            commit.reaction = Reaction()
-            commit.reaction.cursors = moved
-            self._session.submit(commit)
+            self._session.submit(Commit(reaction=Reaction(cursors=moved)))
 
     async def tick(self) -> None:
         """Write the cursors now and then, and do what people asked for."""
@@ -224,18 +217,6 @@ class Handlers:
         for lane in lanes:
             lane.call = task
         self._calls[items[0]] = task
-
-    def spawn(self, work: Any) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._reap)
-
-    def _reap(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a duty of the handlers failed", exc_info=error)
-            if self._session.open and isinstance(error, (StoreError, LeaseLost)):
-                self._session.lost(error)
 
     def _enter(self, subscription: Subscription, lane: Lane, item: Item) -> bool:
         """Let one handler at a time at the state of a key; the others wait for their turn."""
@@ -365,24 +346,18 @@ class Handlers:
         return wanted
 
     async def _state(self, handler: Handler, item: Item) -> Any:
-        if handler.state_decoder is None:
-            return None
         raw = await self.store.state(handler.service.name, handler.state_name, item.row.key)
-        kind = handler.options.state
-        assert kind is not None
-        return kind() if raw is None else handler.state_decoder(raw)
+        return handler.read_state(raw)
 
     async def _call(self, handler: Handler, given: Any, state: Any) -> Any:
         args = (given,) if handler.state_decoder is None else (given, state)
         timeout_s = handler.options.timeout_s
         if timeout_s is None:
-            return await (handler.fn(*args) if handler.is_async else self._in_thread(handler, args))
+            return await self._result(handler, args)
         scope = asyncio.timeout(timeout_s)
         try:
             async with scope:
-                return await (
-                    handler.fn(*args) if handler.is_async else self._in_thread(handler, args)
-                )
+                return await self._result(handler, args)
         except TimeoutError as error:
             if not scope.expired():
                 raise  # it is the handler's own
@@ -391,18 +366,10 @@ class Handlers:
                 f"effect outside is unknown."
             ) from error
 
-    async def _in_thread(self, handler: Handler, args: tuple[Any, ...]) -> Any:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._config.step_threads, "pavane-handler")
-        context = copy_context()
-
-        def call() -> Any:
-            try:
-                return context.run(handler.fn, *args)
-            except StopIteration as error:  # which no future takes: it would wait for ever
-                raise RuntimeError(f"{handler!r} raised StopIteration.") from error
-
-        return await self._loop.run_in_executor(self._threads, call)
+    def _result(self, handler: Handler, args: tuple[Any, ...]) -> Awaitable[Any]:
+        return (
+            handler.fn(*args) if handler.is_async else self._session.threads.call(handler.fn, *args)
+        )
 
     def _collect(
         self, handler: Handler, context: Handling, result: Any, item: Item, state: Any
@@ -438,9 +405,7 @@ class Handlers:
             args: list[Any] = [wanted if handler.takes_list else wanted[0]]
             value: Any = None
             if handler.state_decoder is not None:
-                kind = handler.options.state
-                assert kind is not None
-                value = kind() if state is None else handler.state_decoder(state)
+                value = handler.read_state(state)
                 args.append(value)
             context.restart()
             variables = copy_context()
@@ -465,7 +430,7 @@ class Handlers:
         if parked:
             self._finish(subscription, lanes, items, "expired")
             return
-        self._settled(subscription, lanes, items)
+        self.settled(subscription, lanes, items)
 
     def _done(
         self, subscription: Subscription, handler: Handler, context: Handling,
@@ -498,17 +463,15 @@ class Handlers:
             if handler.options.transaction and subscription.circuit is not None:
                 self._recorded(subscription, subscription.circuit, failure)
             if failure is None:
-                self._settled(subscription, lanes, items)
+                self.settled(subscription, lanes, items)
             elif isinstance(error, Conflict):
                 self.was_handled(subscription, lanes, items)
             elif not isinstance(error, (LeaseLost, StoreError)):
                 self.custody.failed(subscription, lanes, items, failure)
 
-        commit = Commit(written)
-        commit.reaction = context.reaction
         variant = "" if handler is subscription.handler else handler.name
         mark(context.reaction, subscription.no, items, "done", self._session.now_us(), variant)
-        return commit
+        return Commit(written, reaction=context.reaction)
 
     def _finish(
         self, subscription: Subscription, lanes: list[Lane], items: list[Item], outcome: Outcome
@@ -519,12 +482,11 @@ class Handlers:
             if isinstance(error, Conflict):
                 self.was_handled(subscription, lanes, items)
             elif not isinstance(error, (LeaseLost, StoreError)):
-                self._settled(subscription, lanes, items)
+                self.settled(subscription, lanes, items)
 
-        commit = Commit(written)
-        commit.reaction = Reaction()
-        mark(commit.reaction, subscription.no, items, outcome, self._session.now_us())
-        self._session.submit(commit)
+        reaction = Reaction()
+        mark(reaction, subscription.no, items, outcome, self._session.now_us())
+        self._session.submit(Commit(written, reaction=reaction))
 
     def was_handled(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
         """One of these events bears a mark: another node handled it before this one came."""
@@ -534,20 +496,14 @@ class Handlers:
 
         def written(error: PavaneError | None) -> None:
             if not isinstance(error, (LeaseLost, StoreError)):
-                self._settled(subscription, lanes, items)
+                self.settled(subscription, lanes, items)
 
-        commit = Commit(written)
-        commit.reaction = Reaction()
-        commit.reaction.unparked = [(subscription.no, items[0].row.pos)]
-        self._session.submit(commit)
+        unparked = [(subscription.no, items[0].row.pos)]
+        self._session.submit(Commit(written, reaction=Reaction(unparked=unparked)))
 
-    def _settled(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
-        for item in items:
-            subscription.settled(item.row.pos, item.row.slot)
-        self.lanes_done(subscription, lanes)
-
-    def lanes_done(self, subscription: Subscription, lanes: list[Lane]) -> None:
-        """What became of the calls of these lanes is durable: go on with them."""
+    def settled(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
+        """What became of these events is durable: go on with their lanes."""
+        subscription.settled(items)
         self._leave(lanes[0])
         for lane in lanes:
             lane.busy, lane.call = False, None
@@ -599,14 +555,11 @@ class Handlers:
         """Stop at once."""
         for subscription in self.consumer.subscriptions:
             subscription.close()
-        tasks = [*self._tasks, *self._calls.values()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            with suppress(TimeoutError):
-                await asyncio.wait(tasks, timeout=1.0)
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        calls = list(self._calls.values())
+        for call in calls:
+            call.cancel()
+        if calls:
+            await asyncio.wait(calls, timeout=1.0)
 
 
 def handler_spec(handler: Handler) -> HandlerSpec:
@@ -619,7 +572,3 @@ def handler_spec(handler: Handler) -> HandlerSpec:
     else:
         since_us = round(since.timestamp() * 1e6)
     return HandlerSpec(handler.service.name, handler.name, tuple(handler.events), since_us)
-
-
-def _ignore(_: PavaneError | None) -> None:
-    """Nothing waits for this commit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
 
 import msgspec
@@ -23,7 +24,7 @@ _attributes = msgspec.json.Decoder(dict[str, str | int | float | bool])
 _header = msgspec.json.Decoder(Header)
 
 
-class Held:
+class Held(msgspec.Struct, eq=False):
     """The state of one run at one service of this node.
 
     `entries` are all encoded journal entries while the baton may still be passed, else None;
@@ -31,44 +32,40 @@ class Held:
     first commit takes it. `local` are operations whose step runs here. `consuming` are log
     messages to be acknowledged with the next commit. `chain` ties its commits together. `dirty`:
     the row changed since it was written. `mail` waits in the mailbox, `taken` are ids of what was
-    delivered from there. `marks`, published `events` and new `members` of its conversation go
-    with the next commit. `suspect`: it was
-    touched after a crash, and is cleared by so many more deliveries.
+    delivered from there. `marks`, published `events` and new `members` of its conversation go with
+    the next commit. `suspect`: it was touched after a crash, and is cleared by so many more
+    deliveries.
     """
 
-    __slots__ = (
-        "arrival", "attributes", "chain", "commits", "consuming", "count", "dead", "dirty",
-        "entries", "events", "execution", "exists", "header", "home_row", "local", "mail",
-        "marks", "members", "row",
-        "size_bytes", "suspect", "taken", "trail", "undone", "unwritten",
-    )  # fmt: skip
+    row: RunRow
+    header: Header
+    execution: Execution
+    exists: bool
+    trail: list[Stop] = []
+    attributes: dict[str, Attribute] = {}
+    entries: list[bytes] | None = []
+    unwritten: list[bytes] = []
+    count: int = 0
+    size_bytes: int = 0
+    arrival: InboxRow | None = None
+    consuming: list[Message] = []
+    local: set[int] = set()
+    mail: list[MailRow] = []
+    taken: set[str] = set()
+    marks: list[InboxRow] = []
+    events: list[EventRow] = []
+    members: list[tuple[str, str]] = []
+    commits: int = 0
+    dead: bool = False
+    chain: int = msgspec.field(default_factory=partial(next, _chains))
+    dirty: bool = False
+    suspect: int = 0
+    undone: int = 0
+    home_row: RunRow | None = None
 
-    def __init__(self, row: RunRow, header: Header, execution: Execution, exists: bool) -> None:
-        self.row = row
-        self.header = header
-        self.execution = execution
-        self.exists = exists
-        self.trail: list[Stop] = []
-        self.attributes: dict[str, Attribute] = {}
-        self.entries: list[bytes] | None = []
-        self.unwritten: list[bytes] = []
-        self.count = 0
-        self.size_bytes = 0
-        self.arrival: InboxRow | None = None
-        self.consuming: list[Message] = []
-        self.local: set[int] = set()
-        self.mail: list[MailRow] = []
-        self.taken: set[str] = set()
-        self.marks: list[InboxRow] = []
-        self.events: list[EventRow] = []
-        self.members: list[tuple[str, str]] = []
-        self.commits = 0
-        self.dead = False
-        self.chain = next(_chains)
-        self.dirty = not exists
-        self.suspect = 0
-        self.undone = row.undone
-        self.home_row: RunRow | None = None
+    def __post_init__(self) -> None:
+        self.dirty = not self.exists
+        self.undone = self.row.undone
 
     @property
     def key(self) -> tuple[str, str]:

@@ -56,6 +56,7 @@ from pavane.core.journal import (
 )
 from pavane.core.operations import EXPIRY, Operation
 from pavane.core.policy import Pass, decide
+from pavane.engine.config import SUSPECT_DEATHS
 from pavane.engine.held import (
     CLEARED_BY,
     Held,
@@ -98,7 +99,6 @@ Key = tuple[str, str]
 Action = Callable[[Held | None], None]
 HELD_BACK = "!"
 """Mail of a type that begins so is a message kept for a stuck run, delivered when it goes on."""
-SUSPECT_DEATHS = 2
 EVICT_LOOKS = 50
 BY_PARENT = "parent"
 
@@ -442,12 +442,11 @@ class Holder:
         ]
         if children:
             body = pack(Request(BY_PARENT))
-            commit = Commit(_ignore)
-            commit.messages = [
+            messages = [
                 self._message("retry", f"{child}#retry{era}", service, child, body, now)
                 for child, service in children
             ]
-            self._session.submit(commit)
+            self._session.submit(Commit(messages=messages))
 
     async def _parked_steps(self, held: Held) -> set[str]:
         if not any(op.kind == "step" for op in held.execution.pending.values()):
@@ -577,9 +576,7 @@ class Holder:
         if message is not None:
             self._session.consumed(message)
         if unparked:
-            commit = Commit(_ignore)
-            commit.unparked = unparked
-            self._session.submit(commit)
+            self._session.submit(Commit(unparked=unparked))
 
     def _not_here(self, message: Message) -> None:
         self._spawn(self._forward(message))
@@ -671,10 +668,8 @@ class Holder:
             news = mail if error is None else None
             self.with_run(*key, lambda held: self._got_mail(held, news, message))
 
-        commit = Commit(kept)
-        commit.inbox = [InboxRow(message.to, message.id, message.at_us)]
-        commit.mail = [mail]
-        self._session.submit(commit)
+        mark = InboxRow(message.to, message.id, message.at_us)
+        self._session.submit(Commit(kept, inbox=[mark], mail=[mail]))
 
     def _got_mail(self, held: Held | None, mail: MailRow | None, message: Message) -> None:
         """Deliver an event that is in the mailbox; its message is consumed with the delivery."""
@@ -886,11 +881,10 @@ class Holder:
             baton = decode_baton(message.body)
         except CorruptJournal as error:
             log.error("baton %s of run %s is unreadable: %s", message.id, message.run, error)
-            commit = Commit(lambda _: self._session.consumed(message))
-            commit.mail = [
-                MailRow(message.to, message.run, message.id, "!baton", message.body, message.at_us)
-            ]
-            self._session.submit(commit)
+            kept = MailRow(
+                message.to, message.run, message.id, "!baton", message.body, message.at_us
+            )
+            self._session.submit(Commit(lambda _: self._session.consumed(message), mail=[kept]))
             return
         if message.id in await self._store.seen(message.to, [message.id]):
             self._session.consumed(message)
@@ -1335,8 +1329,7 @@ class Holder:
         if held.events:
             commit.events, held.events = held.events, []
         if held.members:
-            commit.reaction = Reaction()
-            commit.reaction.members, held.members = held.members, []
+            commit.reaction, held.members = Reaction(members=held.members), []
         if unparked or taken or parked:
             commit.unparked, commit.mail_taken, commit.parked = unparked, taken, parked
         self._session.submit(commit)
@@ -1716,10 +1709,6 @@ def _other_operation(reply: Reply, operation: Operation) -> str:
         f"+{operation.fingerprint}\nDeploy the old code again, or guard the change with "
         f"`if patched(…):`, and the run goes on."
     )
-
-
-def _ignore(_: PavaneError | None) -> None:
-    """Nothing waits for this commit."""
 
 
 def _some(message: Message | None) -> list[Message]:

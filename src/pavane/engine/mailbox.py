@@ -59,7 +59,7 @@ class Mailbox:
                 given.append(self._give(waiting, row, handling.messages, now))
         handling.reaction.awaited = given
 
-    def await_message(self, message: Message, redelivered: bool) -> None:
+    def await_message(self, message: Message) -> None:
         """Note that a run waits, or find what came before; or forget that it waits."""
         self._session.spawn(self._await(message, unpack(Await, message.body)))
 
@@ -75,9 +75,7 @@ class Mailbox:
         if message.id in await self._store.seen(message.to, [message.id]):
             written(None)
             return
-        commit = Commit(written)
-        commit.inbox = [InboxRow(message.to, message.id, now)]
-        commit.reaction = reaction = Reaction()
+        reaction = Reaction()
         messages: list[Message] = []
         rows = await self._store.awaits(*place)
         mine = [row for row in rows if _first_run(row.run) == _first_run(wanted.run)]
@@ -96,8 +94,8 @@ class Mailbox:
         elif known is None:
             row = AwaitRow(*place, wanted.run, wanted.id, now, message.body)
             reaction.awaited = await self._find(place, row, mine, messages, now) or [row]
-        commit.messages = messages
-        self._session.submit(commit)
+        mark = InboxRow(message.to, message.id, now)
+        self._session.submit(Commit(written, inbox=[mark], messages=messages, reaction=reaction))
 
     async def _find(
         self, place: Place, row: AwaitRow, mine: list[AwaitRow], messages: list[Message], now: int

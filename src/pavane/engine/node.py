@@ -17,15 +17,16 @@ from functools import partial
 from typing import Any
 
 from pavane.engine.committer import Committer
-from pavane.engine.config import EngineConfig
+from pavane.engine.config import SUSPECT_DEATHS, EngineConfig
 from pavane.engine.duties import Duties, Duty
 from pavane.engine.handlers import Handlers
 from pavane.engine.held import Held
-from pavane.engine.holder import SUSPECT_DEATHS, Holder
+from pavane.engine.holder import Holder
 from pavane.engine.lease import LeaseKeeper, is_gone, this_host
 from pavane.engine.pruner import Pruner
 from pavane.engine.registry import Registry
 from pavane.engine.steps import Steps
+from pavane.engine.threads import Threads
 from pavane.engine.timers import DueQueue, Found
 from pavane.errors import CorruptJournal, LeaseLost, PavaneError, StoreError
 from pavane.stores.eventlog import EventRow, Reaction
@@ -38,6 +39,7 @@ from pavane.stores.port import (
     PartitionRow,
     RunRow,
     Store,
+    durable,
 )
 
 log = logging.getLogger("pavane.node")
@@ -95,6 +97,7 @@ class Session:
         self.submit = self.committer.submit
         self.context = copy_context()
         """What steps and handlers begin with; else they would inherit from whoever came before."""
+        self.threads = Threads(config.step_threads)
         self.holder = Holder(self)
         self.steps = Steps(self)
         self.handlers = Handlers(self)
@@ -133,13 +136,8 @@ class Session:
         events: Sequence[EventRow] = (),
     ) -> None:  # fmt: skip
         """Return when this is written; raise if it cannot be."""
-        future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()
-        commit = Commit(lambda error: None if future.done() else future.set_result(error))
-        commit.inbox, commit.reaction, commit.events = inbox, reaction, events
-        self.submit(commit)
-        error = await future
-        if error is not None:
-            raise error
+        commit = Commit(inbox=inbox, reaction=reaction, events=events)
+        await durable(commit, self.submit)
 
     async def _reserve_numbers(self) -> None:
         first = await self.store.take_run_numbers(RUN_NUMBERS)
@@ -214,9 +212,9 @@ class Session:
             elif kind == "note":
                 self.holder.note_message(message)
             elif kind in ("await", "unawait"):
-                self.handlers.mailbox.await_message(message, redelivered)
+                self.handlers.mailbox.await_message(message)
             elif kind == "redo":
-                self.handlers.custody.redo_message(message, redelivered)
+                self.handlers.custody.redo_message(message)
             elif kind == "revoke":
                 self.steps.revoke_message(message)
             else:
@@ -245,14 +243,13 @@ class Session:
         """Read what other processes wrote, soon after they did."""
         pause_s = POLL_MIN_S
         while True:
-            if self.store.changed() and (await self._read_tail()) | (await self._read_events()):
+            if self.store.changed() and (await self._read_tail()) | (
+                await self.handlers.consumer.read_tail()
+            ):
                 pause_s = POLL_MIN_S
             else:
                 pause_s = min(POLL_MAX_S, pause_s * 1.2)
             await asyncio.sleep(pause_s)
-
-    async def _read_events(self) -> bool:
-        return await self.handlers.consumer.read_tail()
 
     async def _read_tail(self) -> bool:
         head = await self.store.log_head()
@@ -538,9 +535,7 @@ class Session:
                 moved.append((target, position))
                 self._written_positions[target] = position
         if moved:
-            commit = Commit(lambda error: None)
-            commit.positions = moved
-            self.submit(commit)
+            self.submit(Commit(positions=moved))
 
     async def drain(self) -> None:
         """Stop in order: let steps end, write everything, release the partitions."""

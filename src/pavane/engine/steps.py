@@ -13,8 +13,6 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -93,7 +91,7 @@ class _Options(msgspec.Struct, array_like=True):
         return StepOptions(retry, self.timeout_s, self.heartbeat_s, undo)
 
 
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """One step under way: which call, which attempt, for whom.
 
     `held` is the run if it is held here and the step needs no command; `message` the command until
@@ -101,38 +99,31 @@ class Attempt:
     service whose partition it belongs to: the command's receiver, or the holder of the run.
     """
 
-    # Most attempts end without ever being asked for these, so they are no part of making one.
+    steps: Steps
+    key: tuple[str, str]
+    args: bytes
+    step: Step[..., Any] | None
+    options: StepOptions
     made_call: Call | None = None
     operation: Operation | None = None
-    number = 1
-    began_us = 0
-    started_us = 0
-    details = b"null"
+    number: int = 1
+    began_us: int = 0
+    started_us: int = 0
+    details: bytes = b"null"
     beaten: asyncio.Event | None = None
-    pending_beat = False
+    pending_beat: bool = False
     held: Held | None = None
     message: Message | None = None
     parked: ParkedRow | None = None
     task: asyncio.Task[None] | None = None
-    revoked = False
-    abandoned = False
+    revoked: bool = False
+    abandoned: bool = False
     outboxed: Counter[str] | None = None
     """How often it published the same through a connection."""
 
-    def __init__(
-        self,
-        steps: Steps,
-        key: tuple[str, str],
-        args: bytes,
-        step: Step[..., Any] | None,
-        options: StepOptions,
-    ) -> None:
-        self.steps = steps
-        self.key = key
-        self.owner = key[0]
-        self.args = args
-        self.step = step
-        self.options = options
+    @property
+    def owner(self) -> str:
+        return self.key[0]
 
     @property
     def call(self) -> Call:
@@ -199,7 +190,6 @@ class Steps:
         """Commands whose effect is not durable yet."""
         self._revoked: set[tuple[str, str]] = set()
         """Steps whose row was read, perhaps, before it was durable that it is gone."""
-        self._threads: ThreadPoolExecutor | None = None
         self._done: asyncio.Event = asyncio.Event()
         self.draining = False
 
@@ -266,10 +256,8 @@ class Steps:
             if error is None and then is not None:
                 then()
 
-        commit = Commit(written)
-        commit.inbox = [InboxRow(message.to, message.id, self._session.now_us())]
-        commit.parked = [parked]
-        self._session.submit(commit)
+        mark = InboxRow(message.to, message.id, self._session.now_us())
+        self._session.submit(Commit(written, inbox=[mark], parked=[parked]))
 
     def _command(self, message: Message) -> None:
         call = unpack(Call, message.body)
@@ -325,9 +313,9 @@ class Steps:
         self._session.parked_timers.forget((service, id))
         if attempt is None or attempt.parked is not None:
             self._revoked.add((service, id))
-            commit = Commit(lambda error: self._revoked.discard((service, id)))
-            commit.unparked = [(service, id)]
-            self._session.submit(commit)
+            self._session.submit(
+                Commit(lambda _: self._revoked.discard((service, id)), unparked=[(service, id)])
+            )
 
     def revoke_message(self, message: Message) -> None:
         self._session.spawn(self._revoke(message))
@@ -339,9 +327,8 @@ class Steps:
             self._session.consumed(message)
             return
         # The command has not come yet: a mark keeps it from being done when it does.
-        commit = Commit(lambda error: self._session.consumed(message))
-        commit.inbox = [InboxRow(message.to, id, self._session.now_us())]
-        self._session.submit(commit)
+        mark = InboxRow(message.to, id, self._session.now_us())
+        self._session.submit(Commit(lambda _: self._session.consumed(message), inbox=[mark]))
 
     # -- doing ---------------------------------------------------------------------------------
 
@@ -432,24 +419,13 @@ class Steps:
         """Forget a revoked attempt; a command is marked as consumed."""
         if attempt.message is not None:
             message = attempt.message
-            commit = Commit(self._consume(message))
-            commit.inbox = [InboxRow(message.to, message.id, self._session.now_us())]
-            self._session.submit(commit)
+            mark = InboxRow(message.to, message.id, self._session.now_us())
+            self._session.submit(Commit(self._consume(message), inbox=[mark]))
 
     async def _call(self, step: Step[..., Any], args: Any, kwargs: Any) -> Any:
         if step.is_async:
             return await step.fn(*args, **kwargs)
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._config.step_threads, "pavane-step")
-        context = copy_context()
-
-        def call() -> Any:
-            try:
-                return context.run(step.fn, *args, **kwargs)
-            except StopIteration as error:  # which no future takes: it would wait for ever
-                raise RuntimeError(f"{step} raised StopIteration.") from error
-
-        return await self._loop.run_in_executor(self._threads, call)
+        return await self._session.threads.call(step.fn, *args, **kwargs)
 
     async def _bounded(self, attempt: Attempt, step: Step[..., Any], args: Any, kwargs: Any) -> Any:
         """Await the step within its timeout and, if asked for, while its heart beats."""
@@ -564,9 +540,7 @@ class Steps:
         if held is not None and (held.arrival is not None or not held.exists):
             self._session.holder.custody(held, parked, written)
             return
-        commit = Commit(written)
-        commit.parked = [parked]
-        self._session.submit(commit)
+        self._session.submit(Commit(written, parked=[parked]))
 
     def _answer(self, attempt: Attempt, ok: bool, raw: bytes) -> None:
         held, operation = attempt.held, attempt.operation
@@ -592,8 +566,9 @@ class Steps:
             self._session.holder.step_done((call.reply_to, call.run), reply, unparked)
             return
         now = self._session.now_us()
-        commit = Commit(_ignore if message is None else self._consume(message))
+        commit = Commit()
         if message is not None:
+            commit.done = self._consume(message)
             commit.inbox = [InboxRow(message.to, message.id, now)]
         commit.unparked = unparked
         target = self._store.target_of(call.reply_to, call.run)
@@ -663,10 +638,3 @@ class Steps:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-            self._threads = None
-
-
-def _ignore(_: PavaneError | None) -> None:
-    """Nothing waits for this commit."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from zlib import crc32
 
 from pavane.engine.breaker import Circuit
@@ -114,7 +114,6 @@ class Subscription:
     ) -> None:
         self.handler = handler
         self.no = row.no
-        self.row = row
         self.options = handler.options
         self.lanes: dict[LaneKey, Lane] = {}
         self.ready: deque[Lane] = deque()
@@ -179,13 +178,14 @@ class Subscription:
         if progress is not None and row.pos > progress.offered:
             progress.offered = row.pos
 
-    def settled(self, pos: int, slot: int) -> None:
-        """Note that what became of an event is durable."""
-        progress = self.slots.get(slot)
-        if progress is not None and pos in progress.pending:
-            del progress.pending[pos]
-            self.queued -= 1
-            self._tell_room()
+    def settled(self, items: Iterable[Item]) -> None:
+        """Note that what became of these events is durable."""
+        for item in items:
+            progress = self.slots.get(item.row.slot)
+            if progress is not None and item.row.pos in progress.pending:
+                del progress.pending[item.row.pos]
+                self.queued -= 1
+                self._tell_room()
 
     def _tell_room(self) -> None:
         if self.queued * 2 < QUEUE_MAX:

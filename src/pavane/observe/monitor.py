@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import partial
 
 import msgspec
 
@@ -19,7 +20,6 @@ from pavane.contract import Contract, ConversationOverdue
 from pavane.engine.duties import MARK
 from pavane.engine.node import Session
 from pavane.engine.publishing import derived_id, event_row
-from pavane.errors import PavaneError
 from pavane.observe.progress import follow, milestones_of
 from pavane.observe.traffic import Traffic, read_traffic
 from pavane.observe.trouble import find_trouble
@@ -31,7 +31,7 @@ from pavane.stores.eventlog import (
     Reaction,
     StateRow,
 )
-from pavane.stores.port import Commit, Store
+from pavane.stores.port import Commit, Store, durable, submit_alone
 
 log = logging.getLogger("pavane.monitor")
 
@@ -58,13 +58,8 @@ class Monitor:
     async def prepare(self, store: Store) -> None:
         """Let a new contract begin at the end of the log."""
         if await self._position(store) is None:
-            future: asyncio.Future[PavaneError | None] = asyncio.get_running_loop().create_future()
-            commit = Commit(lambda error: None if future.done() else future.set_result(error))
-            commit.reaction = self._moved(await store.events_head())
-            store.submit([commit], None, lambda results: commit.done(results[0]))
-            error = await future
-            if error is not None:
-                raise error
+            commit = Commit(reaction=self._moved(await store.events_head()))
+            await durable(commit, partial(submit_alone, store))
 
     async def run(self, session: Session) -> None:
         """Follow what happens until cancelled."""
@@ -116,9 +111,7 @@ class Monitor:
         return None if body is None else msgspec.json.decode(body, type=int)
 
     def _moved(self, position: int) -> Reaction:
-        reaction = Reaction()
-        reaction.states = [StateRow(OWNER, self.contract.name, "", b"%d" % position)]
-        return reaction
+        return Reaction(states=[StateRow(OWNER, self.contract.name, "", b"%d" % position)])
 
     # -- overdue -------------------------------------------------------------------------------
 
@@ -131,9 +124,7 @@ class Monitor:
         for row in rows:
             event = await self._overdue(session.store, row)
             row.raised = True
-            reaction = Reaction()
-            reaction.conversations = [row]
-            await session.durable(reaction=reaction, events=[event])
+            await session.durable(reaction=Reaction(conversations=[row]), events=[event])
             log.warning("conversation %s of %s is overdue", row.id, self.contract.name)
             await asyncio.sleep(PACE_S)
         return len(rows) == PAGE

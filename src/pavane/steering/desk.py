@@ -100,18 +100,14 @@ class Desk:
         """Send requests, each with its id, durably and in one commit with `asked`."""
         await self.store.register([row.service])
         now = self.store.now_us()
-        commit = Commit(_ignore)
-        commit.messages = [
+        messages = [
             Message(
                 "redo", id, row.service, "", pack(redo), now,
                 self.store.target_of(row.service, place.key or place.id),
             )
             for id, place, redo in requests
         ]  # fmt: skip
-        if asked:
-            commit.reaction = Reaction()
-            commit.reaction.asked = asked
-        await self._write(commit)
+        await self._write(Commit(messages=messages, reaction=Reaction(asked=asked)))
 
     async def let_catch_up(self, row: HandlerRow, ids: Sequence[str], parked_before: int) -> None:
         """Wait while much is asked for that no node has taken up; for so long as that moves."""
@@ -130,7 +126,3 @@ class Desk:
 
 def full_name(row: HandlerRow) -> str:
     return f"{row.service}.{row.name}"
-
-
-def _ignore(_: Exception | None) -> None:
-    """The writer waits for this commit itself."""

@@ -230,7 +230,7 @@ class ConversationFilter(msgspec.Struct, frozen=True):
     limit: int = 100
 
 
-class Reaction:
+class Reaction(msgspec.Struct, eq=False):
     """What a handler's progress changes, as the part of a commit; see `Commit`.
 
     What takes rows away comes before what writes rows of the same kind.
@@ -309,6 +309,11 @@ class EventStore(Protocol):
 
     async def pause_handler(self, no: int, until_us: int, reason: str) -> None:
         """Let its nodes stop (until LAST_US: by hand), or go on (0), soon."""
+        ...
+
+    async def forget_handler(self, no: int) -> bool:
+        """Delete a handler with its progress and custody; False, and nothing is, if it has dead
+        letters. Interrupted, it has at least given up all that is in the log."""
         ...
 
     async def cursors(self, handler: int) -> dict[int, int]:

@@ -7,7 +7,8 @@ that one piece of progress changes is one `Commit`, written atomically, or refus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -26,7 +27,7 @@ class Conflict(PavaneError):
     code = "conflict"
 
 
-class Message:
+class Message(msgspec.Struct, eq=False):
     """Anything that crosses between services.
 
     `id` is derived from what caused it, so that a repetition is recognised; `to` is a service,
@@ -34,21 +35,15 @@ class Message:
     written. `live` never leaves the process: an execution that travels along, to spare a replay.
     """
 
-    __slots__ = ("at_us", "body", "id", "kind", "live", "pos", "run", "target", "to")
-
-    def __init__(
-        self, kind: str, id: str, to: str, run: str, body: bytes, at_us: int,
-        target: int = 0, pos: int = 0, live: Any = None,
-    ) -> None:  # fmt: skip
-        self.kind = kind
-        self.id = id
-        self.to = to
-        self.run = run
-        self.body = body
-        self.at_us = at_us
-        self.target = target
-        self.pos = pos
-        self.live = live
+    kind: str
+    id: str
+    to: str
+    run: str
+    body: bytes
+    at_us: int
+    target: int = 0
+    pos: int = 0
+    live: Any = None
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.id} to {self.to or 'all'} at {self.pos}>"
@@ -184,7 +179,11 @@ class Fence(msgspec.Struct, frozen=True):
 Done = Callable[[PavaneError | None], None]
 
 
-class Commit:
+def nobody_waits(_: PavaneError | None) -> None:
+    """Be told of a commit that nothing depends on."""
+
+
+class Commit(msgspec.Struct, eq=False):
     """Everything that one piece of progress changes. Written whole or not at all.
 
     `done` is called once, on the event loop: with None after it is durable, or with why not.
@@ -192,6 +191,8 @@ class Commit:
     chain are refused too.
     """
 
+    done: Done = nobody_waits
+    chain: int = 0
     runs: Sequence[RunRow] = ()
     journal: Sequence[JournalRow] = ()
     messages: Sequence[Message] = ()
@@ -213,9 +214,33 @@ class Commit:
     state named by `work_state`. What it raises refuses the commit, as WorkFailed."""
     work_state: tuple[str, str, str] | None = None
 
-    def __init__(self, done: Done, chain: int = 0) -> None:
-        self.done = done
-        self.chain = chain
+
+def submit_alone(store: Store, commit: Commit) -> None:
+    """Submit a commit that needs no lease."""
+    store.submit([commit], None, lambda results: commit.done(results[0]))
+
+
+async def durable(commit: Commit, submit: Callable[[Commit], None]) -> None:
+    """Submit a commit, and return when it is written; raise if it cannot be."""
+    done, settled = promise()
+    commit.done = done
+    submit(commit)
+    await settled
+
+
+def promise() -> tuple[Done, Awaitable[None]]:
+    """Return what to tell of a commit, and what to await: it raises if that was refused."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def done(error: PavaneError | None) -> None:
+        if future.done():
+            return  # nobody waits any more
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    return done, future
 
 
 def broken_chain() -> Conflict:

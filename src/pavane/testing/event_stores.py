@@ -103,21 +103,13 @@ def a_conversation(id: str, contract: str = "orders", **changes: Any) -> Convers
     return msgspec.structs.replace(row, **changes)
 
 
-def a_reaction(**parts: Any) -> Reaction:
-    """Return a reaction of these parts: `marks`, `parked`, `cursors` and so on."""
-    reaction = Reaction()
-    for name, rows in parts.items():
-        setattr(reaction, name, rows)
-    return reaction
-
-
 def reacting(**parts: Any) -> Commit:
-    return a_commit(reaction=a_reaction(**parts))
+    return a_commit(reaction=Reaction(**parts))
 
 
 async def react(store: Store, **parts: Any) -> None:
     """Write one reaction that must succeed."""
-    await write(store, reaction=a_reaction(**parts))
+    await write(store, reaction=Reaction(**parts))
 
 
 async def published(store: Store, *events: EventRow) -> list[EventRow]:
@@ -404,7 +396,7 @@ async def events_are_part_of_their_commit(connections: Connections) -> None:
         store,
         a_commit(
             events=[an_event(store, "lost")], journal=[JournalRow(1, 0, b"[]")],
-            reaction=a_reaction(marks=[a_mark(no, 1)], cursors=[(no, 0, 1)], members=[("c", "r")]),
+            reaction=Reaction(marks=[a_mark(no, 1)], cursors=[(no, 0, 1)], members=[("c", "r")]),
         ),
     )  # fmt: skip
     assert isinstance(result, Conflict)
@@ -414,7 +406,7 @@ async def events_are_part_of_their_commit(connections: Connections) -> None:
     message, event = a_message(store, "r#1"), an_event(store, "kept")
     await write(
         store, events=[event], messages=[message], runs=[a_run(store, 1, "r")],
-        reaction=a_reaction(marks=[a_mark(no, 9)], members=[("c", "r")]),
+        reaction=Reaction(marks=[a_mark(no, 9)], members=[("c", "r")]),
     )  # fmt: skip
     assert await all_events(store) == [event]
     assert [m.id for m in await whole_log(store)] == ["r#1"]
@@ -464,7 +456,7 @@ async def no_event_or_reaction_lands_under_a_lost_lease(connections: Connections
         batch = [
             a_commit(
                 events=[an_event(one, f"n{at}")],
-                reaction=a_reaction(
+                reaction=Reaction(
                     marks=[a_mark(no, 1 + at)], unparked=[(no, 1)], cursors=[(no, event.slot, 9)],
                     dead=[a_dead_letter(no, event)], states=[StateRow("shop", "s", "k", b"1")],
                 ),
@@ -547,21 +539,24 @@ async def events_and_reactions_that_cannot_be_stored_are_refused_alone(
             {"version": large}, {"slot": large},
         )
     ] + [
-        {"reaction": a_reaction(**{name: [row]})}
-        for name, row in (
-            ("marks", a_mark(1, large)), ("marks", a_mark(1, 1, by=lone)),
-            ("remarks", a_mark(1, 1, took_us=large)), ("parked", custody(1, event, error=b"\xff")),
-            ("parked", custody(1, event, data=b"\xff")),
-            ("dead", a_dead_letter(1, event, cause=lone)),
-            ("dead", a_dead_letter(1, event, at_us=-large - 1)), ("asked", (1, lone)),
-            ("undead", large), ("unparked", (1, large)), ("unawaited", (lone, "*")),
-            ("states", StateRow("shop", "s", lone, b"1")),
-            ("states", StateRow("shop", "s", lone, None)),
-            ("states", StateRow("shop", "s", "k", b"\xff")),
-            ("shadows", ShadowRow(1, 1, 1, b"\xff")),
-            ("awaited", a_wait(lone, "i")), ("kept", KeptRow("shop", "Paid", "k", 1, large)),
-            ("cursors", (1, 1, large)), ("conversations", a_conversation(lone)),
-            ("conversations", a_conversation("c", milestones=b"\xff")), ("members", ("c", lone)),
+        {"reaction": reaction}
+        for reaction in (
+            Reaction(marks=[a_mark(1, large)]), Reaction(marks=[a_mark(1, 1, by=lone)]),
+            Reaction(remarks=[a_mark(1, 1, took_us=large)]),
+            Reaction(parked=[custody(1, event, error=b"\xff")]),
+            Reaction(parked=[custody(1, event, data=b"\xff")]),
+            Reaction(dead=[a_dead_letter(1, event, cause=lone)]),
+            Reaction(dead=[a_dead_letter(1, event, at_us=-large - 1)]),
+            Reaction(asked=[(1, lone)]), Reaction(undead=[large]), Reaction(unparked=[(1, large)]),
+            Reaction(unawaited=[(lone, "*")]),
+            Reaction(states=[StateRow("shop", "s", lone, b"1")]),
+            Reaction(states=[StateRow("shop", "s", lone, None)]),
+            Reaction(states=[StateRow("shop", "s", "k", b"\xff")]),
+            Reaction(shadows=[ShadowRow(1, 1, 1, b"\xff")]), Reaction(awaited=[a_wait(lone, "i")]),
+            Reaction(kept=[KeptRow("shop", "Paid", "k", 1, large)]),
+            Reaction(cursors=[(1, 1, large)]), Reaction(conversations=[a_conversation(lone)]),
+            Reaction(conversations=[a_conversation("c", milestones=b"\xff")]),
+            Reaction(members=[("c", lone)]),
         )
     ]  # fmt: skip
     batch: list[Commit] = []
@@ -670,6 +665,52 @@ async def a_handler_is_paused_and_goes_on(connections: Connections) -> None:
     await two.pause_handler(no, LAST_US, "by hand")
     await registered(one, "h", types=("Paid",))
     assert await paused() == [(LAST_US, "by hand"), (0, "")], "registering does not resume it"
+
+
+@_check
+async def a_handler_is_forgotten_with_all_that_is_its_own(connections: Connections) -> None:
+    one, two = await connections.open(), await connections.open()
+    no, other = await registered(one, "h", "i")
+    events = await published(one, *(an_event(one, f"e{at}", key="k") for at in range(3)))
+    first, second, third = events
+    for handler in (no, other):
+        await react(
+            one, marks=[a_mark(handler, first.pos)], parked=[custody(handler, second)],
+            shadows=[ShadowRow(handler, first.pos, 1, b"[]")],
+            cursors=[(handler, first.slot, first.pos)],
+        )  # fmt: skip
+    await react(one, dead=[a_dead_letter(no, third)])
+    assert not await two.forget_handler(no), "what is given up for people is theirs to drop"
+    assert [row.no for row in await one.handler_rows()] == [no, other]
+    assert (await one.cursors(no))[first.slot] == first.pos
+    assert await one.parked_count(no) == 1
+    (letter,) = await one.dead_letters(DeadFilter())
+    await react(one, undead=[letter.no])
+    for _ in range(2):
+        assert await two.forget_handler(no)
+        assert [row.no for row in await one.handler_rows()] == [other]
+        assert await one.cursors(no) == {}
+        assert await one.marks(no, 0, LAST_US) == []
+        assert await one.shadows(no, 9) == []
+        assert [row.handler for row in await one.parked_at([second.pos])] == [other]
+        assert [row.pos for row in await one.marks(other, 0, LAST_US)] == [first.pos]
+        assert len(await one.shadows(other, 9)) == 1
+    await react(one, cursors=[(no, first.slot, third.pos)])  # by a node that did not know
+    assert await one.cursors(no) == {}
+    (again,) = await registered(one, "h")
+    assert again not in (no, other)
+    assert await one.backlog(again) == 3, "it is a new one, and this one begins at the beginning"
+
+
+@_check
+async def a_handler_that_is_forgotten_holds_back_no_events(connections: Connections) -> None:
+    store = await connections.open()
+    (no,) = await registered(store, "h")
+    await published(store, an_event(store, "e", at_us=1))
+    assert await store.prune_events(2, 9) == 0
+    assert await store.forget_handler(no)
+    assert await store.prune_events(2, 9) == 1
+    assert await ids_in_log(store) == []
 
 
 @_check
@@ -1133,7 +1174,7 @@ async def a_pruned_run_leaves_its_conversation_and_waits_for_nothing(
     waits = [a_wait("r", "r#1"), a_wait("r", "r#2", pos=1), a_wait("s", "s#1")]
     await write(
         store, runs=[a_run(store, 1, "r", status="completed", ended_us=5), a_run(store, 2, "s")],
-        reaction=a_reaction(members=[("c", "r"), ("c", "s")], awaited=waits),
+        reaction=Reaction(members=[("c", "r"), ("c", "s")], awaited=waits),
     )  # fmt: skip
     await consume_all(store)
     assert await store.prune(10, 10) == 1
@@ -1160,7 +1201,7 @@ async def a_closed_store_refuses_work_with_events(connections: Connections) -> N
     for work in (
         written(store, a_commit(events=[an_event(store, "e")])), all_events(store),
         store.events_head(), store.register_handlers([HandlerSpec("shop", "h", ())]),
-        store.pause_handler(1, 0, ""), store.prune_events(1, 1),
+        store.pause_handler(1, 0, ""), store.forget_handler(1), store.prune_events(1, 1),
     ):  # fmt: skip
         try:
             results: Any = await work
