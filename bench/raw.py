@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
 import apsw
+
+
+async def task_us(count: int = 20_000) -> float:
+    """Return the microseconds to create an asyncio task and await it: how fast this Python is."""
+
+    async def nothing() -> None: ...
+
+    began = time.perf_counter()
+    for _ in range(count):
+        await asyncio.create_task(nothing())
+    return (time.perf_counter() - began) / count * 1e6
 
 
 def open_raw(path: Path) -> apsw.Connection:
