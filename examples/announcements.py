@@ -168,8 +168,7 @@ async def sort_out_invoice(app: App) -> None:
     for letter in letters:
         print(f"dead letter after {letter.attempts} attempts, {letter.key}: {letter.cause}")
         UNPAID.pop(letter.key)
-    async for _ in dead.retry(DeadQuery(handler="billing.close_account")):
-        pass
+    await dead.retry(DeadQuery(handler="billing.close_account"))
 
 
 async def main() -> None:

@@ -13,9 +13,12 @@ _HOMES = {
     "pavane.core.saga": ("saga",),
     "pavane.engine.config": ("EngineConfig",),
     "pavane.event": ("Event", "event"),
-    "pavane.handler": ("Breaker", "Delivery", "Handler", "delivery"),
+    "pavane.handler": ("Breaker", "Delivery", "Handler", "delete_state", "delivery"),
     "pavane.policy": ("Retry",),
     "pavane.service": ("Service", "Step", "StepInfo", "heartbeat", "step_info"),
+    "pavane.steering.dead": ("DeadQuery",),
+    "pavane.steering.events": ("Replay",),
+    "pavane.stores.eventlog": ("EventFilter",),
     "pavane.stores.port": ("RunFilter",),
     "pavane.workflow": (
         "Workflow", "choreographed", "continue_as_new", "now", "orchestrated", "patched", "random",
@@ -23,9 +26,10 @@ _HOMES = {
     ),
     "pavane.errors": (
         "BadArguments", "BadDeclaration", "CorruptJournal", "HeartbeatTimeout", "LeaseLost",
-        "Mismatch", "NotDecodable", "NotEncodable", "NotInWorkflow", "OnlyInWorkflow",
-        "PavaneError", "RunConflict", "RunEnded", "RunFailed", "RunTimeout", "StepError",
-        "StepTimeout", "StoreError", "TooLarge", "UndeclaredReceive", "UnknownName", "UnknownRun",
+        "Mismatch", "NotDecodable", "NotEncodable", "NotInWorkflow", "OnlyInHandler",
+        "OnlyInWorkflow", "PavaneError", "RunConflict", "RunEnded", "RunFailed", "RunTimeout",
+        "StepError", "StepTimeout", "StoreError", "TooLarge", "UndeclaredReceive", "UnknownName",
+        "UnknownRun",
     ),
 }  # fmt: skip
 _MODULES = ("outbox",)
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from pavane.errors import NotDecodable as NotDecodable
     from pavane.errors import NotEncodable as NotEncodable
     from pavane.errors import NotInWorkflow as NotInWorkflow
+    from pavane.errors import OnlyInHandler as OnlyInHandler
     from pavane.errors import OnlyInWorkflow as OnlyInWorkflow
     from pavane.errors import PavaneError as PavaneError
     from pavane.errors import RunConflict as RunConflict
@@ -69,6 +74,7 @@ if TYPE_CHECKING:
     from pavane.handler import Breaker as Breaker
     from pavane.handler import Delivery as Delivery
     from pavane.handler import Handler as Handler
+    from pavane.handler import delete_state as delete_state
     from pavane.handler import delivery as delivery
     from pavane.policy import Retry as Retry
     from pavane.service import Service as Service
@@ -76,6 +82,9 @@ if TYPE_CHECKING:
     from pavane.service import StepInfo as StepInfo
     from pavane.service import heartbeat as heartbeat
     from pavane.service import step_info as step_info
+    from pavane.steering.dead import DeadQuery as DeadQuery
+    from pavane.steering.events import Replay as Replay
+    from pavane.stores.eventlog import EventFilter as EventFilter
     from pavane.stores.port import RunFilter as RunFilter
     from pavane.workflow import Workflow as Workflow
     from pavane.workflow import choreographed as choreographed

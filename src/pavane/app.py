@@ -428,8 +428,8 @@ class Client:
         return header.run
 
     async def publish(
-        self, event: Any, *, source: str, id: str | None = None, conversation: str | None = None,
-        traceparent: str = "",
+        self, event: Any, *, source: str = "client", id: str | None = None,
+        conversation: str | None = None, traceparent: str = "",
     ) -> str:  # fmt: skip
         """Publish an event durably; see `App.publish`."""
         if not is_event(event):

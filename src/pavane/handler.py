@@ -52,6 +52,14 @@ class Breaker(msgspec.Struct, frozen=True):
 BREAKER = Breaker()
 
 
+OF_BOTH = {
+    "retry": "retry", "concurrency": "concurrency", "rate_per_s": "rate", "since": "since",
+    "on_dead": "on_dead", "batch": "batch", "linger_s": "linger", "breaker": "breaker",
+}  # fmt: skip
+"""Options of a handler that the ones which take a share of its keys have in common with it, by the
+names that they are declared by: what they are about is not decided event by event."""
+
+
 class HandlerOptions(msgspec.Struct, frozen=True):
     """The declared behaviour of a handler. Times are seconds here; None means none."""
 
@@ -173,6 +181,16 @@ class Handler:
                 f"Handler {self!r} takes a share of the keys of {main!r}, so it must take the "
                 f"same: {what}{', '.join(main.events)}."
             )
+        default = HandlerOptions()
+        for name, option in OF_BOTH.items():
+            own = getattr(self.options, name)
+            if main is not None and own not in (
+                getattr(default, name), getattr(main.options, name)
+            ):  # fmt: skip
+                raise BadDeclaration(
+                    f"Handler {self!r} takes a share of the keys of {main!r} and follows it in "
+                    f"{option}=, so declare that there."
+                )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)
@@ -264,6 +282,7 @@ class HandlerContext(Protocol):
     def publish(self, event: Any, source: str) -> str: ...
     def start(self, workflow: Any, args: bytes, id: str | None) -> str: ...
     def send(self, workflow: Any, run: str, event: Any) -> None: ...
+    def delete_state(self) -> None: ...
 
 
 current_handler: ContextVar[HandlerContext | None] = ContextVar("pavane_handler", default=None)
@@ -271,7 +290,20 @@ current_handler: ContextVar[HandlerContext | None] = ContextVar("pavane_handler"
 
 def delivery() -> Delivery:
     """Return what the running handler can know of the event that it handles."""
+    return _running("delivery()").delivery()
+
+
+def delete_state() -> None:
+    """Delete the keyed state of the running handler, with its commit, whatever it changes in it.
+
+    The next event of the key finds a new one. Raises OnlyInHandler outside of a handler that has
+    `state=`.
+    """
+    _running("delete_state()").delete_state()
+
+
+def _running(what: str) -> HandlerContext:
     context = current_handler.get()
     if context is None:
-        raise OnlyInHandler("delivery() works only inside a handler that Pavane calls.")
-    return context.delivery()
+        raise OnlyInHandler(f"{what} works only inside a handler that Pavane calls.")
+    return context

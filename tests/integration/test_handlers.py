@@ -17,8 +17,10 @@ from pavane import (
     Breaker,
     Client,
     Event,
+    OnlyInHandler,
     Retry,
     Service,
+    delete_state,
     delivery,
     receive,
     step_info,
@@ -360,6 +362,61 @@ async def test_keyed_state_is_changed_one_event_at_a_time(world: World) -> None:
             return state == b'{"cents":10,"events":20}'
 
         await until(saved, "the state")
+
+
+@pytest.mark.parametrize("where", ["async", "plain", "transaction"])
+@in_loop
+async def test_a_handler_may_delete_the_state_of_its_key(one: World, where: str) -> None:
+    bank = Service("bank")
+
+    def change(event: Placed, account: Account) -> None:
+        account.cents += event.cents
+        SEEN.append((event.order, account.cents))
+        if event.cents == 100:
+            delete_state()
+            account.cents = -1  # counts for nothing
+
+    if where == "async":
+
+        @bank.on(Placed, state=Account)
+        async def credit(event: Placed, account: Account) -> None:
+            change(event, account)
+
+    elif where == "plain":
+        bank.on(Placed, state=Account, name="credit")(change)
+    else:
+
+        @bank.on(Placed, state=Account, transaction=True)
+        def credit_all(event: Placed, account: Account, connection: Any) -> None:
+            change(event, account)
+
+    async with one.working(bank) as director:
+        for cents in (1, 100, 7):
+            await publish(director, Placed(order="o", cents=cents))
+        await seen(3)
+        assert SEEN == [("o", 1), ("o", 101), ("o", 7)]
+        await publish(director, Placed(order="o", cents=100))
+
+        async def gone() -> bool:
+            return await director.client.store.state("bank", "Account", "o") is None
+
+        await until(gone, "the state to be deleted")
+    with pytest.raises(OnlyInHandler, match=r"delete_state\(\) works only inside a handler"):
+        delete_state()
+
+
+@in_loop
+async def test_a_handler_without_state_has_none_to_delete(one: World) -> None:
+    bank = Service("bank")
+
+    @bank.on(Placed)
+    async def credit(event: Placed) -> None:
+        delete_state()
+
+    async with one.working(bank) as director:
+        await publish(director, Placed(order="o", cents=1))
+        (letter,) = await dead(director.client)
+        assert "keeps no state: declare it with state=" in letter.cause
 
 
 @in_loop

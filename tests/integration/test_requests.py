@@ -64,7 +64,7 @@ async def all_dead(client: Client, count: int) -> None:
 
 
 async def retry_all(client: Client) -> int:
-    return sum([count async for count in client.dead.retry(DeadQuery())])
+    return await client.dead.retry(DeadQuery())
 
 
 @in_loop

@@ -177,6 +177,26 @@ def test_a_share_takes_lists_if_the_current_handler_does() -> None:
         service.on(Placed, share=0.1)(takes_one)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("retry", Retry(attempts=9)), ("rate", "5/s"), ("concurrency", 7), ("on_dead", "stop"),
+        ("breaker", None), ("since", "beginning"),
+    ],
+)  # fmt: skip
+def test_a_share_follows_its_handler_in_what_is_not_decided_event_by_event(
+    option: str, value: Any
+) -> None:
+    service = Service("s")
+    service.on(Placed, name="main", **{option: value})(takes_one)
+    service.on(Placed, name="same", share=0.1, instead_of="main", **{option: value})(takes_one)
+    service.on(Placed, name="silent", share=0.1, instead_of="main")(takes_one)
+    other = Service("other")
+    other.on(Placed, name="main")(takes_one)
+    with pytest.raises(BadDeclaration, match=rf"follows it in {option}=, so declare that there"):
+        other.on(Placed, share=0.1, instead_of="main", **{option: value})(takes_one)
+
+
 def test_shares_of_one_handler_are_no_more_than_all() -> None:
     service = Service("shop")
     service.on(Placed, name="main")(takes_one)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable
 
 import click
 
@@ -17,7 +17,7 @@ def confirmed(question: str, *, yes: bool) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-async def with_bar(counts: AsyncIterator[int], total: int, label: str) -> int:
+async def with_bar(counts: AsyncIterable[int], total: int, label: str) -> int:
     """Show a progress bar on stderr while `counts` comes in; return their sum."""
     done = 0
     if not sys.stderr.isatty():

@@ -392,7 +392,8 @@ class Handlers:
                 context.publish(event, handler.service.name)
         if handler.state_decoder is not None:
             service, name, key = handler.service.name, handler.state_name, item.row.key
-            context.reaction.states = [StateRow(service, name, key, encode(state))]
+            body = None if context.deletes_state else encode(state)
+            context.reaction.states = [StateRow(service, name, key, body)]
 
     def _in_transaction(
         self, subscription: Subscription, handler: Handler, context: Handling,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 class Handling:
     """One call of a handler: what it is about, and what it asks for."""
 
+    deletes_state = False
     _outboxed: Counter[str] | None = None
     """How often it published the same through a connection."""
 
@@ -58,7 +59,7 @@ class Handling:
 
     def restart(self) -> None:
         """Forget what was asked for: the handler is called once more, for the same attempt."""
-        self._count, self._closed = 0, False
+        self._count, self._closed, self.deletes_state = 0, False, False
         self.events, self.messages, self.members = [], [], []
         self._outboxed = None
 
@@ -109,6 +110,14 @@ class Handling:
         )  # fmt: skip
         self.events.append(checked_size(published, self._session.config.payload_max_bytes))
         return published.id
+
+    def delete_state(self) -> None:
+        self._check_open()
+        if self._handler.options.state is None:
+            raise OnlyInHandler(
+                f"Handler {self._handler!r} keeps no state: declare it with state=…."
+            )
+        self.deletes_state = True
 
     def start(self, workflow: Any, args: bytes, id: str | None) -> str:
         self._check_open()

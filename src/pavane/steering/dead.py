@@ -18,7 +18,7 @@ from pavane.core.envelope import Redo
 from pavane.engine.publishing import read_event
 from pavane.errors import BadArguments, BadEvent, TooLarge, UnknownName
 from pavane.event import key_of, type_for
-from pavane.steering.desk import PAGE, Desk, Place, full_name
+from pavane.steering.desk import PAGE, Asking, Desk, Place, full_name
 from pavane.stores.eventlog import DeadFilter, DeadRow, EventRow, HandlerRow
 
 Ask = Literal["retry", "drop"]
@@ -151,19 +151,16 @@ class DeadLetters:
             await self._row(min(missing))
         return {name: count for name, count in counts.items() if count}
 
-    async def retry(self, which: DeadQuery) -> AsyncIterator[int]:
-        """Have them handled again; yields, commit by commit, how many were asked for.
+    def retry(self, which: DeadQuery) -> Asking:
+        """Have them handled again: `await` it, or iterate for the progress.
 
-        What was asked for before is passed over, so an interrupted call can be made again. The
-        iterator goes on as fast as nodes take the requests up, if there are any.
+        What was asked for before is passed over, so an interrupted call can be made again.
         """
-        async for count in self._ask_all(which, "retry"):
-            yield count
+        return Asking(self._ask_all(which, "retry"))
 
-    async def drop(self, which: DeadQuery) -> AsyncIterator[int]:
+    def drop(self, which: DeadQuery) -> Asking:
         """Have them forgotten, and their events marked as dropped; see `retry`."""
-        async for count in self._ask_all(which, "drop"):
-            yield count
+        return Asking(self._ask_all(which, "drop"))
 
     async def _ask_all(self, which: DeadQuery, what: Ask) -> AsyncIterator[int]:
         handlers = {row.no: row for row in await self._desk.rows()}

@@ -7,8 +7,9 @@ asked for, so asking twice, or going on after an interruption, does a thing once
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import msgspec
 
@@ -33,6 +34,24 @@ class Place(msgspec.Struct, frozen=True):
     pos: int
     key: str
     id: str
+
+
+class Asking:
+    """Asks for many things, commit by commit: await it for how many it were, or iterate over how
+    many each commit had. Either way it goes on as fast as nodes take the requests up, if there are
+    any; it does nothing before."""
+
+    def __init__(self, counts: AsyncIterator[int]) -> None:
+        self._counts = counts
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self._counts
+
+    def __await__(self) -> Generator[Any, Any, int]:
+        return self._total().__await__()
+
+    async def _total(self) -> int:
+        return sum([count async for count in self._counts])
 
 
 class Desk:

@@ -17,7 +17,7 @@ from pavane.core.envelope import Redo
 from pavane.engine.held import decode_header
 from pavane.engine.publishing import cloud_event
 from pavane.errors import BadArguments, UnknownName
-from pavane.steering.desk import PAGE, Desk, Place, full_name
+from pavane.steering.desk import PAGE, Asking, Desk, Place, full_name
 from pavane.stores.eventlog import (
     DeadFilter,
     DeadRow,
@@ -192,14 +192,16 @@ class Events:
             ahead += chosen.ahead
         return Plan(full_name(row), count, in_custody, dead, ahead, until)
 
-    async def replay(
-        self, into: str, which: Replay, name: str, *, until: int | None = None
-    ) -> AsyncIterator[int]:
-        """Have events handled again; yields, commit by commit, how many were asked for.
+    def replay(self, into: str, which: Replay, name: str, *, until: int | None = None) -> Asking:
+        """Have events handled again: `await` it, or iterate for the progress.
 
-        `name` names this replay: what it asked for before, under that name, is asked for once. The
-        iterator goes on as fast as nodes take the requests up, if there are any.
+        `name` names this replay: what it asked for before, under that name, is asked for once.
         """
+        return Asking(self._replay(into, which, name, until))
+
+    async def _replay(
+        self, into: str, which: Replay, name: str, until: int | None
+    ) -> AsyncIterator[int]:
         if not name or not all(c.isalnum() or c in "-_." for c in name):
             raise BadArguments(f"{name!r} is no name for a replay: use letters, digits, '-_.'.")
         row = await self._desk.row(into)
