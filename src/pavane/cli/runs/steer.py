@@ -10,12 +10,12 @@ import click
 import msgspec
 
 from pavane.app import Client
+from pavane.cli.bulk import ask_each
 from pavane.cli.connection import Where, connected, register_home, where_options
-from pavane.cli.exits import exit_code, show_error
 from pavane.cli.names import complete_event, complete_run
 from pavane.cli.output import Format, output_option, print_one, say
 from pavane.core.codec import decoder
-from pavane.errors import BadArguments, NotDecodable, PavaneError
+from pavane.errors import BadArguments, NotDecodable
 from pavane.event import Event, type_for
 
 
@@ -62,26 +62,12 @@ Ask = Callable[[Client, str], Awaitable[Any]]
 
 
 def _ask_each(where: Where, ids: tuple[str, ...], said: str, ask: Ask) -> None:
-    """Ask for each run; go on after an error, and end with the code of the first one."""
-    app = where.app_or_none()
+    async def asked(client: Client, id: str) -> str:
+        await register_home(client, id)
+        await ask(client, id)
+        return f"{said} run {id}"
 
-    async def work() -> int:
-        code = 0
-        async with connected(app, where.store) as client:
-            for id in ids:
-                try:
-                    await register_home(client, id)
-                    await ask(client, id)
-                except PavaneError as error:
-                    show_error(error)
-                    code = code or exit_code(error)
-                else:
-                    say(f"{said} run {id}")
-        return code
-
-    code = asyncio.run(work())
-    if code:
-        click.get_current_context().exit(code)
+    ask_each(where, "runs", ids, asked)
 
 
 @click.command(
