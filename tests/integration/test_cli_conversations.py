@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.shell_completion import ShellComplete
-from click.testing import CliRunner, Result
 
 from pavane import Client
 from pavane.cli import main
 from pavane.cli.target import find_app
 from pavane.observe import monitor
+from tests.integration import command_line
+from tests.integration.command_line import in_folder_of
 from tests.integration.world import until
 
 SHOP = '''
@@ -100,31 +100,16 @@ async def settled(client: Client) -> bool:
 
 @pytest.fixture(autouse=True)
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(folder)
-    for name in ("PAVANE_STORE", "NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PAVANE_APP", "watched_shop.py")
-    monkeypatch.setenv("COLUMNS", "100")
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
-    sys.modules.pop("watched_shop", None)
-
-
-def pavane(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ("conversations", *arguments))
+    with in_folder_of(folder, "watched_shop.py", monkeypatch):
+        yield
 
 
 def good(*arguments: str) -> str:
-    result = pavane(*arguments)
-    assert result.exit_code == 0, (result.stderr, result.exception)
-    return result.stdout
+    return command_line.good("conversations", *arguments)
 
 
 def refused(code: int, *arguments: str) -> str:
-    result = pavane(*arguments)
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result.stderr
+    return command_line.refused(code, "conversations", *arguments)
 
 
 def completed(command: str, *before: str, incomplete: str = "") -> list[str]:
