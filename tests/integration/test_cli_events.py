@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with in_folder_of(folder, APP, monkeypatch, "changed_shop"):
+    with in_folder_of(folder, APP, monkeypatch, "changed_shop", "starts_shop"):
         yield
 
 
@@ -169,6 +169,65 @@ def test_tail_follows_what_is_published_and_ends_with_ctrl_c(worker: None, folde
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, said) == (130, "interrupted\n")
+
+
+STARTS = '''
+"""A service whose runs are conversations, so that their starts are in the log."""
+from pavane import App, Event, Service
+
+class Greeted(Event, key="id"):
+    id: str
+
+class Missed(Event, key="id", type_name="start-greet"):
+    id: str
+
+desk = Service("desk")
+
+@desk.workflow
+async def greet(id: str) -> None:
+    await desk.publish(Greeted(id=id))
+
+@desk.on(Missed)
+async def listen(event: Missed) -> None: ...
+
+app = App("starts_shop", services=[desk])
+app.conversation(start=greet, ends=[Greeted], within="1m")
+'''
+
+
+@pytest.fixture
+def starts(folder: Path, tmp_path: Path) -> Iterator[tuple[str, ...]]:
+    """The options that name a store in which the start of a run was told to the monitor."""
+    (folder / "starts_shop.py").write_text(STARTS)
+    here = ("--app", "starts_shop.py", "--store", str(tmp_path / "starts.db"))
+    process = command_line.worker(folder, "starts_shop.py", *here[2:])
+    good("runs", "start", "greet", '"g-1"', "--id", "g-1", "--wait", *here)
+    until(lambda: read("conversations", "list", *here), "the conversation")
+    yield here
+    process.terminate()
+    process.communicate(timeout=DEADLINE_S)
+
+
+def test_list_and_tail_leave_out_what_pavane_tells_itself(
+    starts: tuple[str, ...], folder: Path
+) -> None:
+    assert [e["type"] for e in events(*starts)] == ["Greeted"]
+    assert [e["type"] for e in events("-n", "2", *starts)] == ["Greeted"]
+    assert events("-t", "~start-greet", *starts) == []
+    command = [sys.executable, "-m", "pavane", "events", "tail", "-n", "5", "-o", "jsonl"]
+    process = subprocess.Popen([*command, *starts], cwd=folder, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["subject"] == "g-1"
+    good("runs", "start", "greet", '"g-2"', "--wait", *starts)
+    assert json.loads(process.stdout.readline())["subject"] == "g-2"
+    process.terminate()
+    process.communicate(timeout=DEADLINE_S)
+
+
+def test_doctor_leaves_out_what_pavane_tells_itself(starts: tuple[str, ...]) -> None:
+    (name,) = findings(*starts)["names"]
+    assert "nobody declares to publish start-greet" in name["text"]
+    assert "~start" not in pavane("doctor", *starts).output
 
 
 # -- dead letters ------------------------------------------------------------------------------
