@@ -11,7 +11,7 @@ import click
 
 from pavane.app import Client
 from pavane.cli.connection import Where, connected, where_options
-from pavane.cli.conversations.picture import Picture, read_picture
+from pavane.cli.conversations.picture import Picture, find_conversation, read_picture
 from pavane.cli.exits import FAILED
 from pavane.cli.live import FRAME_S, Canvas, print_moment
 from pavane.cli.names import complete_conversation
@@ -49,9 +49,10 @@ def watch(where: Where, id: str, output: Format) -> None:
 
     async def follow() -> Picture:
         async with connected(app, where.store) as client:
+            found = await find_conversation(client, id)
             if output == "table" and sys.stdout.isatty():
-                return await _follow_drawn(client, id)
-            return await _follow_lines(client, id, output)
+                return await _follow_drawn(client, found)
+            return await _follow_lines(client, found, output)
 
     picture = asyncio.run(follow())
     for contract in picture.contracts:
