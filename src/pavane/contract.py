@@ -62,9 +62,18 @@ class ConversationOverdue(Event, key="conversation"):
     trouble: str
 
 
+INTERNAL = "~"
+"""Begins the types of Pavane's own events; names that users give cannot begin so."""
+
+
 def start_type(workflow: str) -> str:
     """Return the type of the event that tells that a run of a workflow began."""
-    return f"~start-{workflow}"
+    return f"{INTERNAL}start-{workflow}"
+
+
+def is_internal(type: str) -> bool:
+    """Tell whether events of this type are Pavane's own, and not for people to see."""
+    return type.startswith(INTERNAL)
 
 
 def make_contract(

@@ -435,7 +435,7 @@ async def ask_everything(store: SqliteStore, no: int) -> None:
         await store.dead_letters(DeadFilter(**which))
         await store.dead_counts(DeadFilter(**which))
     for state in ("any", "open", "overdue", "ended", "twice"):
-        for which in ({}, {"contract": "c"}, {"id": "i"}):
+        for which in ({}, {"contract": "c"}, {"id": "i"}, {"key": "k"}):
             await store.conversations(ConversationFilter(state=state, **which))
     await store.register_handlers([HandlerSpec("shop", "late", ("Placed",), 5)])
     for question in (

@@ -1,4 +1,4 @@
-"""Kills a worker at one durable point of a chain of handlers, recovers, and reports what is there.
+"""A chain of handlers whose worker is killed at one durable point, for `test_chain_crashes`.
 
 `python -m tests.integration.chain_crashes LAYOUT WHEN FOLDER` does this for every point in turn,
 until all is done without a kill, and prints one line of JSON for each.
@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import apsw
 import msgspec
 
 from pavane import App, Client, EngineConfig, Event, Retry, Service, delivery, receive
 from pavane.stores.sqlite import SqliteStore
-from tests.integration.crash_points import KilledStore, fork, reap
+from tests.integration.killing import (
+    DEADLINE_S,
+    Scenario,
+    crash_everywhere,
+    reading,
+    record,
+    recorded,
+)
 
 NAMES = ("desk", "bank", "depot", "books")
 desk, bank, depot, books = services = [Service(name) for name in NAMES]
-RECORD = "calls.txt"
-PATH = "chain.db"
-DEADLINE_S = 60.0
 ORDERS = 6
 KEYS = 2
 POISON = 3
@@ -57,24 +56,20 @@ class Account(msgspec.Struct):
     handled: list[int] = []
 
 
-def record(name: str, n: int) -> None:
-    """Write down outside of the store that a handler was called."""
-    line = json.dumps([os.getpid(), name, n, delivery().idempotency_key])
-    file = os.open(RECORD, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(file, line.encode() + b"\n")
-    os.close(file)
+def record_call(name: str, n: int) -> None:
+    record(name, n, delivery().idempotency_key)
 
 
 @bank.on(Placed, state=Account, retry=RETRY)
 async def charge(event: Placed, account: Account) -> Paid:
-    record("charge", event.n)
+    record_call("charge", event.n)
     account.handled.append(event.n)
     return Paid(key=event.key, n=event.n)
 
 
 @depot.on(Paid, retry=RETRY)
 def ship(event: Paid) -> list[Shipped]:
-    record("ship", event.n)
+    record_call("ship", event.n)
     if event.n == POISON:
         raise ValueError("no truck")
     return [Shipped(key=event.key, n=event.n)]
@@ -89,7 +84,7 @@ def book(event: Paid, connection: Any) -> Settled:
 
 @desk.on(Shipped, state=Account)
 async def tally(event: Shipped, account: Account) -> None:
-    record("tally", event.n)
+    record_call("tally", event.n)
     account.handled.append(event.n)
 
 
@@ -98,17 +93,8 @@ async def thank(event: Shipped) -> int:
     return (await receive(Settled, key=event.n)).n
 
 
-def app_on(store: SqliteStore | None = None) -> App:
-    return App("chain", services, store=store or PATH, config=EngineConfig(lease_s=5.0))
-
-
-async def work(names: Sequence[str], store: SqliteStore | None) -> None:
-    """Work for `names`; with all of them, also publish and wait for the end."""
-    async with app_on(store).worker(names) as worker:
-        if len(names) == len(NAMES):
-            await publish_and_wait(worker)
-        else:
-            await asyncio.sleep(DEADLINE_S)
+def app_on(store: SqliteStore | str) -> App:
+    return App("chain", services, store=store, config=EngineConfig(lease_s=5.0))
 
 
 async def publish_and_wait(client: Client) -> None:
@@ -133,20 +119,9 @@ def is_done() -> bool:
     )
 
 
-async def ask() -> None:
-    async with app_on().connect() as client:
-        await publish_and_wait(client)
-
-
 def looked_at() -> dict[str, Any]:
     """What the store holds, read by SQL and not by the engine."""
-    db = apsw.Connection(PATH)
-    db.set_busy_timeout(10_000)
-
-    def rows(sql: str) -> list[Any]:
-        return [list(row) for row in db.execute(sql)]
-
-    try:
+    with reading() as rows:
         tables = {name for (name,) in rows("SELECT name FROM sqlite_schema")}
         states = rows("SELECT service, body FROM states") if "states" in tables else []
         return {
@@ -156,57 +131,12 @@ def looked_at() -> dict[str, Any]:
             "dead": rows("SELECT type, cause, attempts FROM dead_letters") if states else [],
             "parked": rows("SELECT handler, pos FROM parked_events") if states else [],
             "runs": rows("SELECT id, status FROM runs WHERE service = home") if states else [],
+            "calls": recorded(),
         }
-    finally:
-        db.close()
-
-
-def calls() -> list[Any]:
-    path = Path(RECORD)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def crash_all_in_one(when: str, point: int) -> dict[str, Any]:
-    killed = reap(fork(lambda: work(NAMES, KilledStore(PATH, when, point))))
-    again = reap(fork(lambda: work(NAMES, None)))
-    return {"killed": killed, "again": again, "after": looked_at(), "calls": calls()}
-
-
-def crash_one_of_many(when: str, point: int, victim: str) -> dict[str, Any]:
-    others = {name: fork(lambda name=name: work([name], None)) for name in NAMES if name != victim}
-    asker = fork(ask)
-    doomed = fork(lambda: work([victim], KilledStore(PATH, when, point)))
-    try:
-        killed, asked = 0, None
-        while killed == 0 and asked is None:
-            found, status = os.waitpid(doomed, os.WNOHANG)
-            killed = os.waitstatus_to_exitcode(status) if found else 0
-            found, status = os.waitpid(asker, os.WNOHANG)
-            asked = os.waitstatus_to_exitcode(status) if found else None
-            time.sleep(0.002)
-        others[victim] = fork(lambda: work([victim], None)) if killed else doomed
-        again = asked if asked is not None else reap(asker)
-    finally:
-        for child in others.values():
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-    return {"killed": killed, "again": again, "after": looked_at(), "calls": calls()}
 
 
 def main(layout: str, when: str, folder: str) -> None:
-    for point in range(1, 200):
-        place = Path(folder, str(point))
-        place.mkdir()
-        os.chdir(place)
-        found = (
-            crash_all_in_one(when, point)
-            if layout == "one"
-            else crash_one_of_many(when, point, layout)
-        )
-        print(json.dumps({"point": point, **found}), flush=True)
-        if not found["killed"]:
-            return
-    raise AssertionError("it never ended")
+    crash_everywhere(Scenario(NAMES, app_on, publish_and_wait, looked_at), layout, when, folder)
 
 
 if __name__ == "__main__":

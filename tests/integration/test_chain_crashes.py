@@ -7,61 +7,36 @@ event starts and that wait for another; every first event is published twice.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
 from tests.integration.chain_crashes import KEYS, ORDERS, POISON
+from tests.integration.killing import crash_reports
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = ("one", "bank", "books", "desk")
 CASES = [(layout, when) for layout in LAYOUTS for when in ("before", "after")]
 SHIPPED = [n for n in range(ORDERS) if n != POISON]
 
 Case = tuple[str, str]
-
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-}
+Crashes = dict[Case, Future[list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
-def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future[str]]]:
-    """All cases, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            case: pool.submit(_crash, case, tmp_path_factory.mktemp("-".join(case)))
-            for case in CASES
-        }
-
-
-def _crash(case: Case, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.chain_crashes", *case, str(folder)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crashes]:
+    with crash_reports("tests.integration.chain_crashes", CASES, tmp_path_factory) as reports:
+        yield reports
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_kill_anywhere_in_a_chain_leaves_every_effect_once_and_in_order(
-    crashes: dict[Case, Future[str]], case: Case
+    crashes: Crashes, case: Case
 ) -> None:
     """Invariants 4, 6, 9, 10, 11."""
-    found = [json.loads(line) for line in crashes[case].result().splitlines()]
+    found = crashes[case].result()
     assert len([one for one in found if one["killed"]]) >= (10 if case[0] == "one" else 3)
     for one in found:
         where = f"point {one['point']}"
@@ -69,7 +44,7 @@ def test_a_kill_anywhere_in_a_chain_leaves_every_effect_once_and_in_order(
         assert one["again"] == 0, where
         check_effects(one["after"], where)
         check_order(one["after"], where)
-        check_calls(one["calls"], where)
+        check_calls(one["after"]["calls"], where)
 
 
 def check_effects(after: dict[str, Any], where: str) -> None:

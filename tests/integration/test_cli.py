@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from pavane.cli import main
+from tests.integration.command_line import good, in_folder_of, pavane, refused, worker
 
 SHOP = '''
 """A shop with what a command line should be able to show."""
@@ -80,8 +79,6 @@ async def steady(path: str) -> str:
 app = App("cli_shop", services=[orders, payments, shipping])
 '''
 
-Pavane = Callable[..., Result]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -92,56 +89,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(folder)
-    for name in ("PAVANE_STORE", "NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PAVANE_APP", "cli_shop.py")
-    monkeypatch.setenv("COLUMNS", "100")
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
-    for name in ("cli_shop", "other_shop", "broken_shop"):
-        sys.modules.pop(name, None)
-
-
-def worker(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """Start a worker and wait until it says that it is ready."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pavane", "run", "cli_shop.py", *options],
-        cwd=folder, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line == "ready\n":
-            return process
-    raise AssertionError(f"the worker did not start: {process.wait()}")
+    with in_folder_of(folder, "cli_shop.py", monkeypatch, "other_shop", "broken_shop"):
+        yield
 
 
 @pytest.fixture(scope="module")
 def shop(folder: Path) -> Iterator[None]:
     """A worker for all services, on the app's own store."""
-    process = worker(folder)
+    process = worker(folder, "cli_shop.py")
     yield
     process.terminate()
     process.communicate(timeout=10)
-
-
-def pavane(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
-
-
-def good(*arguments: str) -> str:
-    """Return what a command that must work prints."""
-    result = pavane(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def refused(code: int, *arguments: str) -> str:
-    """Return what a command that must fail with `code` says."""
-    result = pavane(*arguments)
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result.stderr
 
 
 def status_until(wanted: str, id: str, *options: str) -> dict[str, Any]:
@@ -511,7 +469,7 @@ def test_completion_knows_commands_workflows_and_runs(shop: None) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_a_worker(folder: Path, number: signal.Signals) -> None:
     store, marks = ("--store", f"drain-{number}.db"), folder / f"marks-{number}"
-    process = worker(folder, *store)
+    process = worker(folder, "cli_shop.py", *store)
     good("runs", "start", "steady", json.dumps(str(marks)), "--id", "d-1", *store)
     ends = time.monotonic() + 10
     while not marks.exists():
@@ -528,7 +486,7 @@ def test_a_signal_drains_a_worker(folder: Path, number: signal.Signals) -> None:
 
 def test_a_second_signal_stops_a_worker_at_once(folder: Path) -> None:
     store, marks = ("--store", "second.db"), folder / "marks-second"
-    process = worker(folder, *store)
+    process = worker(folder, "cli_shop.py", *store)
     good("runs", "start", "steady", json.dumps(str(marks)), "--id", "d-1", *store)
     ends = time.monotonic() + 10
     while not marks.exists():

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.shell_completion import ShellComplete
-from click.testing import CliRunner, Result
 
 from pavane import Client
 from pavane.cli import main
 from pavane.cli.target import find_app
 from pavane.observe import monitor
+from tests.integration import command_line
+from tests.integration.command_line import in_folder_of
 from tests.integration.world import until
 
 SHOP = '''
@@ -76,55 +76,59 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a shop and its store, in which one order was sent and one was not."""
     made = tmp_path_factory.mktemp("watched")
     (made / "watched_shop.py").write_text(SHOP)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(made)
-        patched.setattr(monitor, "POLL_S", 0.01)
-        app = find_app("watched_shop.py")
-        event: Any = app.registry.events["Placed"]
-
-        async def trade() -> None:
-            async with app.worker() as client:
-                await client.start(app.registry.workflow("alone"), (), {}, id="alone")
-                for id in ("good", "dead"):
-                    await client.publish(event(id=id), source="test", id=id)
-                await until(lambda: settled(client))
-
-        asyncio.run(trade())
+    trade(
+        made, "watched_shop.py", {"good": "good", "dead": "dead"},
+        {"good": ("on-time", False), "dead": ("stuck", True)}, alone=True,
+    )  # fmt: skip
     return made
 
 
-async def settled(client: Client) -> bool:
-    found = {s.id: (s.state, s.raised) for s in await client.conversations.list()}
-    return found == {"good": ("on-time", False), "dead": ("stuck", True)}
+@pytest.fixture(scope="module")
+def keyed(folder: Path) -> tuple[str, ...]:
+    """The options for a store: two have one key, one has its own, and one the id of another."""
+    (folder / "keyed_shop.py").write_text(SHOP.replace("watched.db", "keyed.db"))
+    orders = {"first": "twin", "second": "twin", "third": "single", "fourth": "first"}
+    trade(folder, "keyed_shop.py", orders, dict.fromkeys(orders, ("on-time", False)))
+    return ("--store", "keyed.db")
+
+
+def trade(
+    folder: Path, file: str, orders: dict[str, str], ends: dict[str, tuple[str, bool]],
+    *, alone: bool = False,
+) -> None:  # fmt: skip
+    """Place orders, given as id and key, and work until all stand as in `ends`."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(monitor, "POLL_S", 0.01)
+        app = find_app(file)
+        event: Any = app.registry.events["Placed"]
+
+        async def settled(client: Client) -> bool:
+            return ends == {s.id: (s.state, s.raised) for s in await client.conversations.list()}
+
+        async def work() -> None:
+            async with app.worker() as client:
+                if alone:
+                    await client.start(app.registry.workflow("alone"), (), {}, id="alone")
+                for id, key in orders.items():
+                    await client.publish(event(id=key), source="test", id=id)
+                await until(lambda: settled(client))
+
+        asyncio.run(work())
 
 
 @pytest.fixture(autouse=True)
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(folder)
-    for name in ("PAVANE_STORE", "NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PAVANE_APP", "watched_shop.py")
-    monkeypatch.setenv("COLUMNS", "100")
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
-    sys.modules.pop("watched_shop", None)
-
-
-def pavane(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ("conversations", *arguments))
+    with in_folder_of(folder, "watched_shop.py", monkeypatch, "keyed_shop"):
+        yield
 
 
 def good(*arguments: str) -> str:
-    result = pavane(*arguments)
-    assert result.exit_code == 0, (result.stderr, result.exception)
-    return result.stdout
+    return command_line.good("conversations", *arguments)
 
 
 def refused(code: int, *arguments: str) -> str:
-    result = pavane(*arguments)
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result.stderr
+    return command_line.refused(code, "conversations", *arguments)
 
 
 def completed(command: str, *before: str, incomplete: str = "") -> list[str]:
@@ -196,6 +200,33 @@ def test_show_works_without_a_contract() -> None:
     text = good("show", "alone")
     assert "run alone" in text
     assert "stuck" not in text
+
+
+def test_show_and_watch_find_a_conversation_by_its_key(keyed: tuple[str, ...]) -> None:
+    rows = [line.split()[:4] for line in good("list", *keyed).splitlines()]
+    assert rows[0] == ["ID", "CONTRACT", "KEY", "STATE"]
+    assert ["third", "sales", "single", "on-time"] in rows
+    assert json.loads(good("show", "single", "-o", "json", *keyed))["tree"]["id"] == "third"
+    assert good("show", "single", *keyed) == good("show", "third", *keyed)
+    assert good("watch", "single", *keyed) == good("watch", "third", *keyed)
+
+
+@pytest.mark.parametrize("command", ["show", "watch"])
+def test_a_key_that_several_have_lists_them_and_asks_for_the_id(
+    keyed: tuple[str, ...], command: str
+) -> None:
+    said = refused(2, command, "twin", *keyed)
+    first, *rest = said.splitlines()
+    assert "Several conversations have the key 'twin'; give the id of one." in first
+    assert [line.split()[:3] for line in rest] == [
+        ["second", "under", "sales,"],
+        ["first", "under", "sales,"],
+    ]
+    assert good("show", "first", *keyed)
+
+
+def test_an_id_goes_before_a_key(keyed: tuple[str, ...]) -> None:
+    assert json.loads(good("show", "first", "-o", "json", *keyed))["tree"]["id"] == "first"
 
 
 def test_watch_of_one_that_is_over_prints_a_line_per_happening_and_is_good() -> None:

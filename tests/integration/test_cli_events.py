@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from pavane.cli import main
-from tests.integration import event_shop
+from tests.integration import command_line, event_shop
+from tests.integration.command_line import good, in_folder_of, pavane, refused
 
 APP = "event_shop.py"
 STORE = ("--store", "event_shop.db")
@@ -33,47 +34,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(folder)
-    for name in ("PAVANE_STORE", "NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PAVANE_APP", APP)
-    monkeypatch.setenv("COLUMNS", "100")
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
-    for name in ("event_shop", "changed_shop"):
-        sys.modules.pop(name, None)
+    with in_folder_of(folder, APP, monkeypatch, "changed_shop", "starts_shop"):
+        yield
 
 
 @pytest.fixture(scope="module")
 def worker(folder: Path) -> Iterator[None]:
     """A worker for all services, on the app's own store."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pavane", "run", APP], cwd=folder, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    assert any(line == "ready\n" for line in process.stderr)
+    process = command_line.worker(folder, APP)
     yield
     process.terminate()
     process.communicate(timeout=DEADLINE_S)
-
-
-def pavane(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
-
-
-def good(*arguments: str) -> str:
-    """Return what a command that must work prints."""
-    result = pavane(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def refused(code: int, *arguments: str) -> str:
-    """Return what a command that must fail with `code` says."""
-    result = pavane(*arguments)
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result.stderr
 
 
 def read(*arguments: str) -> Any:
@@ -200,6 +171,65 @@ def test_tail_follows_what_is_published_and_ends_with_ctrl_c(worker: None, folde
     assert (process.returncode, said) == (130, "interrupted\n")
 
 
+STARTS = '''
+"""A service whose runs are conversations, so that their starts are in the log."""
+from pavane import App, Event, Service
+
+class Greeted(Event, key="id"):
+    id: str
+
+class Missed(Event, key="id", type_name="start-greet"):
+    id: str
+
+desk = Service("desk")
+
+@desk.workflow
+async def greet(id: str) -> None:
+    await desk.publish(Greeted(id=id))
+
+@desk.on(Missed)
+async def listen(event: Missed) -> None: ...
+
+app = App("starts_shop", services=[desk])
+app.conversation(start=greet, ends=[Greeted], within="1m")
+'''
+
+
+@pytest.fixture
+def starts(folder: Path, tmp_path: Path) -> Iterator[tuple[str, ...]]:
+    """The options that name a store in which the start of a run was told to the monitor."""
+    (folder / "starts_shop.py").write_text(STARTS)
+    here = ("--app", "starts_shop.py", "--store", str(tmp_path / "starts.db"))
+    process = command_line.worker(folder, "starts_shop.py", *here[2:])
+    good("runs", "start", "greet", '"g-1"', "--id", "g-1", "--wait", *here)
+    until(lambda: read("conversations", "list", *here), "the conversation")
+    yield here
+    process.terminate()
+    process.communicate(timeout=DEADLINE_S)
+
+
+def test_list_and_tail_leave_out_what_pavane_tells_itself(
+    starts: tuple[str, ...], folder: Path
+) -> None:
+    assert [e["type"] for e in events(*starts)] == ["Greeted"]
+    assert [e["type"] for e in events("-n", "2", *starts)] == ["Greeted"]
+    assert events("-t", "~start-greet", *starts) == []
+    command = [sys.executable, "-m", "pavane", "events", "tail", "-n", "5", "-o", "jsonl"]
+    process = subprocess.Popen([*command, *starts], cwd=folder, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["subject"] == "g-1"
+    good("runs", "start", "greet", '"g-2"', "--wait", *starts)
+    assert json.loads(process.stdout.readline())["subject"] == "g-2"
+    process.terminate()
+    process.communicate(timeout=DEADLINE_S)
+
+
+def test_doctor_leaves_out_what_pavane_tells_itself(starts: tuple[str, ...]) -> None:
+    (name,) = findings(*starts)["names"]
+    assert "nobody declares to publish start-greet" in name["text"]
+    assert "~start" not in pavane("doctor", *starts).output
+
+
 # -- dead letters ------------------------------------------------------------------------------
 
 
@@ -283,12 +313,7 @@ def test_a_dropped_dead_letter_is_forgotten_and_its_event_marked(worker: None) -
 def test_what_was_asked_for_once_is_not_asked_for_again(folder: Path) -> None:
     """Without a worker: the request waits in the log, and the dead letter tells of it."""
     here = ("--store", "asked.db")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pavane", "run", APP, *here], cwd=folder, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    assert any(line == "ready\n" for line in process.stderr)
+    process = command_line.worker(folder, APP, *here)
     place("a-1", 0, *here)
     until(lambda: dead(*here))
     process.terminate()

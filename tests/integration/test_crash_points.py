@@ -6,20 +6,15 @@ cancelled and cleans up. The third is a saga whose steps and compensation are tr
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
 from tests.integration.crash_points import NAMES
+from tests.integration.killing import crash_reports
 
-ROOT = Path(__file__).resolve().parents[2]
 UNDONE = ["release", "unnote", "refund"]
 ORDERS = {"saga": UNDONE, "talk": ["refund", "unnote"], "books": []}
 """What is cleaned up, in which order; transactions leave no trace outside of the store."""
@@ -38,43 +33,21 @@ CASES = [
 ]
 
 Case = tuple[str, str, str, str]
-
-# Taken once: pytest changes os.environ for each test, while threads would read it.
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-}
+Crashes = dict[Case, Future[list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
-def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future[str]]]:
-    """All cases, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            case: pool.submit(_crash, case, tmp_path_factory.mktemp("-".join(case)))
-            for case in CASES
-        }
-
-
-def _crash(case: Case, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.crash_points", *case, str(folder)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crashes]:
+    with crash_reports("tests.integration.crash_points", CASES, tmp_path_factory) as reports:
+        yield reports
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_kill_between_any_two_durable_points_loses_and_doubles_nothing(
-    crashes: dict[Case, Future[str]], case: Case
+    crashes: Crashes, case: Case
 ) -> None:
     """Invariants 1, 2, 3, 5, 7, 9, 10."""
-    found = [json.loads(line) for line in crashes[case].result().splitlines()]
+    found = crashes[case].result()
     kills = [one for one in found if one["killed"]]
     assert len(kills) >= (8 if case[2] == "one" else 1)
     for one in found:

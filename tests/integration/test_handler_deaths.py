@@ -14,7 +14,7 @@ from pavane import App, EngineConfig, Event, Retry, Service
 from pavane.core.codec import error_summary
 from pavane.stores.eventlog import DeadFilter
 from pavane.stores.port import LAST_US
-from tests.integration.crash_points import fork, reap
+from tests.integration.killing import fork, reap
 from tests.integration.world import until
 
 POISON = 5

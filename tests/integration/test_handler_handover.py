@@ -16,7 +16,7 @@ from pavane import App, Client, EngineConfig, Event, Retry, Service, receive
 from pavane.core.codec import error_summary
 from pavane.stores.eventlog import DeadFilter
 from pavane.stores.port import LAST_US
-from tests.integration.crash_points import fork, reap
+from tests.integration.killing import fork, reap
 from tests.integration.world import in_loop, until
 
 EVENTS = 400

@@ -1,11 +1,18 @@
-"""What commands share that ask for much at once: a question before, a bar meanwhile."""
+"""What commands share that ask for much at once: a question before, a bar or a line for each."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Awaitable, Callable
 
 import click
+
+from pavane.app import Client
+from pavane.cli.connection import Where, connected
+from pavane.cli.exits import exit_code, show_error
+from pavane.cli.output import say
+from pavane.errors import PavaneError
 
 
 def confirmed(question: str, *, yes: bool) -> None:
@@ -29,3 +36,29 @@ async def with_bar(counts: AsyncIterable[int], total: int, label: str) -> int:
             done += count
             bar.update(count)
     return done
+
+
+def ask_each(
+    where: Where, what: str, names: tuple[str, ...], ask: Callable[[Client, str], Awaitable[str]]
+) -> None:
+    """Ask for each of `names` and say what `ask` returns; end with the code of the first error.
+
+    An error does not keep the others from being asked for. `what` they are is for the message that
+    neither an app nor a store was named.
+    """
+    app = where.app_or_none(what)
+
+    async def work() -> int:
+        code = 0
+        async with connected(app, where.store) as client:
+            for name in names:
+                try:
+                    say(await ask(client, name))
+                except PavaneError as error:
+                    show_error(error)
+                    code = code or exit_code(error)
+        return code
+
+    code = asyncio.run(work())
+    if code:
+        click.get_current_context().exit(code)

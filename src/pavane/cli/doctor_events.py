@@ -13,6 +13,7 @@ from typing import Any
 from pavane.app import Client
 from pavane.cli.finding import Finding
 from pavane.cli.text import counted
+from pavane.contract import is_internal
 from pavane.engine.mailbox import MAILBOX
 from pavane.engine.publishing import read_event
 from pavane.engine.registry import Registry
@@ -30,7 +31,8 @@ NAMED_MAX = 3
 
 async def look_at_events(client: Client) -> list[Finding]:
     """Return what is found about the events, handlers and dead letters of a store."""
-    published = {type for type, _, _ in await client.store.event_types()}
+    types = await client.store.event_types()
+    published = {type for type, _, _ in types if not is_internal(type)}
     if not (published or any(client.registry.handlers())):
         return []
     handlers = await client.handlers.list()

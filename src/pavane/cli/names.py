@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +16,7 @@ from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from pavane.app import App, Client
+    from pavane.engine.registry import Registry
 
 IDS_MAX = 100
 
@@ -46,22 +47,23 @@ def _app(ctx: click.Context) -> App:
     return Where(target, ctx.params.get("store")).app_or_none()
 
 
-@_quietly
-def complete_workflow(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-    names = sorted({name for name, _ in _app(ctx).registry.workflows})
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+def _declared(
+    names: Callable[[Registry], Iterable[str]],
+) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Complete names that the app's code declares."""
+
+    @_quietly
+    def complete(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = sorted(set(names(_app(ctx).registry)))
+        return [CompletionItem(name) for name in found if name.startswith(incomplete)]
+
+    return complete
 
 
-@_quietly
-def complete_service(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-    names = sorted(_app(ctx).registry.services)
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-@_quietly
-def complete_event(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-    names = sorted(_app(ctx).registry.events)
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+complete_workflow = _declared(lambda registry: (name for name, _ in registry.workflows))
+complete_service = _declared(lambda registry: registry.services)
+complete_event = _declared(lambda registry: registry.events)
+complete_contract = _declared(lambda registry: registry.contracts)
 
 
 def _looked_up(
@@ -127,12 +129,6 @@ def complete_dead(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         ]
 
     return _looked_up(ctx, look, "numbers")
-
-
-@_quietly
-def complete_contract(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-    names = sorted(_app(ctx).registry.contracts)
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
 @_quietly

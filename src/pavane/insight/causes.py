@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from pavane.contract import is_internal
 from pavane.core.codec import error_summary
 from pavane.core.operations import EXPIRY
 from pavane.engine.publishing import derived_id
@@ -119,7 +120,7 @@ class _Builder:
     def __init__(self, traffic: Traffic, runs: Sequence[Timeline], now_us: int) -> None:
         self._traffic = traffic
         self._now_us = now_us
-        self.events = {e.id: e for e in traffic.events if not e.type.startswith("~")}
+        self.events = {e.id: e for e in traffic.events if not is_internal(e.type)}
         self._runs = {line.status.id: line for line in runs}
         # A run may have the id of the event that started it.
         places = {f"run {id}": line for id, line in self._runs.items()}

@@ -95,7 +95,7 @@ class Timeline(msgspec.Struct, frozen=True):
 
 
 class Moment(msgspec.Struct, frozen=True):
-    """One line of a run's life; `key` tells it from all others of the same run."""
+    """One line of a run's or conversation's life; `key` tells it from all others of the same."""
 
     at_us: int
     key: str

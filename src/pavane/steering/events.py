@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from pavane.contract import is_internal
 from pavane.core.codec import error_summary
 from pavane.core.envelope import Redo
 from pavane.engine.held import decode_header
@@ -105,8 +106,13 @@ class Events:
         self._store = desk.store
 
     async def list(self, which: EventFilter | None = None) -> list[EventRow]:
-        """Return events, newest first."""
-        return await self._store.find_events(which or EventFilter())
+        """Return published events, newest first, without Pavane's own."""
+        which = which or EventFilter()
+        types = which.types or [type for type, _, _ in await self._store.event_types()]
+        types = tuple(type for type in types if not is_internal(type))
+        if not types:
+            return []
+        return await self._store.find_events(msgspec.structs.replace(which, types=types))
 
     async def get(self, id: str) -> EventRow:
         found = await self._store.event(id)

@@ -225,6 +225,7 @@ class ConversationFilter(msgspec.Struct, frozen=True):
 
     contract: str | None = None
     id: str | None = None
+    key: str | None = None
     state: Literal["any", "open", "overdue", "unraised", "ended", "twice"] = "any"
     now_us: int = 0
     limit: int = 100

@@ -449,7 +449,8 @@ def _is_asked_for(row: DeadRow, which: DeadFilter) -> bool:
 
 
 def _is_meant(row: ConversationRow, which: ConversationFilter) -> bool:
-    if which.contract not in (None, row.contract) or which.id not in (None, row.id):
+    wanted = ((which.contract, row.contract), (which.id, row.id), (which.key, row.key))
+    if any(given not in (None, found) for given, found in wanted):
         return False
     match which.state:
         case "any":

@@ -1034,6 +1034,9 @@ async def conversations_are_found_by_state(connections: Connections) -> None:
     assert await store.conversation("orders", "a") == over, "replaced whole"
     assert await found(state="twice") == "ad"
     assert await found(state="open", contract="orders") == "b"
+    assert await found(key="l") == "a"
+    assert await found(key="l", contract="refunds") == ""
+    assert await found(key="nobody's") == ""
 
 
 @_check

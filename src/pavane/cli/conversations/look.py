@@ -7,7 +7,7 @@ import asyncio
 import click
 
 from pavane.cli.connection import Where, connected, where_options
-from pavane.cli.conversations.picture import Picture, read_picture
+from pavane.cli.conversations.picture import Picture, find_conversation, read_picture
 from pavane.cli.names import complete_contract, complete_conversation
 from pavane.cli.output import (
     Format,
@@ -109,9 +109,9 @@ Examples:
   pavane conversations show o-1 --store shop.db -o json | jq '.tree.roots[].children[].name'
 
 \b
-ID is that of the conversation, or of any event or run in it. In the picture everything stands below
-what caused it: full bars are work, light ones attempts that failed, dots are waiting; bars have the
-colour of their service.
+ID is that of the conversation, or of any event or run in it, or the key that list shows, if only
+one conversation has it. In the picture everything stands below what caused it: full bars are work,
+light ones attempts that failed, dots are waiting; bars have the colour of their service.
 """
 )
 @click.argument("id", shell_complete=complete_conversation)
@@ -123,7 +123,7 @@ def show(where: Where, id: str, output: Format) -> None:
 
     async def look() -> Picture:
         async with connected(app, where.store) as client:
-            return await read_picture(client, id)
+            return await read_picture(client, await find_conversation(client, id))
 
     picture = asyncio.run(look())
     if output != "table":

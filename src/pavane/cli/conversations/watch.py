@@ -8,34 +8,24 @@ import sys
 from collections.abc import Iterator
 
 import click
-import msgspec
 
 from pavane.app import Client
 from pavane.cli.connection import Where, connected, where_options
-from pavane.cli.conversations.picture import Picture, read_picture
+from pavane.cli.conversations.picture import Picture, find_conversation, read_picture
 from pavane.cli.exits import FAILED
+from pavane.cli.live import FRAME_S, Canvas, print_moment
 from pavane.cli.names import complete_conversation
-from pavane.cli.output import Format, is_unicode, output_option, print_one, say
+from pavane.cli.output import Format, is_unicode, output_option, say
 from pavane.cli.runs.record import until_changed
-from pavane.cli.text import duration, printable
 from pavane.cli.tree import STATE_COLOURS, draw_conversation
 from pavane.insight.causes import Node, walk
+from pavane.insight.timeline import Moment
 
-FRAME_S = 0.2
 CALM_S = 0.5
 """Without a contract a conversation is over once nothing of it is open for so long."""
-_TO_START = "\x1b[{}F\x1b[J"
-_HIDE, _SHOW = "\x1b[?25l", "\x1b[?25h"
-_LOUD = {"failed": "red", "dead": "red", "stuck": "red", "parked": "yellow", "waiting": "blue"}
-
-
-class Happening(msgspec.Struct, frozen=True):
-    """One line of a conversation's life; `key` tells it from all others of it."""
-
-    at_us: int
-    key: str
-    what: str
-    text: str
+_COLOURS = STATE_COLOURS | {
+    "failed": "red", "dead": "red", "stuck": "red", "parked": "yellow", "waiting": "blue"
+}  # fmt: skip
 
 
 @click.command(
@@ -59,9 +49,10 @@ def watch(where: Where, id: str, output: Format) -> None:
 
     async def follow() -> Picture:
         async with connected(app, where.store) as client:
+            found = await find_conversation(client, id)
             if output == "table" and sys.stdout.isatty():
-                return await _follow_drawn(client, id)
-            return await _follow_lines(client, id, output)
+                return await _follow_drawn(client, found)
+            return await _follow_lines(client, found, output)
 
     picture = asyncio.run(follow())
     for contract in picture.contracts:
@@ -83,9 +74,7 @@ async def _is_final(client: Client, picture: Picture) -> bool:
 
 async def _follow_drawn(client: Client, id: str) -> Picture:
     """Draw the tree again and again over itself."""
-    height_before = 0
-    click.echo(_HIDE, nl=False, color=True)
-    try:
+    with Canvas() as canvas:
         while True:
             picture = await read_picture(client, id)
             is_final = await _is_final(client, picture)
@@ -94,15 +83,10 @@ async def _follow_drawn(client: Client, id: str) -> Picture:
                 picture.tree, picture.contracts, picture.trouble, width=width - 1,
                 unicode=is_unicode(), height=None if is_final else height - 2,
             )  # fmt: skip
-            if height_before:
-                click.echo(_TO_START.format(height_before), nl=False, color=True)
-            click.echo("\n".join(lines))
-            height_before = len(lines)
+            canvas.draw(lines)
             if is_final:
                 return picture
             await asyncio.sleep(FRAME_S)
-    finally:
-        click.echo(_SHOW, nl=False, color=True)
 
 
 async def _follow_lines(client: Client, id: str, output: Format) -> Picture:
@@ -110,10 +94,11 @@ async def _follow_lines(client: Client, id: str, output: Format) -> Picture:
     told: set[str] = set()
     while True:
         picture = await read_picture(client, id)
-        for happening in sorted(_happenings(picture), key=lambda one: one.at_us):
-            if happening.key not in told:
-                told.add(happening.key)
-                _print(picture, happening, output)
+        tree = picture.tree
+        for moment in sorted(_moments(picture), key=lambda one: one.at_us):
+            if moment.key not in told:
+                told.add(moment.key)
+                print_moment(moment, output, of=tree.id, from_us=tree.from_us, colours=_COLOURS)
         sys.stdout.flush()
         if await _is_final(client, picture):
             return picture
@@ -125,19 +110,19 @@ async def _follow_lines(client: Client, id: str, output: Format) -> Picture:
             pass
 
 
-def _happenings(picture: Picture) -> Iterator[Happening]:
+def _moments(picture: Picture) -> Iterator[Moment]:
     for root in picture.tree.roots:
         for node in walk(root):
             if node.kind not in ("mark", "receive", "child", "spawn"):
-                yield _happening(node)
+                yield _moment(node)
     for contract in picture.contracts:
         if contract.state != "open":
             at_us = contract.ended_us or contract.due_us
             key = f"{contract.contract} {contract.state}"
-            yield Happening(at_us, key, contract.state, f"under {contract.contract}")
+            yield Moment(at_us, key, contract.state, f"under {contract.contract}")
 
 
-def _happening(node: Node) -> Happening:
+def _moment(node: Node) -> Moment:
     what = {"event": "event", "hop": "passed"}.get(node.kind, node.condition)
     text = node.label
     if node.kind == "event":
@@ -152,15 +137,4 @@ def _happening(node: Node) -> Happening:
         text += f": {node.text}"
     at_us = node.from_us if node.until_us is None else node.until_us
     key = f"{node.kind} {node.label} {node.id} {node.from_us} {node.condition} {node.attempts}"
-    return Happening(at_us, key, what, text)
-
-
-def _print(picture: Picture, happening: Happening, output: Format) -> None:
-    if output != "table":
-        fields = msgspec.structs.asdict(happening)
-        print_one({"id": picture.tree.id} | fields, "jsonl")
-        return
-    after = f"+{duration(happening.at_us - picture.tree.from_us)}".rjust(9)
-    colour = _LOUD.get(happening.what) or STATE_COLOURS.get(happening.what)
-    what = click.style(happening.what.ljust(9), fg=colour)
-    click.echo(f"{after}  {what}  {printable(happening.text)}".rstrip())
+    return Moment(at_us, key, what, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,20 +28,23 @@ from pavane.stores.eventlog import DeadRow
 
 
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --handler, --type, --key and --cause."""
-    for option in (
-        click.option("--cause", metavar="TEXT", help="With this in its cause."),
-        click.option("-k", "--key", metavar="KEY", help="With this key."),
-        click.option(
-            "-t", "--type", "type", metavar="NAME", shell_complete=complete_event,
-            help="Of this event type.",
-        ),
-        click.option(
-            "--handler", metavar="NAME", shell_complete=complete_handler, help="Of this handler."
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+    """Add --handler, --type, --key and --cause; the command gets them as `which`."""
+
+    @click.option(
+        "--handler", metavar="NAME", shell_complete=complete_handler, help="Of this handler."
+    )
+    @click.option(
+        "-t", "--type", metavar="NAME", shell_complete=complete_event, help="Of this event type."
+    )
+    @click.option("-k", "--key", metavar="KEY", help="With this key.")
+    @click.option("--cause", metavar="TEXT", help="With this in its cause.")
+    @functools.wraps(command)
+    def wrapped(
+        handler: str | None, type: str | None, key: str | None, cause: str | None, **options: Any
+    ) -> Any:
+        return command(which=DeadQuery(handler, type, key, cause), **options)
+
+    return wrapped
 
 
 @click.command(
@@ -60,13 +64,9 @@ A cause is the error without what differs from event to event, such as ids and a
 @click.option("--each", is_flag=True, help="Single ones, oldest first, with their numbers.")
 @click.option("-n", "--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
 @output_option
-def list_dead(
-    where: Where, handler: str | None, type: str | None, key: str | None, cause: str | None,
-    each: bool, limit: int, output: Format,
-) -> None:  # fmt: skip
+def list_dead(where: Where, which: DeadQuery, each: bool, limit: int, output: Format) -> None:
     """List dead letters, grouped by handler, event type and cause."""
     app = where.app_or_none("dead letters")
-    which = DeadQuery(handler, type, key, cause)
 
     async def look() -> tuple[list[DeadGroup], list[DeadRow], dict[int, str]]:
         async with connected(app, where.store) as client:

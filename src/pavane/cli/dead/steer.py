@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import click
+import msgspec
 
 from pavane.app import Client
 from pavane.cli.bulk import confirmed, with_bar
@@ -16,12 +20,38 @@ from pavane.cli.text import counted
 from pavane.steering.dead import Ask, DeadQuery
 
 
-def _do(
-    where: Where, what: Ask, which: DeadQuery, *, all: bool, dry_run: bool, yes: bool,
-    output: Format,
-) -> None:  # fmt: skip
+class Wanted(msgspec.Struct, frozen=True):
+    """Which dead letters the command line names, and how careful it wants to be."""
+
+    which: DeadQuery
+    all: bool
+    dry_run: bool
+    yes: bool
+
+
+def wanted_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add NUMBERS, the filters, --all, --dry-run and --yes; the command gets them as `wanted`."""
+
+    @click.argument("numbers", nargs=-1, type=int, shell_complete=complete_dead)
+    @filter_options
+    @click.option("--all", is_flag=True, help="All that there are.")
+    @click.option("--dry-run", is_flag=True, help="Say how many; do nothing.")
+    @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+    @functools.wraps(command)
+    def wrapped(
+        numbers: tuple[int, ...], which: DeadQuery, all: bool, dry_run: bool, yes: bool,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        which = msgspec.structs.replace(which, numbers=numbers)
+        return command(wanted=Wanted(which, all, dry_run, yes), **options)
+
+    return wrapped
+
+
+def _do(where: Where, what: Ask, wanted: Wanted, output: Format) -> None:
+    which = wanted.which
     is_filtered = which != DeadQuery(numbers=which.numbers)
-    if all == bool(which.numbers or is_filtered) or (which.numbers and is_filtered):
+    if wanted.all == bool(which.numbers or is_filtered) or (which.numbers and is_filtered):
         raise click.UsageError(
             f"Which ones? Give numbers (pavane dead {what} 7 8), or a filter such as --cause TEXT, "
             f"or --all."
@@ -32,12 +62,12 @@ def _do(
         async with connected(app, where.store) as client:
             counts = await client.dead.count(which)
             total = sum(counts.values())
-            if dry_run or not total:
+            if wanted.dry_run or not total:
                 _print_counts(counts, what, output)
                 return
             if not which.numbers:
                 question = f"{what.capitalize()} {counted(total, 'dead letter')}"
-                confirmed(f"{question} of {', '.join(counts)}?", yes=yes)
+                confirmed(f"{question} of {', '.join(counts)}?", yes=wanted.yes)
             await _ask(client, what, which, counts, output)
 
     asyncio.run(work())
@@ -80,20 +110,12 @@ Each is handled as if for the first time, before later events of its key. One th
 new dead letter. Interrupted with Ctrl-C, the same command goes on with the rest.
 """
 )
-@click.argument("numbers", nargs=-1, type=int, shell_complete=complete_dead)
 @where_options
-@filter_options
-@click.option("--all", is_flag=True, help="All that there are.")
-@click.option("--dry-run", is_flag=True, help="Say how many; do nothing.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@wanted_options
 @output_option
-def retry(
-    where: Where, numbers: tuple[int, ...], handler: str | None, type: str | None, key: str | None,
-    cause: str | None, all: bool, dry_run: bool, yes: bool, output: Format,
-) -> None:  # fmt: skip
+def retry(where: Where, wanted: Wanted, output: Format) -> None:
     """Have dead letters handled again: NUMBERS, those that fit a filter, or all."""
-    which = DeadQuery(handler, type, key, cause, numbers)
-    _do(where, "retry", which, all=all, dry_run=dry_run, yes=yes, output=output)
+    _do(where, "retry", wanted, output)
 
 
 @click.command(
@@ -107,17 +129,9 @@ Examples:
 The events stay in the log, marked as dropped; a key that waited for one goes on.
 """
 )
-@click.argument("numbers", nargs=-1, type=int, shell_complete=complete_dead)
 @where_options
-@filter_options
-@click.option("--all", is_flag=True, help="All that there are.")
-@click.option("--dry-run", is_flag=True, help="Say how many; do nothing.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@wanted_options
 @output_option
-def drop(
-    where: Where, numbers: tuple[int, ...], handler: str | None, type: str | None, key: str | None,
-    cause: str | None, all: bool, dry_run: bool, yes: bool, output: Format,
-) -> None:  # fmt: skip
+def drop(where: Where, wanted: Wanted, output: Format) -> None:
     """Forget dead letters: NUMBERS, those that fit a filter, or all."""
-    which = DeadQuery(handler, type, key, cause, numbers)
-    _do(where, "drop", which, all=all, dry_run=dry_run, yes=yes, output=output)
+    _do(where, "drop", wanted, output)

@@ -14,6 +14,7 @@ from pavane.cli.names import complete_event
 from pavane.cli.output import Format, output_option, print_one, say, terminal_width
 from pavane.cli.runs.record import until_changed
 from pavane.cli.text import fit, printable, short_clock
+from pavane.contract import is_internal
 from pavane.engine.publishing import cloud_event
 from pavane.stores.eventlog import EventFilter, EventRow
 
@@ -64,7 +65,7 @@ async def _follow(
         head = await client.store.events_head()
         while at < head:
             rows = await client.store.read_events(at, head, PAGE, types or None)
-            _print(rows, output, name)
+            _print([row for row in rows if not is_internal(row.type)], output, name)
             at = rows[-1].pos if len(rows) == PAGE else head
         await until_changed(client)
 

@@ -10,13 +10,12 @@ import click
 import msgspec
 
 from pavane.app import Client
+from pavane.cli.bulk import ask_each
 from pavane.cli.connection import Where, connected, register_home, where_options
-from pavane.cli.exits import exit_code, show_error
+from pavane.cli.events.publish import event_from
 from pavane.cli.names import complete_event, complete_run
 from pavane.cli.output import Format, output_option, print_one, say
-from pavane.core.codec import decoder
-from pavane.errors import BadArguments, NotDecodable, PavaneError
-from pavane.event import Event, type_for
+from pavane.event import type_for
 
 
 @click.command(
@@ -37,7 +36,7 @@ With --id, sending the same again has no further effect.
 def send(where: Where, run: str, event: str, body: str, id: str | None) -> None:
     """Send an EVENT, with its fields as JSON, to the mailbox of RUN."""
     app = where.app()
-    value = _event(type_for(event, app.registry.events), body)
+    value = event_from(type_for(event, app.registry.events), body.encode())
 
     async def work() -> None:
         async with connected(app, where.store) as client:
@@ -47,41 +46,16 @@ def send(where: Where, run: str, event: str, body: str, id: str | None) -> None:
     say(f"sent {event} to run {run}")
 
 
-def _event(kind: type[Event], body: str) -> Event:
-    try:
-        return decoder(kind)(body.encode())
-    except NotDecodable as error:
-        fields = ", ".join(kind.__struct_fields__) or "none"
-        raise BadArguments(
-            f"This is no {kind.event_type}: {error.__cause__ or error}. Its fields: {fields}. "
-            f"Given: {body}"
-        ) from None
-
-
 Ask = Callable[[Client, str], Awaitable[Any]]
 
 
 def _ask_each(where: Where, ids: tuple[str, ...], said: str, ask: Ask) -> None:
-    """Ask for each run; go on after an error, and end with the code of the first one."""
-    app = where.app_or_none()
+    async def asked(client: Client, id: str) -> str:
+        await register_home(client, id)
+        await ask(client, id)
+        return f"{said} run {id}"
 
-    async def work() -> int:
-        code = 0
-        async with connected(app, where.store) as client:
-            for id in ids:
-                try:
-                    await register_home(client, id)
-                    await ask(client, id)
-                except PavaneError as error:
-                    show_error(error)
-                    code = code or exit_code(error)
-                else:
-                    say(f"{said} run {id}")
-        return code
-
-    code = asyncio.run(work())
-    if code:
-        click.get_current_context().exit(code)
+    ask_each(where, "runs", ids, asked)
 
 
 @click.command(

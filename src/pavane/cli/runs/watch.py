@@ -12,17 +12,16 @@ import msgspec
 from pavane.app import Client
 from pavane.cli.connection import Where, connected, where_options
 from pavane.cli.exits import FAILED
+from pavane.cli.live import FRAME_S, Canvas, print_moment
 from pavane.cli.names import complete_run
-from pavane.cli.output import Format, is_unicode, output_option, print_one, say
+from pavane.cli.output import Format, is_unicode, output_option, say
 from pavane.cli.runs.record import read_timeline, until_changed
-from pavane.cli.text import duration, printable
 from pavane.cli.timeline import STATUS_COLOURS, draw
-from pavane.insight.timeline import Moment, Timeline, moments
+from pavane.insight.timeline import Timeline, moments
 
-FRAME_S = 0.2
-_TO_START = "\x1b[{}F\x1b[J"
-_HIDE, _SHOW = "\x1b[?25l", "\x1b[?25h"
-_LOUD = {"failed": "red", "parked": "yellow", "retry": "yellow", "cancel": "yellow"}
+_COLOURS = STATUS_COLOURS | {
+    "failed": "red", "parked": "yellow", "retry": "yellow", "cancel": "yellow"
+}  # fmt: skip
 
 
 @click.command(
@@ -72,31 +71,19 @@ async def _next_run(client: Client, line: Timeline) -> str | None:
 
 async def _follow_drawn(client: Client, id: str) -> Timeline:
     """Draw the timeline again and again over itself."""
-    height_before = 0
-    click.echo(_HIDE, nl=False, color=True)
-    try:
+    with Canvas() as canvas:
         while True:
             line = await read_timeline(client, id)
             columns, rows = shutil.get_terminal_size()
-            picture = draw(
-                line,
-                width=columns - 1,
-                unicode=is_unicode(),
-                height=None if _is_over(line) else rows - 2,
-            )
-            if height_before:
-                click.echo(_TO_START.format(height_before), nl=False, color=True)
-            click.echo("\n".join(picture))
-            height_before = len(picture)
+            height = None if _is_over(line) else rows - 2
+            canvas.draw(draw(line, width=columns - 1, unicode=is_unicode(), height=height))
             if _is_over(line):
                 following = await _next_run(client, line)
                 if following is None:
                     return line
-                id, height_before = following, 0
-                click.echo("")
+                id = following
+                canvas.keep()
             await asyncio.sleep(FRAME_S)
-    finally:
-        click.echo(_SHOW, nl=False, color=True)
 
 
 async def _follow_lines(client: Client, id: str, output: Format) -> Timeline:
@@ -107,22 +94,12 @@ async def _follow_lines(client: Client, id: str, output: Format) -> Timeline:
         for moment in moments(line):
             if moment.key not in told:
                 told.add(moment.key)
-                _print_moment(line, moment, output)
+                print_moment(moment, output, of=id, from_us=line.from_us, colours=_COLOURS)
         sys.stdout.flush()
         if _is_over(line):
             following = await _next_run(client, line)
             if following is None:
                 return line
             id, told = following, set()
-        await until_changed(client)
-
-
-def _print_moment(line: Timeline, moment: Moment, output: Format) -> None:
-    if output != "table":
-        fields = msgspec.structs.asdict(moment)
-        print_one({"id": line.status.id} | fields, "jsonl")
-        return
-    after = f"+{duration(moment.at_us - line.from_us)}".rjust(9)
-    colour = _LOUD.get(moment.what) or STATUS_COLOURS.get(moment.what)
-    what = click.style(moment.what.ljust(9), fg=colour)
-    click.echo(f"{after}  {what}  {printable(moment.text)}".rstrip())
+        else:
+            await until_changed(client)

@@ -450,6 +450,9 @@ class EventTables:
         if which.contract is not None:
             where.append("contract = ?")
             values.append(which.contract)
+        if which.key is not None:
+            where.append("key = ?")
+            values.append(which.key)
         if which.state == "open":
             where.append("ended_us IS NULL")
             index = "conversations_due"
