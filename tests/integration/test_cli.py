@@ -21,7 +21,7 @@ SHOP = '''
 """A shop with what a command line should be able to show."""
 import asyncio
 from pathlib import Path
-from pavane import App, Event, Retry, Service, receive, saga, set_attributes
+from pavane import App, Event, Retry, Service, continue_as_new, receive, saga, set_attributes
 
 class Approved(Event, key="order_id"):
     order_id: str
@@ -75,6 +75,12 @@ async def patient(order_id: str) -> str:
 async def steady(path: str) -> str:
     await slow(path)
     return "done"
+
+@orders.workflow
+async def count_down(left: int) -> str:
+    if left:
+        continue_as_new(left - 1)
+    return "over"
 
 app = App("cli_shop", services=[orders, payments, shipping])
 '''
@@ -214,6 +220,22 @@ def test_watch_of_a_failed_run_is_exit_code_1(shop: None) -> None:
     assert result.exit_code == 1
     last = json.loads(result.stdout.splitlines()[-1])
     assert (last["id"], last["what"], last["text"]) == ("w-2", "failed", "RuntimeError: no truck")
+
+
+def test_watch_follows_a_run_that_continued_where_nobody_writes_any_more(folder: Path) -> None:
+    here = ("--store", "counted.db")
+    process = worker(folder, "cli_shop.py", *here)
+    good("runs", "start", "count_down", "2", "--id", "n", "--wait", *here)
+    process.terminate()
+    process.communicate(timeout=10)
+    watching = subprocess.run(
+        [sys.executable, "-m", "pavane", "runs", "watch", "n", "-o", "jsonl", *here], cwd=folder,
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert watching.returncode == 0, watching.stderr
+    lines = [json.loads(line) for line in watching.stdout.splitlines()]
+    assert list(dict.fromkeys(line["id"] for line in lines)) == ["n", "n~2", "n~3"]
+    assert lines[-1]["what"] == "completed"
 
 
 # -- steering ----------------------------------------------------------------------------------
