@@ -62,14 +62,12 @@ class Held(msgspec.Struct, eq=False):
     suspect: int = 0
     undone: int = 0
     home_row: RunRow | None = None
+    key: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
         self.dirty = not self.exists
         self.undone = self.row.undone
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.row.service, self.row.id
+        self.key = (self.row.service, self.row.id)
 
     @property
     def outcome(self) -> Outcome | None:

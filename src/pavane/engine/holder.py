@@ -856,7 +856,7 @@ class Holder:
             service == header.home
             or key in self.held
             or key in self._loading
-            or any(stop.service == service for stop in passed.trail[:-1])
+            or service in [stop.service for stop in passed.trail[:-1]]
         ):
             # There may be a row of an earlier visit, so it is taken as if it came from elsewhere.
             passed.execution.discard()
@@ -1051,8 +1051,12 @@ class Holder:
     def _collect(self, held: Held, messages: list[Message]) -> None:
         """Turn what has no result (publish, spawn, attributes, given-up work) into its effect."""
         execution, run = held.execution, held.row.id
-        if not execution.given_up and all(op.future is not None for op in execution.new):
-            return
+        if not execution.given_up:
+            for op in execution.new:
+                if op.future is None:
+                    break
+            else:
+                return
         now = self._session.now_us()
         for op in execution.new:
             if op.kind == "publish":
