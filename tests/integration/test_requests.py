@@ -211,8 +211,8 @@ async def test_two_replays_of_one_event_are_both_handled(tmp_path: Path) -> None
 
         await until(paused)
         # Planned before either is in custody, as two people would at the same time.
-        one = client.events.replay("answer", Replay(), "one")
-        two = client.events.replay("answer", Replay(), "two")
+        one = aiter(client.events.replay("answer", Replay(), "one"))
+        two = aiter(client.events.replay("answer", Replay(), "two"))
         pages = await asyncio.gather(anext(one), anext(two))
         assert pages == [2, 2]
         await client.handlers.resume("answer")
