@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
@@ -26,6 +24,7 @@ from pavane.engine.handlers import handler_spec
 from pavane.engine.held import blank_row, decode_header, decode_trail, encode_plain
 from pavane.engine.holder import start_claim
 from pavane.engine.node import Node, Session
+from pavane.engine.process import Process
 from pavane.engine.publishing import checked_size, event_row
 from pavane.engine.registry import Registry
 from pavane.errors import (
@@ -174,14 +173,17 @@ class Client:
 
     def __init__(
         self, registry: Registry, store: Store, services: Sequence[str], config: EngineConfig,
-        duties: Sequence[Duty] = (),
+        duties: Sequence[Duty] = (), process: Process | None = None,
     ) -> None:  # fmt: skip
         self.registry = registry
         self.store = store
         self._config = config
         self._duties = duties
+        self._process = process or Process()
         self.node = (
-            Node(store, registry, services, config, self._ended, duties) if services else None
+            Node(store, registry, services, config, self._ended, duties, self._process)
+            if services
+            else None
         )
         self._waiting: dict[str, list[asyncio.Future[RunRow]]] = {}
         self._homes: dict[str, tuple[str, int]] = {}
@@ -242,7 +244,7 @@ class Client:
         raw = self._checked(workflow.params.check(args, kwargs), f"The arguments of {workflow!r}")
         if mode not in (None, "orchestration", "choreography"):
             raise BadArguments(f"mode={mode!r} is unknown: 'orchestration' or 'choreography'.")
-        run = new_run_id() if id is None else checked_run_id(id)
+        run = self._process.new_id() if id is None else checked_run_id(id)
         limit_s = workflow.timeout_s if timeout is None else seconds(timeout)
         header = Header(
             run=run, workflow=workflow.name, version=workflow.version,
@@ -349,7 +351,7 @@ class Client:
         with suppress(UnknownName):
             self.registry.workflow(row.workflow, row.version).check_receives(event)
         body = self._checked(encode(event), f"Event {name}")
-        message_id = f"{row.id}#s-{id or new_run_id()}"
+        message_id = f"{row.id}#s-{id or self._process.new_id()}"
         signal = pack(Signal(name, Raw(body)))
         message = self._message("signal", message_id, row.home, row.id, signal)
         await self._write(Commit(messages=[message]))
@@ -372,7 +374,7 @@ class Client:
         await self._ask(row, kind)
 
     async def _ask(self, row: RunRow, kind: str) -> None:
-        id = f"{row.id}#{kind}-{new_run_id()}"
+        id = f"{row.id}#{kind}-{self._process.new_id()}"
         message = self._message(kind, id, row.home, row.id, pack(Request("client")))
         await self._write(Commit(messages=[message]))
 
@@ -402,7 +404,7 @@ class Client:
             )
         header = decode_header(row.header)
         header.seed = header.seed or header.run
-        header.run = new_run_id() if id is None else checked_run_id(id)
+        header.run = self._process.new_id() if id is None else checked_run_id(id)
         header.parent, header.era, header.forced, header.cause = None, 0, "", run
         now = self.store.now_us()
         entries = [*delivered[:cut], Entry("fork", now)]
@@ -436,7 +438,7 @@ class Client:
             raise BadArguments(
                 f"{event!r} is no event. Derive its class from pavane.Event, or use @event."
             )
-        chosen = new_run_id() if id is None else checked_run_id(id)
+        chosen = self._process.new_id() if id is None else checked_run_id(id)
         row = event_row(
             self.store, event, id=chosen, source=source, at_us=self.store.now_us(),
             conversation=conversation or chosen, cause="", trace=traceparent,
@@ -638,9 +640,10 @@ class App:
             chosen = make_store(store or self.address)
         else:
             chosen = chosen.connect()
-        return Client(self.registry, chosen, services, self.config, self._monitors())
+        return Client(self.registry, chosen, services, self.config, self.monitors())
 
-    def _monitors(self) -> list[Duty]:
+    def monitors(self) -> list[Duty]:
+        """Return who watches the conversations that were declared here."""
         if not self.registry.contracts:
             return []
         from pavane.observe.monitor import Monitor
@@ -736,11 +739,6 @@ class App:
                 return await main()
 
         return asyncio.run(body())
-
-
-def new_run_id() -> str:
-    """Return a random id that sorts by time."""
-    return f"{time.time_ns() // 1000:014x}{os.urandom(5).hex()}"
 
 
 def checked_run_id(id: str) -> str:

@@ -27,9 +27,10 @@ import sys
 import time
 from typing import Any
 
-from pavane.app import checked_run_id, new_run_id
+from pavane.app import checked_run_id
 from pavane.core.codec import encode
 from pavane.core.execution import PAYLOAD_MAX_BYTES, current
+from pavane.engine.process import new_id
 from pavane.engine.publishing import checked_size
 from pavane.errors import BadArguments, NotInWorkflow, StoreError
 from pavane.event import class_of, is_event, key_of
@@ -93,7 +94,7 @@ def _row(event: Any, id: str | None, source: str | None) -> EventRow:
             "`await service.publish(event)`."
         )
     kind, key, data = class_of(event), key_of(event), encode(event)
-    chosen = new_run_id() if id is None else checked_run_id(id)
+    chosen = new_id() if id is None else checked_run_id(id)
     if context is not None:
         content = f"{kind.event_type} {kind.event_version} {key} {data.decode()}"
         origin = context.origin(content)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -269,7 +268,7 @@ class Custody:
         delay_s = None
         if not isinstance(error, FINAL):
             elapsed_s = (self._session.now_us() - item.began_us) / 1e6
-            delay_s = retry.delay_s(item.attempt, error, elapsed_s, random.random)
+            delay_s = retry.delay_s(item.attempt, error, elapsed_s, self._session.process.random)
         if subscription.options.shadow or delay_s is None:
             self._bury(subscription, lanes, item, error)
             return

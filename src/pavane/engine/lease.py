@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pavane.errors import StoreError
 from pavane.stores.port import Fence, NodeRow, Store
+
+if TYPE_CHECKING:
+    from pavane.engine.process import Process, Rounds
 
 log = logging.getLogger("pavane.lease")
 
@@ -22,37 +25,39 @@ log = logging.getLogger("pavane.lease")
 class LeaseKeeper:
     """Renews `fence` until stopped; calls `lost` on the event loop when the store says so."""
 
-    def __init__(self, store: Store, fence: Fence, lost: Callable[[], None]) -> None:
+    def __init__(
+        self, store: Store, fence: Fence, process: Process, lost: Callable[[], None]
+    ) -> None:
         self._store = store
         self._fence = fence
+        self._process = process
         self._lost = lost
         self._loop = asyncio.get_running_loop()
-        self._stop = threading.Event()
         self._alive = True
-        self._thread = threading.Thread(target=self._run, name="pavane-lease", daemon=True)
+        self._rounds: Rounds | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._rounds = self._process.repeat(self._fence.lease_us / 1e6 / 4, self._renew)
 
     async def stop(self) -> None:
-        self._stop.set()
-        await asyncio.to_thread(self._thread.join, 5.0)
+        if self._rounds is not None:
+            await self._rounds.stop()
 
-    def _run(self) -> None:
-        every_s = self._fence.lease_us / 1e6 / 4
-        while not self._stop.wait(every_s):
-            if not self._alive:
-                continue  # the event loop did not run since the last renewal
-            self._alive = False
-            try:
-                self._loop.call_soon_threadsafe(self._beat)
-                if not self._store.renew(self._fence):
-                    self._loop.call_soon_threadsafe(self._lost)
-                    return
-            except StoreError as error:
-                log.warning("the lease could not be renewed: %s", error)
-            except RuntimeError:
-                return  # the event loop was closed
+    def _renew(self) -> bool:
+        """Renew, unless the event loop is stuck; tell whether to go on with it."""
+        if not self._alive:
+            return True  # the event loop did not run since the last renewal
+        self._alive = False
+        try:
+            self._loop.call_soon_threadsafe(self._beat)
+            if not self._store.renew(self._fence):
+                self._loop.call_soon_threadsafe(self._lost)
+                return False
+        except StoreError as error:
+            log.warning("the lease could not be renewed: %s", error)
+        except RuntimeError:
+            return False  # the event loop was closed
+        return True
 
     def _beat(self) -> None:
         self._alive = True

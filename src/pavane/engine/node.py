@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
@@ -22,7 +21,8 @@ from pavane.engine.duties import Duties, Duty
 from pavane.engine.handlers import Handlers
 from pavane.engine.held import Held
 from pavane.engine.holder import Holder
-from pavane.engine.lease import LeaseKeeper, is_gone, this_host
+from pavane.engine.lease import LeaseKeeper
+from pavane.engine.process import Process
 from pavane.engine.pruner import Pruner
 from pavane.engine.registry import Registry
 from pavane.engine.steps import Steps
@@ -68,9 +68,11 @@ class Session:
         config: EngineConfig,
         fence: Fence,
         ended: Callable[[RunRow], None],
+        process: Process,
         duties: Sequence[Duty] = (),
     ) -> None:
         self.store = store
+        self.process = process
         self.registry = registry
         self.config = config
         self.fence = fence
@@ -91,7 +93,6 @@ class Session:
         self._suspects: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._aside: dict[Key, RunRow | ParkedRow] = {}
         self._lane: asyncio.Task[None] | None = None
-        self._host = this_host()
         self.now_us = store.now_us
         self.committer = Committer(store, fence, self._route, self._published, self.lost)
         self.submit = self.committer.submit
@@ -104,7 +105,7 @@ class Session:
         self._duties = Duties(self, duties)
         self.run_timers = DueQueue(self.now_us, self._due_runs, 0, self.holder.wake)
         self.parked_timers = DueQueue(self.now_us, self._due_parked, "", self.steps.due)
-        self.lease = LeaseKeeper(store, fence, self._lease_lost)
+        self.lease = LeaseKeeper(store, fence, process, self._lease_lost)
         self._pruner = Pruner(store, config.retention_s)
 
     # -- what the duties ask -------------------------------------------------------------------
@@ -273,7 +274,7 @@ class Session:
         """Own the share of partitions that is this node's, taking over from nodes that are gone."""
         nodes = await self.store.nodes()
         now = self.store.now_us()
-        gone = [n for n in nodes if n.no != self.fence.node and is_gone(n, now, self._host)]
+        gone = [n for n in nodes if n.no != self.fence.node and self.process.is_gone(n, now)]
         if gone:
             log.info("taking over from %s", ", ".join(n.name for n in gone))
             await self.store.expire(gone)
@@ -580,6 +581,7 @@ class Node:
         config: EngineConfig,
         ended: Callable[[RunRow], None],
         duties: Sequence[Duty] = (),
+        process: Process | None = None,
     ) -> None:
         for service in services:
             registry.service(service)
@@ -595,6 +597,7 @@ class Node:
         self._config = config
         self._ended = ended
         self._duties = duties
+        self._process = process or Process()
         self.session: Session | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
@@ -609,13 +612,14 @@ class Node:
 
     async def _join(self) -> None:
         lease_us = round(self._config.lease_s * 1e6)
-        name = f"{'+'.join(self.services)}-{os.getpid()}"
+        process = self._process
+        name = f"{'+'.join(self.services)}-{process.pid}"
         offered = [*self.services, *(duty.name for duty in self._duties)]
-        row = await self._store.join(name, this_host(), os.getpid(), offered, lease_us)
+        row = await self._store.join(name, process.host, process.pid, offered, lease_us)
         fence = Fence(row.no, row.nonce, lease_us)
         session = Session(
             self._store, self._registry, self.services, self._config, fence, self._ended,
-            self._duties,
+            process, self._duties,
         )  # fmt: skip
         try:
             await session.start()

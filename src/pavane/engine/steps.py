@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -503,7 +502,7 @@ class Steps:
         delay_s = None
         if not final:
             elapsed_s = (self._session.now_us() - attempt.began_us) / 1e6
-            delay_s = retry.delay_s(attempt.number, error, elapsed_s, random.random)
+            delay_s = retry.delay_s(attempt.number, error, elapsed_s, self._session.process.random)
         raw = encode_error(error)
         if delay_s is None:
             self._answer(attempt, False, raw)

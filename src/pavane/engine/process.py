@@ -1,0 +1,67 @@
+"""The process that a node lives in: who it is, who else is alive, chance, and a second thread.
+
+A node takes all of these from here, and its clock from the store and the event loop, so that a
+simulation can give it others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from pavane.engine.lease import is_gone, this_host
+from pavane.stores.port import NodeRow
+
+
+class Rounds(Protocol):
+    """Work that is repeated until it is stopped, or ends itself."""
+
+    async def stop(self) -> None: ...
+
+
+class Process:
+    """This process."""
+
+    def __init__(self) -> None:
+        self.host = this_host()
+        self.pid = os.getpid()
+        self.random: Callable[[], float] = random.random
+
+    def is_gone(self, node: NodeRow, now_us: int) -> bool:
+        """Tell whether a node's lease is over, or its process is known to have ended."""
+        return is_gone(node, now_us, self.host)
+
+    def new_id(self) -> str:
+        return new_id()
+
+    def repeat(self, every_s: float, work: Callable[[], bool]) -> Rounds:
+        """Call `work` in rounds from a thread of its own until it returns False."""
+        return _ThreadedRounds(every_s, work)
+
+
+class _ThreadedRounds:
+    def __init__(self, every_s: float, work: Callable[[], bool]) -> None:
+        self._every_s = every_s
+        self._work = work
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pavane-lease", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            if not self._work():
+                return
+
+    async def stop(self) -> None:
+        self._stop.set()
+        await asyncio.to_thread(self._thread.join, 5.0)
+
+
+def new_id() -> str:
+    """Return a random id that sorts by time."""
+    return f"{time.time_ns() // 1000:014x}{os.urandom(5).hex()}"
