@@ -244,12 +244,12 @@ class Bank:
 
     def _check_books(self, data: Any, handler: str, type: str) -> None:
         """Each event once, and those of a key in order (4, 6)."""
-        service, _, name = handler.partition(".")
+        service = handler.partition(".")[0]
         if data.events.dead:
             raise Violation(f"Dead letters: {list(data.events.dead.values())}.")
         for account in ACCOUNTS:
             events = [e.id for e in data.events.log if e.type == type and e.key == account]
-            raw = data.events.states.get((service, name, account))
+            raw = data.events.states.get((service, Book.__name__, account))
             booked = decoder(Book)(raw).events if raw else []
             if booked != events:
                 raise Violation(f"{handler} of {account} saw {booked} of {events}.")

@@ -171,7 +171,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.is_queued = False
         self.is_frozen = False
         self.is_alive = True
-        self._lost: list[SimTask] = []
+        self._lost: list[asyncio.Task[Any]] = []
         self._is_buried = False
         self._since_us = clock.now_us - clock.between(0, 10**9)
         """When the machine was booted: monotonic clocks of processes have nothing in common."""
@@ -183,9 +183,9 @@ class SimLoop(asyncio.AbstractEventLoop):
         """Stop for ever, here: no callback runs any more, no `finally` and no clean-up."""
         if self.is_alive:
             self.is_alive = False
-            self.waiting.clear()
             # As long as somebody has them, Python does not close their coroutines.
-            self._lost = [task for task in asyncio.all_tasks(self) if isinstance(task, SimTask)]
+            self._lost = list(asyncio.all_tasks(self))
+            self.waiting.clear()
 
     def freeze(self) -> None:
         self.is_frozen = True
