@@ -31,6 +31,7 @@ from pavane.errors import (
     BadArguments,
     BadDeclaration,
     CorruptJournal,
+    PavaneError,
     RunConflict,
     RunEnded,
     RunFailed,
@@ -119,7 +120,8 @@ class Run(Generic[R]):
         """Wait for the end and return the result.
 
         Raises RunFailed, with the workflow's error as its cause, when the run failed, was
-        cancelled or killed; TimeoutError when `timeout` passes first (the run goes on).
+        cancelled or killed; TimeoutError when `timeout` passes first (the run goes on); StoreError
+        when the store fails meanwhile, which says nothing of the run: ask again.
         """
         if timeout is None:
             return self._client.outcome(await self._client.wait_end(self.id, self._home))
@@ -547,6 +549,14 @@ class Client:
 
     async def _poll(self) -> None:
         """Look for the ends of runs whose home is in another process."""
+        try:
+            await self._look_for_ends()
+        except PavaneError as error:  # or who waits would do so for ever
+            for future in [future for waiting in self._waiting.values() for future in waiting]:
+                if not future.done():
+                    future.set_exception(error)
+
+    async def _look_for_ends(self) -> None:
         pause_s = POLL_S
         while self._waiting:
             await asyncio.sleep(pause_s)

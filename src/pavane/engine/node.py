@@ -308,7 +308,7 @@ class Session:
             await asyncio.sleep(0.005)
         self.steps.abandon(leaving)
         await self._duties.give(leaving)
-        for service in {row.service for row in rows}:
+        for service in dict.fromkeys(row.service for row in rows):
             slots = {row.partition for row in rows if row.service == service}
             await self.handlers.give(service, slots, max(0.0, ends - loop.time()))
         await self.committer.flush()

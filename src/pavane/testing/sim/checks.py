@@ -1,0 +1,131 @@
+"""What must hold in every simulation, whatever is simulated.
+
+`Ledger` watches each write as it lands, `is_settled` tells what has not ended yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pavane.core.baton import ENDED, decode_baton
+from pavane.core.journal import decode_chunk
+from pavane.errors import PavaneError
+from pavane.stores.memory import SLOTS
+from pavane.stores.port import Commit, Fence
+from pavane.testing.sim.database import Database
+from pavane.testing.sim.outside import Outside
+
+
+class Violation(Exception):
+    """Something that must never happen did."""
+
+
+class Ledger:
+    """Watches what is written, and remembers what was wrong with it."""
+
+    def __init__(self, database: Database) -> None:
+        self.wrong: list[str] = []
+        self._database = database
+        self._data: Any = database.root._data  # pyright: ignore[reportPrivateUsage]
+        self._ends: dict[str, tuple[str, bytes | None]] = {}
+        self._batons: dict[str, bytes] = {}
+        self._handlers: dict[int, str] = {}
+        database.watchers.append(self._watch)
+
+    def check(self) -> None:
+        """Raise Violation if anything was wrong, or is."""
+        self._check_journals()
+        if self.wrong:
+            raise Violation(self.wrong[0])
+
+    def _watch(
+        self, batch: Sequence[Commit], fence: Fence | None, results: Sequence[PavaneError | None]
+    ) -> None:
+        for commit, refused in zip(batch, results, strict=True):
+            if refused is None:
+                if fence is not None:
+                    self._check_owner(commit, fence)
+                self._check_ends(commit)
+                self._check_batons(commit)
+
+    def _check_owner(self, commit: Commit, fence: Fence) -> None:
+        """Nobody writes what belongs to a partition of another (invariant 2)."""
+        data = self._data
+        targets = [row.target for row in commit.runs]
+        targets += [data.runs[row.run].target for row in commit.journal if row.run in data.runs]
+        targets += [row.target for row in commit.parked]
+        targets += [target for target, _ in commit.positions]
+        if commit.reaction is not None:
+            for mark in (*commit.reaction.marks, *commit.reaction.parked):
+                handler = data.events.handlers.get(mark.handler)
+                event = next((e for e in reversed(data.events.log) if e.pos == mark.pos), None)
+                if handler is not None and event is not None:
+                    targets.append(data.services[handler.service] * SLOTS + event.slot)
+        for target in targets:
+            owner = data.partitions[target].owner
+            if owner != fence.node:
+                self.wrong.append(
+                    f"Zombie write: node {fence.node} wrote in partition {target}, which belongs "
+                    f"to {f'node {owner}' if owner else 'nobody'}."
+                )
+
+    def _check_ends(self, commit: Commit) -> None:
+        """A run ends once (invariant 3)."""
+        for row in commit.runs:
+            if row.service == row.home:
+                before = self._ends.get(row.id)
+                if before is not None and before != (row.status, row.result):
+                    self.wrong.append(
+                        f"Run {row.id} ended as {before} and then became {row.status}."
+                    )
+                elif row.status in ENDED:
+                    self._ends[row.id] = (row.status, row.result)
+
+    def _check_batons(self, commit: Commit) -> None:
+        """One hop has one successor (invariant 5)."""
+        for message in commit.messages:
+            if message.kind == "baton":
+                known = self._batons.setdefault(message.id, message.body)
+                if decode_baton(known) != decode_baton(message.body):
+                    self.wrong.append(f"Baton {message.id} was sent twice, with other content.")
+
+    def _check_journals(self) -> None:
+        """Journals have no gap (invariant 2)."""
+        data = self._data
+        for row in data.runs.values():
+            at: int | None = None
+            for seq, body in sorted(data.journals.get(row.no, {}).items()):
+                if at is not None and seq != at:
+                    self.wrong.append(f"The journal of {row.id} at {row.service} has a gap: {seq}.")
+                at = seq + len(decode_chunk(body))
+
+
+def is_settled(database: Database) -> str:
+    """Say what has not ended yet; nothing if all has."""
+    data: Any = database.root._data  # pyright: ignore[reportPrivateUsage]
+    for row in data.runs.values():
+        if row.service == row.home and row.status not in ENDED:
+            return f"Run {row.id} is {row.status} ({row.reason})."
+    for row in data.parked.values():
+        return f"Step {row.id} at {row.service} is parked."
+    for row in data.events.parked.values():
+        return f"An event at {row.pos} is parked for handler {row.handler}."
+    for handler, slots in data.events.cursors.items():
+        types = data.events.handlers[handler].types
+        for event in data.events.log:
+            is_open = event.type in types and event.pos > slots[event.slot]
+            if is_open and not data.events.has_mark(event.pos, handler):
+                return f"Event {event.id} was not handled by handler {handler}."
+    return ""
+
+
+def check_same_requests(outside: Outside) -> None:
+    """Every attempt under one idempotency key asks for the same (invariant 1)."""
+    first: dict[str, tuple[Any, ...]] = {}
+    for request in outside.requests:
+        asked = (request.what, *request.args)
+        if first.setdefault(request.key, asked) != asked:
+            raise Violation(
+                f"{request.key} asked for {first[request.key]!r} and then for {asked!r}."
+            )

@@ -1,0 +1,335 @@
+"""Virtual time, and an event loop for each simulated process.
+
+Each process has a loop of its own, as real ones have, and all loops share one clock and one order.
+Within a process callbacks run in the order in which they became ready, which asyncio promises;
+which process is next is the seed's choice. When nobody has anything to do, the clock jumps to the
+next timer. Every callback takes a microsecond, so that nothing can loop without time passing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sys
+from asyncio import events
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from heapq import heappop, heappush
+from math import ceil
+from random import Random
+from typing import Any
+
+from pavane.core.loop import WorkflowLoop
+from pavane.testing.sim.trace import Trace
+
+log = logging.getLogger("pavane.sim")
+
+EPOCH_US = 1_750_000_000_000_000
+THREAD_MAX_US = 3_000
+CLOSE_TRIES_MAX = 100
+
+
+class Stalled(Exception):
+    """What was waited for did not come within the virtual time allowed."""
+
+
+class Lost(BaseException):
+    """Thrown into what is left of a simulation that is over."""
+
+
+class SimTask(asyncio.Task[Any]):
+    """A task whose place in a set does not depend on its address."""
+
+    ordinal = 0
+
+    def __hash__(self) -> int:
+        return self.ordinal
+
+
+class SimFuture(asyncio.Future[Any]):
+    """A future whose place in a set does not depend on its address."""
+
+    ordinal = 0
+
+    def __hash__(self) -> int:
+        return self.ordinal
+
+
+class Clock:
+    """Virtual time, all timers, and whose turn it is."""
+
+    def __init__(self, seed: int, trace: Trace) -> None:
+        self.now_us = EPOCH_US
+        self.trace = trace
+        self.random = Random(seed)
+        self.loops: list[SimLoop] = []
+        self._timers: list[tuple[int, int, SimLoop | None, Any]] = []
+        self._ready: list[SimLoop] = []
+        self._serial = 0
+
+    @property
+    def at_us(self) -> int:
+        """Virtual time since the beginning."""
+        return self.now_us - EPOCH_US
+
+    def next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def note(self, text: str) -> None:
+        self.trace.note(self.at_us, text)
+
+    def between(self, low_us: int, high_us: int) -> int:
+        """Draw a number of microseconds."""
+        return low_us + int(self.random.random() * (high_us - low_us + 1))
+
+    def chance(self, probability: float) -> bool:
+        return probability > 0 and self.random.random() < probability
+
+    # -- timers --------------------------------------------------------------------------------
+
+    def at(self, when_us: int, happen: Callable[[], None]) -> None:
+        """Let something happen that is not a process's doing."""
+        heappush(self._timers, (when_us, self.next_serial(), None, happen))
+
+    def after(self, delay_us: int, happen: Callable[[], None]) -> None:
+        self.at(self.now_us + delay_us, happen)
+
+    def add_timer(self, when_us: int, loop: SimLoop, handle: asyncio.Handle) -> None:
+        heappush(self._timers, (when_us, self.next_serial(), loop, handle))
+
+    def became_ready(self, loop: SimLoop) -> None:
+        self._ready.append(loop)
+
+    # -- running -------------------------------------------------------------------------------
+
+    def run(self, is_over: Callable[[], bool], within_s: float) -> None:
+        """Let time pass until `is_over()`; raise Stalled if it is not within so much of it."""
+        ends_us = self.now_us + round(within_s * 1e6)
+        timers, ready, random = self._timers, self._ready, self.random.random
+        trace = self.trace
+        outer = events._get_running_loop()
+        events._set_running_loop(None)
+        try:
+            while not is_over():
+                if not ready:
+                    if not timers:
+                        raise Stalled("Nothing is left to happen.")
+                    self.now_us = max(self.now_us, timers[0][0])
+                while timers and timers[0][0] <= self.now_us:
+                    _, _, loop, what = heappop(timers)
+                    if loop is None:
+                        events._set_running_loop(None)
+                        what()
+                    elif not what._cancelled:
+                        loop.put(what)
+                if self.now_us > ends_us:
+                    raise Stalled(f"{within_s:g} s of virtual time were not enough.")
+                if not ready:
+                    continue
+                turn = int(random() * len(ready)) if len(ready) > 1 else 0
+                loop = ready[turn]
+                waiting = loop.waiting
+                if not waiting or loop.is_frozen:
+                    loop.is_queued = False
+                    ready[turn] = ready[-1]
+                    ready.pop()
+                    continue
+                handle = waiting.popleft()
+                if handle._cancelled:  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+                    continue
+                self.now_us += 1
+                loop.serial += 1
+                trace.callback(self.at_us, loop.number, loop.serial, handle._callback)  # pyright: ignore
+                events._set_running_loop(loop)
+                handle._run()
+        finally:
+            events._set_running_loop(outer)
+
+    def close(self) -> None:
+        """End what still waits in any process, quietly; the simulation is over."""
+        for execution in _executions():
+            execution.discard()
+        for loop in self.loops:
+            loop.kill()
+        for loop in self.loops:
+            loop.bury()
+        self._timers.clear()
+        self._ready.clear()
+
+
+class SimLoop(asyncio.AbstractEventLoop):
+    """The event loop of one simulated process."""
+
+    def __init__(self, clock: Clock, number: int) -> None:
+        self.clock = clock
+        self.number = number
+        self.serial = 0
+        self.waiting: deque[asyncio.Handle] = deque()
+        self.is_queued = False
+        self.is_frozen = False
+        self.is_alive = True
+        self._lost: list[asyncio.Task[Any]] = []
+        self._is_buried = False
+        self._since_us = clock.now_us - clock.between(0, 10**9)
+        """When the machine was booted: monotonic clocks of processes have nothing in common."""
+        clock.loops.append(self)
+
+    # -- life and death ------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """Stop for ever, here: no callback runs any more, no `finally` and no clean-up."""
+        if self.is_alive:
+            self.is_alive = False
+            # As long as somebody has them, Python does not close their coroutines.
+            self._lost = list(asyncio.all_tasks(self))
+            self.waiting.clear()
+
+    def freeze(self) -> None:
+        self.is_frozen = True
+
+    def thaw(self) -> None:
+        self.is_frozen = False
+        if self.waiting and not self.is_queued:
+            self.is_queued = True
+            self.clock.became_ready(self)
+
+    def bury(self) -> None:
+        """Close what a killed process left, so that Python does not do so at some other time."""
+        self._is_buried = True
+        outer = events._get_running_loop()
+        events._set_running_loop(self)
+        try:
+            lost, self._lost = self._lost, []
+            for task in lost:
+                task._log_destroy_pending = False  # pyright: ignore
+                _end(task.get_coro())
+        finally:
+            events._set_running_loop(outer)
+
+    def put(self, handle: asyncio.Handle) -> None:
+        """Let a callback run soon."""
+        if not self.is_alive:
+            return
+        self.waiting.append(handle)
+        if not self.is_queued and not self.is_frozen:
+            self.is_queued = True
+            self.clock.became_ready(self)
+
+    # -- what asyncio asks ---------------------------------------------------------------------
+
+    def time(self) -> float:
+        return (self.clock.now_us - self._since_us) / 1e6
+
+    def call_soon(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        self._refuse_if_buried()
+        handle = asyncio.Handle(callback, args, self, context)
+        self.put(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon  # pyright: ignore[reportAssignmentType]
+
+    def call_later(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, delay: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self.time() + delay, callback, *args, context=context)
+
+    def call_at(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, when: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        self._refuse_if_buried()
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        self.clock.add_timer(ceil(when * 1e6) + self._since_us, self, handle)
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Nothing to do: it is skipped when its time comes."""
+
+    def create_future(self) -> asyncio.Future[Any]:
+        self._refuse_if_buried()
+        future = SimFuture(loop=self)
+        future.ordinal = self.clock.next_serial()
+        return future
+
+    def create_task(  # pyright: ignore
+        self, coro: Coroutine[Any, Any, Any], *, name: str | None = None,
+        context: Context | None = None, **options: Any,
+    ) -> SimTask:  # fmt: skip
+        if self._is_buried:
+            coro.close()
+        self._refuse_if_buried()
+        SimTask.ordinal = self.clock.next_serial()  # asyncio puts it into a set at once
+        task = SimTask(coro, loop=self, name=name or "", context=context, **options)
+        task.ordinal = SimTask.ordinal
+        return task
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:  # pyright: ignore
+        """Call `func` at one instant, as if a thread did, some time after now."""
+        future = self.create_future()
+
+        def work() -> None:
+            events._set_running_loop(None)
+            try:
+                result, error = func(*args), None
+            except Exception as raised:
+                result, error = None, raised
+            events._set_running_loop(self)
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        handle = asyncio.Handle(work, (), self, Context())
+        self.clock.add_timer(
+            self.clock.now_us + self.clock.between(10, THREAD_MAX_US), self, handle
+        )
+        return future
+
+    def is_running(self) -> bool:
+        return events._get_running_loop() is self
+
+    def is_closed(self) -> bool:
+        return self._is_buried
+
+    def get_debug(self) -> bool:
+        return False
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        # What is said of a task or a future comes from garbage collection, at any time.
+        level = logging.DEBUG if "task" in context or "future" in context else logging.ERROR
+        log.log(level, "%s", context.get("message"), exc_info=context.get("exception"))
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        self.call_exception_handler(context)
+
+    def _refuse_if_buried(self) -> None:
+        if self._is_buried:
+            raise Lost
+
+
+SimLoop.__abstractmethods__ = frozenset()  # pyright: ignore
+
+
+def _executions() -> list[WorkflowLoop]:
+    """Find the loops of all runs whose workflow code waits for something."""
+    if sys.version_info >= (3, 14):
+        return [it for it in gc.get_objects() if isinstance(it, WorkflowLoop)]
+    name = "_all_tasks" if sys.version_info < (3, 12) else "_scheduled_tasks"
+    tasks: list[asyncio.Task[Any]] = list(getattr(asyncio.tasks, name))
+    loops = dict.fromkeys(task.get_loop() for task in tasks if not task.done())
+    return [loop for loop in loops if isinstance(loop, WorkflowLoop)]
+
+
+def _end(coro: Any) -> None:
+    """Throw into a coroutine until it has ended, also while its clean-up awaits."""
+    for _ in range(CLOSE_TRIES_MAX):
+        try:
+            coro.throw(Lost())
+        except BaseException:
+            return

@@ -1,0 +1,1 @@
+"""The engine in simulated storms, and the proof that they find mistakes."""

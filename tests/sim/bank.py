@@ -1,0 +1,255 @@
+"""A bank for simulations: five accounts at three services, and transfers between them.
+
+The accounts are in the outside world. It must have as much money in the end as in the beginning,
+each transfer moved all of its money or none, and the books, kept by a handler, must list the
+transfers of each account in the order in which they were published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from pavane import (
+    App,
+    Client,
+    EngineConfig,
+    Event,
+    Retry,
+    Run,
+    RunEnded,
+    RunFailed,
+    Service,
+    delivery,
+    saga,
+    step_info,
+)
+from pavane.core.codec import decoder
+from pavane.testing.sim.checks import Violation, check_same_requests
+from pavane.testing.sim.outside import outside
+from pavane.testing.sim.process import here
+from pavane.testing.sim.simulation import Simulation, insist
+
+north, south, west = services = [Service(name) for name in ("north", "south", "west")]
+ACCOUNTS = {"ada": north, "bob": north, "cem": south, "dot": south, "eve": west}
+CLOSED = "eve"
+"""An account that takes no money, every now and then."""
+START_CENTS = 1000
+TRANSFERS = 8
+STUBBORN = Retry(attempts=4, first="20ms", most="200ms")
+FOR_EVER = Retry(attempts=100, first="20ms", most="200ms")
+
+
+class Moved(Event, key="source"):
+    source: str
+    ticket: str
+
+
+class Booked(Event, key="source"):
+    source: str
+    ticket: str
+
+
+class Refused(Exception):
+    """The bank does not do that, now or later."""
+
+
+class Money:
+    """Balances, and what was done under each ticket."""
+
+    def __init__(self) -> None:
+        self.balance = dict.fromkeys(ACCOUNTS, START_CENTS)
+        self.legs: dict[tuple[str, str], int] = {}
+        """By ticket and "withdraw" or "deposit": what it moved; 0 once undone or forbidden."""
+
+    def move(self, leg: str, account: str, cents: int, ticket: str) -> None:
+        if self.legs.get((ticket, leg)) == 0:
+            raise Refused(f"{leg} of {ticket} was undone before it came")
+        if self.balance[account] + cents < 0:
+            raise Refused(f"{account} has only {self.balance[account]}")
+        if leg == "deposit" and account == CLOSED and cents % 3 == 0:
+            raise Refused(f"{account} takes no {cents}")
+        self.balance[account] += cents
+        self.legs[ticket, leg] = cents
+
+    def undo(self, leg: str, account: str, ticket: str) -> None:
+        self.balance[account] -= self.legs.get((ticket, leg), 0)
+        self.legs[ticket, leg] = 0
+
+
+async def moved(leg: str, account: str, cents: int, ticket: str) -> None:
+    world = outside.get()
+    money: Money = world.model
+    await world.ask(
+        leg, step_info().idempotency_key, account, cents, ticket,
+        effect=lambda: money.move(leg, account, cents, ticket),
+    )  # fmt: skip
+
+
+async def undone(leg: str, account: str, cents: int, ticket: str) -> None:
+    world = outside.get()
+    money: Money = world.model
+    await world.ask(
+        f"undo {leg}", step_info().idempotency_key, account, cents, ticket,
+        effect=lambda: money.undo(leg, account, ticket),
+    )  # fmt: skip
+
+
+def declare(service: Service) -> tuple[Any, Any]:
+    """Declare what a service does with its accounts."""
+
+    @service.step
+    async def give_back(account: str, cents: int, ticket: str) -> None:
+        await undone("withdraw", account, cents, ticket)
+
+    @service.step
+    async def take_back(account: str, cents: int, ticket: str) -> None:
+        await undone("deposit", account, cents, ticket)
+
+    @service.step(
+        undo=give_back, retry=Retry(attempts=4, first="20ms", most="200ms", give_up=(Refused,))
+    )
+    async def withdraw(account: str, cents: int, ticket: str) -> None:
+        await moved("withdraw", account, -cents, ticket)
+
+    @service.step(
+        undo=take_back, retry=Retry(attempts=4, first="20ms", most="200ms", give_up=(Refused,))
+    )
+    async def deposit(account: str, cents: int, ticket: str) -> None:
+        await moved("deposit", account, cents, ticket)
+
+    return withdraw, deposit
+
+
+STEPS = {service.name: declare(service) for service in services}
+
+
+@west.step
+def stamp() -> str:
+    """Draw a ticket, another one at every attempt: which one counts, the journal decides."""
+    process = here.get()
+    assert process is not None
+    number = process.clock.random.getrandbits(40)
+    outside.get().act("stamp", f"{step_info().idempotency_key} {number}", effect=lambda: None)
+    return f"{step_info().run}:{number:010x}"
+
+
+@west.workflow
+async def transfer(source: str, target: str, cents: int) -> str:
+    withdraw, deposit = STEPS[ACCOUNTS[source].name][0], STEPS[ACCOUNTS[target].name][1]
+    ticket = await stamp()
+    async with saga():
+        await withdraw(source, cents, ticket)
+        await asyncio.sleep(0.02)
+        await deposit(target, cents, ticket)
+    await west.publish(Moved(source=source, ticket=ticket))
+    return ticket
+
+
+@dataclass
+class Book:
+    """What happened to an account, in order."""
+
+    events: list[str] = field(default_factory=list[str])
+
+
+@south.on(Moved, state=Book, retry=FOR_EVER)
+async def book(event: Moved, state: Book) -> Booked:
+    await outside.get().ask("book", delivery().idempotency_key, event.ticket, effect=lambda: None)
+    state.events.append(delivery().id)
+    return Booked(source=event.source, ticket=event.ticket)
+
+
+@north.on(Booked, state=Book, retry=FOR_EVER)
+async def file(event: Booked, state: Book) -> None:
+    await outside.get().ask("file", delivery().idempotency_key, event.ticket, effect=lambda: None)
+    state.events.append(delivery().id)
+
+
+class Bank:
+    """The scenario: some transfers at once, some of them cancelled on their way."""
+
+    def __init__(self) -> None:
+        self.app = App("bank", services, store="memory", config=EngineConfig(lease_s=0.6))
+        self.answers: dict[str, tuple[str, str]] = {}
+        """What the customer was told: status and ticket, by run."""
+
+    async def customer(self, sim: Simulation, client: Client) -> None:
+        sim.outside.model = Money()
+        random = sim.clock.random
+        async with asyncio.TaskGroup() as group:
+            for number in range(TRANSFERS):
+                source, target = random.sample(sorted(ACCOUNTS), 2)
+                cents = random.randrange(1, START_CENTS)
+                group.create_task(
+                    self._move(sim, client, f"t{number}", source, target, cents)
+                )  # fmt: skip
+
+    async def _move(
+        self, sim: Simulation, client: Client, id: str, source: str, target: str, cents: int
+    ) -> None:
+        random = sim.clock.random
+        await asyncio.sleep(random.random() * sim.storm.ends_us / 1e6 * 0.8)
+        args = (source, target, cents)
+        run: Run[str] = await insist(lambda: client.start(transfer, args, {}, id=id, mode=sim.mode))
+        sim.clock.note(f"customer was told that {id} is accepted")
+        if random.random() < 0.2:
+            await asyncio.sleep(random.random() * 0.1)
+            try:
+                await insist(run.cancel)
+            except RunEnded:
+                pass
+        try:
+            self.answers[id] = ("completed", await insist(run.result))
+        except RunFailed as failed:
+            self.answers[id] = (failed.status, "")
+        sim.clock.note(f"customer was told that {id} {self.answers[id]}")
+
+    def check(self, sim: Simulation) -> None:
+        check_same_requests(sim.outside)
+        data: Any = sim.database.root._data
+        self._check_answers(data)
+        self._check_money(sim.outside.model)
+        for handler, type in (("south.book", "Moved"), ("north.file", "Booked")):
+            self._check_books(data, handler, type)
+
+    def _check_answers(self, data: Any) -> None:
+        """What clients were told is what is there, and nothing accepted is lost (10, 4)."""
+        for id, (status, ticket) in self.answers.items():
+            row = next((row for row in data.runs_of(id) if row.service == row.home), None)
+            if row is None or row.status != status:
+                raise Violation(f"{id} was said to be {status}, and is {row and row.status}.")
+            if status == "completed" and decoder(str)(row.result) != ticket:
+                raise Violation(f"{id} gave {row.result!r} and its customer was told {ticket}.")
+
+    def _check_money(self, money: Money) -> None:
+        if sum(money.balance.values()) != START_CENTS * len(ACCOUNTS):
+            raise Violation(f"Money was made or lost: {money.balance}.")
+        tickets: dict[str, set[str]] = {}
+        for ticket, _ in money.legs:
+            tickets.setdefault(ticket.partition(":")[0], set()).add(ticket)
+        for id, (status, answer) in self.answers.items():
+            used = tickets.get(id, set())
+            if len(used) > 1:
+                raise Violation(f"{id} used two results of one step: {sorted(used)}.")
+            ticket = next(iter(used), "")
+            legs = [money.legs.get((ticket, leg), 0) for leg in ("withdraw", "deposit")]
+            if sum(legs):
+                raise Violation(f"{id} is half done: {legs}, and {status}.")
+            if status == "completed" and (not legs[1] or ticket != answer):
+                raise Violation(f"{id} completed with {answer}, and moved nothing: {ticket}.")
+            if status == "failed" and legs[1]:
+                raise Violation(f"{id} failed, and was not undone.")
+
+    def _check_books(self, data: Any, handler: str, type: str) -> None:
+        """Each event once, and those of a key in order (4, 6)."""
+        service = handler.partition(".")[0]
+        if data.events.dead:
+            raise Violation(f"Dead letters: {list(data.events.dead.values())}.")
+        for account in ACCOUNTS:
+            events = [e.id for e in data.events.log if e.type == type and e.key == account]
+            raw = data.events.states.get((service, Book.__name__, account))
+            booked = decoder(Book)(raw).events if raw else []
+            if booked != events:
+                raise Violation(f"{handler} of {account} saw {booked} of {events}.")
