@@ -69,7 +69,7 @@ async def test_two_nodes_share_evenly_and_one_takes_over_when_the_other_is_kille
     fleet: Fleet, mode: Mode
 ) -> None:
     """Invariants 1, 4, 9: what is journalled is not done again, and nothing is lost."""
-    first, _ = fleet.launch(), fleet.launch()
+    first, _ = fleet.launch(lease_s=PATIENT_S), fleet.launch(lease_s=PATIENT_S)
     async with AsyncExitStack() as stack:
         client = await connected(stack, fleet)
         await until_owned_by(client, 2)
