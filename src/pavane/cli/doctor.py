@@ -25,7 +25,7 @@ from pavane.cli.runs.record import read_list
 from pavane.cli.text import counted, duration, printable, size, wrapped
 from pavane.core.codec import error_summary
 from pavane.engine.duties import without_duties
-from pavane.engine.lease import is_gone, this_host
+from pavane.engine.process import is_gone, this_host
 from pavane.errors import PavaneError
 from pavane.stores.port import LAST_US, NodeRow, ParkedRow, RunFilter
 

@@ -11,7 +11,7 @@ from pavane.app import App, Client
 from pavane.cli.connection import Where, check_store, connected, own_address, where_options
 from pavane.cli.output import Format, is_unicode, output_option, print_json, say
 from pavane.cli.text import counted, printable
-from pavane.engine.lease import is_gone, this_host
+from pavane.engine.process import is_gone, this_host
 from pavane.errors import StoreError
 from pavane.handler import Handler
 from pavane.policy import ONCE

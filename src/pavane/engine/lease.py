@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pavane.engine.process import Process, Rounds
 from pavane.errors import StoreError
-from pavane.stores.port import Fence, NodeRow, Store
-
-if TYPE_CHECKING:
-    from pavane.engine.process import Process, Rounds
+from pavane.stores.port import Fence, Store
 
 log = logging.getLogger("pavane.lease")
 
@@ -61,32 +56,3 @@ class LeaseKeeper:
 
     def _beat(self) -> None:
         self._alive = True
-
-
-def this_host() -> str:
-    """Return what tells processes of this machine, boot and process namespace from others."""
-    parts: list[str] = []
-    for read in (
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        lambda: os.readlink("/proc/self/ns/pid"),
-    ):
-        try:
-            parts.append(read())
-        except OSError:
-            parts.append(os.uname().nodename)
-    return "/".join(parts)
-
-
-def is_gone(node: NodeRow, now_us: int, host: str) -> bool:
-    """Tell whether a node's lease is over, or its process is known to have ended."""
-    if node.expires_us < now_us:
-        return True
-    if node.host != host:
-        return False
-    try:
-        os.kill(node.pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -12,9 +12,9 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
-from pavane.engine.lease import is_gone, this_host
 from pavane.stores.port import NodeRow
 
 
@@ -65,3 +65,32 @@ class _ThreadedRounds:
 def new_id() -> str:
     """Return a random id that sorts by time."""
     return f"{time.time_ns() // 1000:014x}{os.urandom(5).hex()}"
+
+
+def this_host() -> str:
+    """Return what tells processes of this machine, boot and process namespace from others."""
+    parts: list[str] = []
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
+        try:
+            parts.append(read())
+        except OSError:
+            parts.append(os.uname().nodename)
+    return "/".join(parts)
+
+
+def is_gone(node: NodeRow, now_us: int, host: str) -> bool:
+    """Tell whether a node's lease is over, or its process is known to have ended."""
+    if node.expires_us < now_us:
+        return True
+    if node.host != host:
+        return False
+    try:
+        os.kill(node.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from pavane.core.envelope import Redo, pack
-from pavane.engine.lease import is_gone, this_host
+from pavane.engine.process import is_gone, this_host
 from pavane.engine.registry import Registry
 from pavane.errors import BadArguments, UnknownName
 from pavane.handler import Handler

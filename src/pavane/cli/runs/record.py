@@ -10,7 +10,6 @@ import msgspec
 
 from pavane.app import Client, RunStatus, status_of
 from pavane.core.baton import ENDED
-from pavane.engine.lease import is_gone, this_host
 from pavane.insight.timeline import Timeline, timeline
 from pavane.stores.port import ParkedRow, RunFilter, RunRow
 
@@ -68,10 +67,7 @@ async def read_list(client: Client, which: RunFilter) -> list[RunStatus]:
 
 async def idle_services(client: Client, services: Iterable[str]) -> list[str]:
     """Return those of `services` that no live node hosts."""
-    now_us, host = client.store.now_us(), this_host()
-    nodes = await client.store.nodes()
-    hosted = {name for n in nodes if not is_gone(n, now_us, host) for name in n.services}
-    return sorted(set(services) - hosted)
+    return sorted(set(services) - await client.handlers.hosted())
 
 
 def needed_services(line: Timeline) -> set[str]:
