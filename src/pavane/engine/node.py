@@ -244,12 +244,11 @@ class Session:
         """Read what other processes wrote, soon after they did."""
         pause_s = POLL_MIN_S
         while True:
-            if self.store.changed() and (await self._read_tail()) | (
-                await self.handlers.consumer.read_tail()
-            ):
-                pause_s = POLL_MIN_S
-            else:
-                pause_s = min(POLL_MAX_S, pause_s * 1.2)
+            found = False
+            if self.store.changed():
+                found = await self._read_tail()
+                found |= await self.handlers.consumer.read_tail()
+            pause_s = POLL_MIN_S if found else min(POLL_MAX_S, pause_s * 1.2)
             await asyncio.sleep(pause_s)
 
     async def _read_tail(self) -> bool:

@@ -121,21 +121,7 @@ class HandlerDesk:
         That is one that no code has any more: not the app's, or, where the app does not have its
         service, not that of any node at work.
         """
-        row = await self._desk.row(name)
-        known = full_name(row)
-        if self._desk.declared(row) is not None:
-            raise BadArguments(
-                f"Handler {known} is declared in the app's code; delete it there first."
-            )
-        hosted = await self._desk.hosted()
-        if row.service in hosted and not self._desk.is_abandoned(row):
-            raise BadArguments(
-                f"A node works for {row.service} now, perhaps with {known}. Stop it, or name the "
-                f"app that it runs, whose code tells."
-            )
-        if await self._store.dead_letters(DeadFilter(handlers=(row.no,), limit=1)):
-            raise _has_dead_letters(known)
-        return await self._status(row, None, hosted, 0)
+        return await self._unused_status(await self._unused(name))
 
     async def forget(self, name: str) -> HandlerStatus:
         """Delete what the store knows of a handler that is not in the code any more.
@@ -144,11 +130,30 @@ class HandlerDesk:
         holds up no longer. Return what it was. Nodes that run older code with it must be stopped
         before: they know nothing of this. Raises UnknownName and BadArguments; see `check_unused`.
         """
-        status = await self.check_unused(name)
-        row = await self._desk.row(name)
+        row = await self._unused(name)
+        status = await self._unused_status(row)
         if not await self._store.forget_handler(row.no):
             raise _has_dead_letters(full_name(row))
         return status
+
+    async def _unused(self, name: str) -> HandlerRow:
+        row = await self._desk.row(name)
+        known = full_name(row)
+        if self._desk.declared(row) is not None:
+            raise BadArguments(
+                f"Handler {known} is declared in the app's code; delete it there first."
+            )
+        if not self._desk.is_abandoned(row) and row.service in await self._desk.hosted():
+            raise BadArguments(
+                f"A node works for {row.service} now, perhaps with {known}. Stop it, or name the "
+                f"app that it runs, whose code tells."
+            )
+        if await self._store.dead_letters(DeadFilter(handlers=(row.no,), limit=1)):
+            raise _has_dead_letters(known)
+        return row
+
+    async def _unused_status(self, row: HandlerRow) -> HandlerStatus:
+        return await self._status(row, None, await self._desk.hosted(), 0)
 
 
 def _has_dead_letters(name: str) -> BadArguments:
