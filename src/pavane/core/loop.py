@@ -224,13 +224,19 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         return False
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        # What is said of a task or a future comes from garbage collection, at any time; what
-        # matters of it was said when the run was put away.
-        level = logging.DEBUG if "task" in context or "future" in context else logging.ERROR
-        log.log(level, "%s", context.get("message"), exc_info=context.get("exception"))
+        tell(log, context)  # what matters of a task was said when its run was put away
 
     def default_exception_handler(self, context: dict[str, Any]) -> None:
         self.call_exception_handler(context)
+
+
+def tell(log: logging.Logger, context: dict[str, Any]) -> None:
+    """Log what a loop's exception handler is called with.
+
+    What it says of a task or a future comes from garbage collection, at any time.
+    """
+    level = logging.DEBUG if "task" in context or "future" in context else logging.ERROR
+    log.log(level, "%s", context.get("message"), exc_info=context.get("exception"))
 
 
 def _close(task: WorkflowTask) -> None:

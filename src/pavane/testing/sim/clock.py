@@ -21,7 +21,7 @@ from math import ceil
 from random import Random
 from typing import Any
 
-from pavane.core.loop import WorkflowLoop
+from pavane.core.loop import WorkflowLoop, tell
 from pavane.testing.sim.trace import Trace
 
 log = logging.getLogger("pavane.sim")
@@ -301,9 +301,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         return False
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        # What is said of a task or a future comes from garbage collection, at any time.
-        level = logging.DEBUG if "task" in context or "future" in context else logging.ERROR
-        log.log(level, "%s", context.get("message"), exc_info=context.get("exception"))
+        tell(log, context)
 
     def default_exception_handler(self, context: dict[str, Any]) -> None:
         self.call_exception_handler(context)

@@ -21,7 +21,7 @@ import msgspec
 
 from pavane.errors import PavaneError, StoreError
 from pavane.stores.memory import MemoryStore
-from pavane.stores.port import Commit, Fence, Message
+from pavane.stores.port import Commit, Fence
 from pavane.testing.sim.clock import Clock
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def _at_once(coro: Coroutine[Any, Any, Any]) -> Any:
 def _as_it_is_now(commit: Commit) -> Commit:
     """Copy a commit with its rows: its owner may change them while it is under way."""
     now = copy(commit)
-    now.messages = [_message(message) for message in commit.messages]
+    now.messages = [msgspec.structs.replace(m, pos=0, live=None) for m in commit.messages]
     for field in ("runs", "journal", "inbox", "mail", "parked", "events"):
         rows = getattr(commit, field)
         if rows:
@@ -288,10 +288,6 @@ def _as_it_is_now(commit: Commit) -> Commit:
                 copies = [copy(row) if isinstance(row, msgspec.Struct) else row for row in rows]
                 setattr(now.reaction, field, copies)
     return now
-
-
-def _message(m: Message) -> Message:
-    return Message(m.kind, m.id, m.to, m.run, m.body, m.at_us, m.target)
 
 
 def _summary(batch: Sequence[Commit], results: Results) -> str:

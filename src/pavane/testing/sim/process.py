@@ -42,16 +42,12 @@ class SimProcess(Process):
         self.random: Callable[[], float] = clock.random.random
         self.loop = SimLoop(clock, number)
         self.thread_is_frozen = False
-        self.views = [database.view(self)]
+        self.store = database.view(self)
         self.pids: dict[tuple[str, int], SimProcess] = {}
 
     @property
     def is_alive(self) -> bool:
         return self.loop.is_alive
-
-    @property
-    def store(self) -> Any:
-        return self.views[0]
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Begin work in this process."""
@@ -66,8 +62,7 @@ class SimProcess(Process):
         if self.is_alive:
             self.clock.note(f"fault: {self.name} is killed")
             self.loop.kill()
-            for view in self.views:
-                view.cut(told=False)
+            self.store.cut(told=False)
 
     def freeze(self, *, thread: bool) -> None:
         """Stop it as SIGSTOP does; without its thread, as code that blocks the event loop does."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,10 +20,10 @@ from pavane.core.operations import Mode
 from pavane.errors import PavaneError
 from pavane.testing.sim.checks import Ledger, Violation, is_settled
 from pavane.testing.sim.clock import Clock, SimLoop, Stalled
-from pavane.testing.sim.database import Database
+from pavane.testing.sim.database import Database, Weather
 from pavane.testing.sim.outside import Outside, outside
 from pavane.testing.sim.process import SimNode, SimProcess
-from pavane.testing.sim.storm import CUSTOMER, Fault, Storm, draw_storm
+from pavane.testing.sim.storm import CUSTOMER, Fault, Kind, Storm, draw_storm
 from pavane.testing.sim.trace import Trace
 
 WITHIN_S = 120.0
@@ -156,38 +156,34 @@ class Simulation:
             process = self.shop if fault.node == CUSTOMER else self.nodes[fault.node].process
             if process is None or not process.is_alive:
                 return
-            process.views[0].cut(told=True)
+            process.store.cut(told=True)
             if fault.kind == "cut":
                 return
             weather.unreachable.add(process.number)
             ends = partial(weather.unreachable.discard, process.number)
-        elif fault.kind == "down":
-            weather.is_down = True
-        elif fault.kind == "full":
-            weather.is_full = True
-        elif fault.kind == "slow":
-            weather.is_slow = True
-        elif fault.kind == "ambiguous":
-            weather.ambiguous = AMBIGUOUS
-        elif fault.kind == "outside":
-            self.outside.failing = FAILING
-        else:
+        elif fault.kind == "stall":
             weather.stalled_until_us = self.clock.now_us + fault.for_us
+        else:
+            self._turn(fault.kind, on=True)
         self.clock.after(fault.for_us, ends)
 
     def _end(self, fault: Fault) -> None:
         self.clock.note(f"fault over: {fault.kind}")
+        self._turn(fault.kind, on=False)
+
+    def _turn(self, kind: Kind, *, on: bool) -> None:
+        """Begin or end what is wrong for everybody; a stall knows its own end."""
         weather = self.database.weather
-        if fault.kind == "down":
-            weather.is_down = False
-        elif fault.kind == "full":
-            weather.is_full = False
-        elif fault.kind == "slow":
-            weather.is_slow = False
-        elif fault.kind == "ambiguous":
-            weather.ambiguous = 0.0
-        elif fault.kind == "outside":
-            self.outside.failing = 0.0
+        if kind == "down":
+            weather.is_down = on
+        elif kind == "full":
+            weather.is_full = on
+        elif kind == "slow":
+            weather.is_slow = on
+        elif kind == "ambiguous":
+            weather.ambiguous = AMBIGUOUS if on else 0.0
+        elif kind == "outside":
+            self.outside.failing = FAILING if on else 0.0
 
     def _strike(self, node: SimNode, fault: Fault) -> None:
         process = node.process
@@ -209,7 +205,7 @@ class Simulation:
 
     def _heal(self) -> None:
         self.clock.note("the storm is over")
-        self.database.weather.__init__()
+        self.database.weather = Weather()
         self.outside.failing = 0.0
         for process in self.processes.values():
             process.thaw()
@@ -255,10 +251,3 @@ def _calm_collector() -> Generator[None]:
         yield
     finally:
         gc.set_threshold(*before)
-
-
-def run_seeds(make: Callable[[], Scenario], seeds: Sequence[int], mode: Mode) -> Iterator[Outcome]:
-    """Run a scenario once for each seed."""
-    for seed in seeds:
-        with suppress(GeneratorExit):
-            yield Simulation(make(), seed, mode).run()
