@@ -86,6 +86,7 @@ from pavane.stores.port import (
     Message,
     ParkedRow,
     RunRow,
+    durable,
 )
 from pavane.workflow import Workflow, child_id
 
@@ -114,6 +115,7 @@ class Holder:
         self.held: OrderedDict[Key, Held] = OrderedDict()
         self._loading: dict[Key, list[Action]] = {}
         self._leaving: set[Key] = set()
+        self._notes: dict[Key, list[Message]] = {}
         self._claiming: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._again: set[Key] = set()
@@ -818,27 +820,41 @@ class Holder:
         self._session.submit(commit)
 
     def note_message(self, message: Message) -> None:
-        """Remember where a travelling run waits."""
-        self._spawn(self._note(message, unpack(Note, message.body)))
-
-    async def _note(self, message: Message, note: Note) -> None:
+        """Remember where a travelling run is; a note that comes after its baton counts no more."""
         key = (message.to, message.run)
-        row = await self._store.run_row(*key)
-        away = row is not None and row.holder != row.service and row.status not in ENDED
-        if row is None or not away or key in self.held or key in self._loading:
-            self._session.consumed(message)  # the baton is back already
-            return
-        commit = Commit(lambda error: self._session.consumed(message))
-        if row.hop <= note.hop:
-            row.hop, row.holder = note.hop, note.holder
-            row.status, row.reason = note.status, note.reason
-            commit.runs = [row]
-        self._session.submit(commit)
+        if key in self._notes:
+            self._notes[key].append(message)
+        elif key in self.held or key in self._loading:
+            self._session.consumed(message)
+        else:
+            notes = self._notes[key] = [message]
+            self._spawn(self._note(key, notes))
+
+    async def _note(self, key: Key, notes: list[Message]) -> None:
+        """Write what notes say of a run, one after the other, unless its baton comes meanwhile."""
+        while notes:
+            row = await self._store.run_row(*key)
+            read, notes[:] = list(notes), []
+            commit = Commit()
+            if row is not None and row.holder != row.service and row.status not in ENDED:
+                for note in (unpack(Note, message.body) for message in read):
+                    if row.hop <= note.hop:
+                        row.hop, row.holder = note.hop, note.holder
+                        row.status, row.reason = note.status, note.reason
+                        commit.runs = [row]
+            is_back = self._notes.get(key) is not notes or key in self.held or key in self._loading
+            if commit.runs and not is_back:
+                await durable(commit, self._session.submit)
+            for message in read:
+                self._session.consumed(message)
+        if self._notes.get(key) is notes:
+            del self._notes[key]
 
     # -- batons --------------------------------------------------------------------------------
 
     def baton_message(self, message: Message, redelivered: bool) -> None:
         """Take a passed baton: go on with the run here, or end it at home."""
+        self._notes.pop((message.to, message.run), None)
         passed = message.live
         message.live = None
         if isinstance(passed, Held) and not redelivered:

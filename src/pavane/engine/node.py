@@ -85,6 +85,8 @@ class Session:
         """What nodes share the partitions of."""
         self._floors: dict[int, int] = {}
         self._flight: dict[int, dict[int, None]] = {}
+        self._unread: dict[int, int] = {}
+        """Where partitions were left that are being taken up: what came since is yet to be read."""
         self._written_positions: dict[int, int] = {}
         self._numbers = iter(range(0))
         self._next_numbers: range | None = None
@@ -93,6 +95,7 @@ class Session:
         self._suspects: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._aside: dict[Key, RunRow | ParkedRow] = {}
         self._lane: asyncio.Task[None] | None = None
+        self._ticking: asyncio.Task[None] | None = None
         self.now_us = store.now_us
         self.committer = Committer(store, fence, self._route, self._published, self.lost)
         self.submit = self.committer.submit
@@ -237,6 +240,8 @@ class Session:
             flight.pop(message.pos, None)
 
     def _position(self, target: int) -> int:
+        if target in self._unread:
+            return self._unread[target]
         flight = self._flight[target]
         return min(flight) - 1 if flight else max(self.committer.routed_tail, self._floors[target])
 
@@ -333,10 +338,12 @@ class Session:
         position = {row.target: row.position for row in rows}
         dirty = {row.target: row.position for row in rows if not row.clean}
         suspects = await self._count_deaths(dirty) if dirty else []
-        head = await self.store.log_head()
+        # What comes later is handed over or read at the tail; what passed there is read here.
+        head = max(self.committer.routed_tail, self.store.tail)
         for row in rows:
             self._flight[row.target] = {}
             self._floors[row.target] = head
+        self._unread.update(position)
         targets = list(position)
         suspects = self._set_aside(suspects)
         await self._recover_runs(targets)
@@ -350,6 +357,8 @@ class Session:
                 break
             at = messages[-1].pos
             await asyncio.sleep(0)
+        for target in targets:
+            del self._unread[target]
         for service in dict.fromkeys(row.service for row in rows):
             own = [row for row in rows if row.service == service]
             await self.handlers.own(
@@ -505,7 +514,7 @@ class Session:
         await self.handlers.start()
         await self.balance()
         self.spawn(self._poll_log())
-        self.spawn(self._tick())
+        self._ticking = self.spawn(self._tick())
         self.spawn(self._read_timers(self.run_timers))
         self.spawn(self._read_timers(self.parked_timers))
         self.spawn(self._pruner.run())
@@ -539,13 +548,18 @@ class Session:
 
     async def drain(self) -> None:
         """Stop in order: let steps end, write everything, release the partitions."""
+        if self._ticking is not None:
+            self._ticking.cancel()  # it would take up more
+            await asyncio.wait([self._ticking])
         self.draining.update(self._floors)
         await self.steps.drain(self.config.grace_s)
         await self.handlers.drain(self.config.grace_s)
         await self._duties.close()
         await self.holder.settle()
         await self.committer.flush()
-        positions = [(target, self._position(target)) for target in self._floors]
+        # What was being taken up is left to be taken up again, with the deaths it was to count.
+        read = [target for target in self._floors if target not in self._unread]
+        positions = [(target, self._position(target)) for target in read]
         await self.close()
         if self.open:
             self.open = False

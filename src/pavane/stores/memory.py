@@ -438,7 +438,7 @@ class MemoryStore(EventViews):
         with data.lock:
             node = data.nodes.get(fence.node)
             if node is not None and node.nonce == fence.nonce:
-                self._remove(data, node, clean=True)
+                self._remove(data, node)
 
     async def nodes(self) -> list[NodeRow]:
         return [_node(node) for _, node in sorted(self._open_data().nodes.items())]
@@ -452,13 +452,13 @@ class MemoryStore(EventViews):
         with data.lock:
             for node in nodes:
                 if data.nodes.get(node.no) == node:
-                    self._remove(data, node, clean=False)
+                    self._remove(data, node)
 
-    def _remove(self, data: _Data, node: NodeRow, *, clean: bool) -> None:
+    def _remove(self, data: _Data, node: NodeRow) -> None:
         del data.nodes[node.no]
         for partition in data.partitions.values():
             if partition.owner == node.no:
-                partition.owner, partition.clean = None, clean
+                partition.owner, partition.clean = None, False
         data.version += 1
 
     async def claim(self, fence: Fence, targets: Sequence[int]) -> list[PartitionRow]:

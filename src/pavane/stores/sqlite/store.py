@@ -701,7 +701,7 @@ class SqliteStore(EventTables):
             c.execute("DELETE FROM nodes WHERE no = ? AND nonce = ?", (fence.node, fence.nonce))
             if c.changes():
                 c.execute(
-                    "UPDATE partitions SET owner = NULL, clean = 1 WHERE owner = ?", (fence.node,)
+                    "UPDATE partitions SET owner = NULL, clean = 0 WHERE owner = ?", (fence.node,)
                 )
 
         await self._execute(delete)
