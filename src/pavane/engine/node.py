@@ -87,6 +87,8 @@ class Session:
         self._flight: dict[int, dict[int, None]] = {}
         self._unread: dict[int, int] = {}
         """Where partitions were left that are being taken up: what came since is yet to be read."""
+        self._routed = 0
+        """Position of the newest message of this node's own: the log's tail leaves those out."""
         self._written_positions: dict[int, int] = {}
         self._numbers = iter(range(0))
         self._next_numbers: range | None = None
@@ -182,6 +184,7 @@ class Session:
 
     def _route(self, messages: Sequence[Message]) -> None:
         """Hand over what was just written and belongs to a partition of this node."""
+        self._routed = messages[-1].pos
         for message in messages:
             floor = self._floors.get(message.target)
             if floor is not None and message.pos > floor:
@@ -240,10 +243,12 @@ class Session:
             flight.pop(message.pos, None)
 
     def _position(self, target: int) -> int:
+        """Return the position up to which every message was read and took effect."""
         if target in self._unread:
             return self._unread[target]
+        read = max(self.committer.routed_tail, self._floors[target])
         flight = self._flight[target]
-        return min(flight) - 1 if flight else max(self.committer.routed_tail, self._floors[target])
+        return min(read, min(flight) - 1) if flight else read
 
     async def _poll_log(self) -> None:
         """Read what other processes wrote, soon after they did."""
@@ -339,7 +344,7 @@ class Session:
         dirty = {row.target: row.position for row in rows if not row.clean}
         suspects = await self._count_deaths(dirty) if dirty else []
         # What comes later is handed over or read at the tail; what passed there is read here.
-        head = max(self.committer.routed_tail, self.store.tail)
+        head = max(await self.store.log_head(), self._routed, self.store.tail)
         for row in rows:
             self._flight[row.target] = {}
             self._floors[row.target] = head
