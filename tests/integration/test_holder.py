@@ -13,7 +13,8 @@ import pytest
 from msgspec import Raw
 
 from pavane import App, BadArguments, EngineConfig, Retry, RunFilter, Service, saga, step_info
-from pavane.core.envelope import Call, pack
+from pavane.core.baton import Header
+from pavane.core.envelope import Call, Start, pack
 from pavane.stores.port import Commit, Message
 
 home, away = Service("home"), Service("away")
@@ -157,6 +158,29 @@ def test_a_cancel_right_behind_the_start_is_not_lost(tmp_path: Path) -> None:
                 assert row.status == "cancelled"
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("by_log", [False, True])
+def test_a_start_is_not_lost_while_the_run_is_looked_up(by_log: bool, store: str) -> None:
+    """Invariant 4: a handler may send to a run that has not begun, just before it does."""
+
+    async def body() -> None:
+        async with make_app(store) as app:
+            session = app.client.node.session if app.client.node else None
+            assert session is not None
+            session.holder.with_run("home", "r", lambda held: None)
+            if by_log:
+                header = Header("r", nap.name, 1, "home", "orchestration", session.now_us(), "r")
+                start = pack(Start(header, Raw(nap.params.check((0.0,), {}))))
+                target = session.store.target_of("home", "r")
+                message = Message("start", "r", "home", "r", start, header.started_us, target)
+                session.holder.start_message(message, redelivered=False)
+            else:
+                await app.start(nap, 0.0, id="r")
+            while not await app.runs(RunFilter(status=("completed",))):
+                await asyncio.sleep(0.005)
+
+    asyncio.run(asyncio.wait_for(body(), 10))
 
 
 def test_a_run_that_leaves_as_soon_as_it_is_loaded_is_not_loaded_again(tmp_path: Path) -> None:

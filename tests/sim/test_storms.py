@@ -14,6 +14,7 @@ import pytest
 from pavane.core.operations import Mode
 from pavane.testing.sim.simulation import Outcome, Simulation
 from tests.sim.bank import Bank
+from tests.sim.hasty import Hasty
 from tests.sim.planted import BUGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,12 @@ def test_no_storm_breaks_a_promise(mode: Mode) -> None:
     seeds = (*range(SEEDS), *REGRESSIONS[mode])
     broken = {seed: found for seed in seeds if (found := storm(seed, mode).violation)}
     assert not broken
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_is_killed_cancelled_and_retried_ends_once(mode: Mode) -> None:
+    outcomes = [Simulation(Hasty(), seed, mode).run() for seed in range(SEEDS)]
+    assert not [(outcome.seed, outcome.violation) for outcome in outcomes if outcome.violation]
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from copy import copy
 from functools import partial
@@ -138,7 +138,11 @@ class Holder:
         """
         service = header.home
         key = (service, header.run)
-        if self._is_known(key):
+        if key in self._loading:  # perhaps something came for it that is earlier than its start
+            again = partial(self.start, header, args, message=message, done=done, deaths=deaths)
+            self._loading[key].append(lambda held: again())
+            return
+        if key in self.held or key in self._claiming:
             self._refuse_start(message, done)
             return
         row = blank_row(
@@ -195,9 +199,6 @@ class Holder:
             return _no_execution(header), str(error)
         return Execution(header, definition, (), self._config.payload_max_bytes), ""
 
-    def _is_known(self, key: Key) -> bool:
-        return key in self.held or key in self._loading or key in self._claiming
-
     def _refuse_start(
         self, message: Message | None, done: Callable[[PavaneError | None], None] | None
     ) -> None:
@@ -212,11 +213,13 @@ class Holder:
         if key in self._claiming:  # in vain, if this start came first
             asyncio.get_running_loop().call_later(0.001, self.start_message, message, redelivered)
             return
-        if self._is_known(key):
+        if key in self._loading:
+            self._loading[key].append(lambda held: self.start_message(message, redelivered))
+        elif key in self.held:
             self._session.consumed(message)
-            return
-        self._loading[key] = []  # what comes for the run meanwhile waits for it
-        self._spawn(self._start_if_new(message, start, key, redelivered))
+        else:
+            self._loading[key] = []  # what comes for the run meanwhile waits for it
+            self._spawn(self._start_if_new(message, start, key, redelivered))
 
     async def _start_if_new(
         self, message: Message, start: Start, key: Key, redelivered: bool
@@ -297,6 +300,7 @@ class Holder:
         self, keys: Sequence[Key], rows: Sequence[RunRow], stuck_too: bool = False
     ) -> None:
         """Activate those that are held here, and do what was asked for meanwhile."""
+        left = dict.fromkeys(keys)
         try:
             here = [
                 row for row in rows
@@ -306,9 +310,10 @@ class Holder:
             journals = await self._store.journals([row.no for row in here]) if here else {}
             for row in here:
                 held = await self._activate(row, journals[row.no])
+                del left[row.service, row.id]
                 self._act((row.service, row.id), held)
         finally:
-            for key in keys:
+            for key in left:
                 self._act(key, None)
 
     def _leave_soon(self, key: Key) -> None:
@@ -317,20 +322,33 @@ class Holder:
         self._loading.setdefault(key, [])
 
     def _left(self, key: Key) -> None:
-        """A run's last commit here is settled: what came for it meanwhile goes where it is now."""
+        """A run may be touched again: what came for it meanwhile goes where it is now."""
         self._leaving.discard(key)
         for action in self._loading.pop(key, ()):
             self.with_run(*key, action)
 
     def _act(self, key: Key, held: Held | None) -> None:
-        """Do what was asked for while a run was loaded; if it leaves at once, after that."""
+        """Do what was asked for while a run was not to be touched, as far as it may be touched."""
         if key in self._leaving:
             return
         for action in self._loading.pop(key, ()):
-            if key in self._leaving:
+            if key in self._loading:
                 self._loading[key].append(action)
             else:
                 action(self.held.get(key) or held)
+
+    def _apart(self, key: Key, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do something with a run that is not live; nothing else touches it meanwhile."""
+
+        async def alone() -> None:
+            try:
+                await work()
+            finally:
+                if key not in self._leaving:
+                    self._left(key)
+
+        self._loading[key] = []
+        self._spawn(alone())
 
     async def recover(self, rows: Sequence[RunRow]) -> None:
         """Take up runs that were under way when their last holder stopped."""
@@ -706,12 +724,21 @@ class Holder:
 
     def request_message(self, message: Message) -> None:
         """Cancel, kill or retry a run, wherever it is."""
-        if message.kind == "kill":
-            self._spawn(self._kill(message))
-        elif message.kind == "retry":
-            self._spawn(self._retry(message))
-        else:
+        if message.kind == "cancel":
             self._spawn(self._cancel_once(message))
+        else:
+            self.with_run(message.to, message.run, lambda held: self._request(held, message))
+
+    def _request(self, held: Held | None, message: Message) -> None:
+        if held is None or held.dead:
+            work = self._kill if message.kind == "kill" else self._retry
+            self._apart((message.to, message.run), partial(work, message))
+        elif message.kind == "kill":
+            held.consuming.append(message)
+            held.execution.outcome = Outcome("killed")
+            self._end(held)
+        else:
+            self._session.consumed(message)  # it is running
 
     async def _cancel_once(self, message: Message) -> None:
         if message.id in await self._store.seen(message.to, [message.id]):
@@ -733,31 +760,28 @@ class Holder:
 
     async def _kill(self, message: Message) -> None:
         row = await self._store.run_row(message.to, message.run)
-        held = self.held.get((message.to, message.run))
-        if held is not None:
-            row = held.row
         if row is None or (row.holder != row.service and row.status not in ENDED):
             self._not_here(message)
             return
         if row.status in ENDED:
             self._session.consumed(message)
             return
-        if held is None:
-            held = Held(row, decode_header(row.header), _no_execution(), exists=True)
-            held.trail = decode_trail(row.trail)
-            held.attributes = decode_attributes(row.attributes)
-            held.count = row.entries
-            if row.service != row.home:
-                journal = (await self._store.journals([row.no]))[row.no]
-                with suppress(CorruptJournal):  # a kill needs no journal
-                    held.entries = _split(journal)
+        held = Held(row, decode_header(row.header), _no_execution(), exists=True)
+        held.trail = decode_trail(row.trail)
+        held.attributes = decode_attributes(row.attributes)
+        held.count = row.entries
+        if row.service != row.home:
+            journal = (await self._store.journals([row.no]))[row.no]
+            with suppress(CorruptJournal):  # a kill needs no journal
+                held.entries = _split(journal)
         held.consuming.append(message)
         held.execution.outcome = Outcome("killed")
         self._end(held)
 
     async def _retry(self, message: Message) -> None:
         """Go on with a stuck run, or take a failed one back to before its failure."""
-        row = await self._store.run_row(message.to, message.run)
+        key = (message.to, message.run)
+        row = await self._store.run_row(*key)
         if row is None or (row.holder != row.service and row.status not in ENDED):
             self._not_here(message)
             return
@@ -795,8 +819,9 @@ class Holder:
 
         def resumed(error: PavaneError | None) -> None:
             self._session.consumed(message)
+            self._left(key)
             if error is None:
-                self.with_run(row.service, row.id, _nothing)
+                self.with_run(*key, _nothing)
 
         commit = Commit(resumed)
         commit.runs = [row]
@@ -808,6 +833,7 @@ class Holder:
         ]
         parked = await self._store.parked_of(row.service, row.id)
         commit.unparked = [(p.service, p.id) for p in parked]
+        self._leave_soon(key)
         self._session.submit(commit)
 
     def _answer_again(self, message: Message, row: RunRow) -> None:
@@ -860,7 +886,7 @@ class Holder:
         if isinstance(passed, Held) and not redelivered:
             self._take_live(message, passed)
         else:
-            self._spawn(self._take_baton(message, redelivered))
+            self._take_written(message, redelivered)
 
     def _take_live(self, message: Message, passed: Held) -> None:
         """Go on with an execution that was handed over inside this process."""
@@ -876,7 +902,7 @@ class Holder:
         ):
             # There may be a row of an earlier visit, so it is taken as if it came from elsewhere.
             passed.execution.discard()
-            self._spawn(self._take_baton(message, False))
+            self._take_written(message, False)
             return
         else:
             row = blank_row(0, service, message.target, header)
@@ -891,6 +917,14 @@ class Holder:
         else:
             held.unwritten = list(passed.entries or [])
         self._arrived(held, message, held.trail[-1].hop)
+
+    def _take_written(self, message: Message, redelivered: bool) -> None:
+        """Take a baton as it was written, after whatever the run was just loaded for."""
+        key = (message.to, message.run)
+        if key in self._loading:
+            self._loading[key].append(lambda held: self._take_written(message, redelivered))
+        else:
+            self._apart(key, partial(self._take_baton, message, redelivered))
 
     async def _take_baton(self, message: Message, redelivered: bool) -> None:
         try:

@@ -71,7 +71,10 @@ class Ledger:
                 )
 
     def _check_ends(self, commit: Commit) -> None:
-        """A run ends once (invariant 3)."""
+        """A run ends once, and once more after somebody retried it (invariant 3)."""
+        if any("#retry" in mark.id for mark in commit.inbox):
+            for row in commit.runs:
+                self._ends.pop(row.id, None)
         for row in commit.runs:
             if row.service == row.home:
                 before = self._ends.get(row.id)
