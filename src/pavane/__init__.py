@@ -22,7 +22,7 @@ _HOMES = {
     "pavane.stores.port": ("RunFilter",),
     "pavane.workflow": (
         "Workflow", "choreographed", "continue_as_new", "now", "orchestrated", "patched", "random",
-        "receive", "run_id", "set_attributes", "uuid4",
+        "receive", "run_id", "scheduled_time", "set_attributes", "uuid4",
     ),
     "pavane.errors": (
         "BadArguments", "BadDeclaration", "CorruptJournal", "HeartbeatTimeout", "LeaseLost",
@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     from pavane.workflow import random as random
     from pavane.workflow import receive as receive
     from pavane.workflow import run_id as run_id
+    from pavane.workflow import scheduled_time as scheduled_time
     from pavane.workflow import set_attributes as set_attributes
     from pavane.workflow import uuid4 as uuid4
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import cached_property
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -65,6 +66,10 @@ from pavane.stores.port import (
     submit_alone,
 )
 from pavane.workflow import Workflow
+
+if TYPE_CHECKING:
+    from pavane.schedule import Missed, Schedule
+    from pavane.steering.schedules import Schedules
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -197,6 +202,7 @@ class Client:
         self.dead = DeadLetters(desk)
         self.variants = Variants(desk)
         self.conversations = Conversations(store, registry.contracts)
+        self._desk = desk
 
     async def open(self) -> None:
         await self.store.open()
@@ -209,6 +215,8 @@ class Client:
                 await duty.prepare(self.store)
             if self.node is not None:
                 await self.node.start()
+                if self.registry.schedules:
+                    await self.schedules.declare(self.node.services)
         except BaseException:
             await self.store.close()
             raise
@@ -223,6 +231,12 @@ class Client:
                 await self.node.stop()
         finally:
             await self.store.close()
+
+    @cached_property
+    def schedules(self) -> Schedules:
+        from pavane.steering.schedules import Schedules
+
+        return Schedules(self._desk, self._begin)
 
     # -- starting ------------------------------------------------------------------------------
 
@@ -637,6 +651,45 @@ class App:
         contract = make_contract(start, ends, within, milestones, name)
         self.registry.add_contract(contract)
         return contract
+
+    def schedule(
+        self,
+        cron: str,
+        workflow: Workflow[..., Any],
+        *args: Any,
+        name: str | None = None,
+        zone: str = "UTC",
+        missed: Missed = "last",
+        **kwargs: Any,
+    ) -> Schedule:
+        """Declare that a run of `workflow` starts at the times of a cron expression.
+
+        ```python
+        app.schedule("0 9 * * mon-fri", report, "sales", zone="Europe/Berlin", name="sales-report")
+        ```
+
+        Each nominal time starts one run, once, whatever dies; its id is "NAME@TIME", and
+        `scheduled_time()` gives it the time. `cron` has five fields, or six with seconds first, and
+        counts in `zone`: a time that a change of the clocks leaves out is moved behind the gap, one
+        that it repeats counts once. For times that passed while no worker was there, longer ago
+        than a minute, `missed` starts one run ("last"), one for each ("all") or none ("skip").
+
+        It begins with the first worker for the workflow's service and goes on until it is deleted:
+        `pavane schedules` shows, pauses, triggers, backfills and deletes. A changed declaration
+        takes effect when a worker starts.
+        """
+        if self._client is not None:
+            raise BadDeclaration(
+                f"App {self.name!r} is open already, so nobody would begin this schedule. Declare "
+                f"it before `async with app:`, beside the app."
+            )
+        from pavane.schedule import Schedule
+
+        chosen = checked_name(name or workflow.name, "schedule")
+        raw = workflow.params.check(args, kwargs)
+        schedule = Schedule(chosen, cron, workflow, raw, zone, missed)
+        self.registry.add_schedule(schedule)
+        return schedule
 
     @property
     def address(self) -> str:

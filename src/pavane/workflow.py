@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from contextvars import Token
-from datetime import datetime
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 from uuid import UUID
@@ -189,6 +189,12 @@ async def receive(event_type: type[E], *, key: str | int | None = None) -> E:
 def now() -> datetime:
     """Return the time of the last delivery to this run, in UTC; the same on every replay."""
     return required("now()").now()
+
+
+def scheduled_time() -> datetime | None:
+    """Return the nominal time, in UTC, for which a schedule started this run; None if none did."""
+    at_us = required("scheduled_time()").header.scheduled_us
+    return datetime.fromtimestamp(at_us / 1e6, UTC) if at_us else None
 
 
 def random() -> float:

@@ -11,7 +11,7 @@ from tests.tidy.source_tree import PACKAGE, SOURCE, Import, imports
 
 VOCABULARY = {"event", "policy", "errors"}
 CORE = VOCABULARY | {"core"}
-AUTHORING = CORE | {"service", "workflow", "handler", "contract"}
+AUTHORING = CORE | {"service", "workflow", "handler", "contract", "schedule"}
 PORTS = CORE | {"stores", "brokers"}
 CONFIG = PORTS | {"config"}
 ENGINE = CONFIG | AUTHORING | {"engine"}
@@ -26,7 +26,7 @@ MAY_IMPORT = (
     | {"app": APP, "steering": STEERING, "observe": WATCHING, "engine": ENGINE, "config": CONFIG}
     | {"outbox": OUTBOX}
     | {"stores": PORTS, "brokers": PORTS, "service": AUTHORING, "workflow": AUTHORING}
-    | {"handler": AUTHORING, "contract": AUTHORING}
+    | {"handler": AUTHORING, "contract": AUTHORING, "schedule": AUTHORING}
     | {"core": CORE}
     | dict.fromkeys(VOCABULARY, VOCABULARY)
 )

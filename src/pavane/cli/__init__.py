@@ -86,6 +86,7 @@ def _set_up_streams(ctx: click.Context) -> None:
         "events": ("pavane.cli.events:events", "Publish, list, show, follow and replay events."),
         "handlers": ("pavane.cli.handlers:handlers", "List, compare, pause and resume handlers."),
         "dead": ("pavane.cli.dead:dead", "List, retry, edit and drop dead letters."),
+        "schedules": ("pavane.cli.schedules:schedules", "List, pause and trigger schedules."),
         "conversations": (
             "pavane.cli.conversations:conversations",
             "See what an event or start led to, and whether in time.",

@@ -60,7 +60,9 @@ def _declared(
     return complete
 
 
-complete_workflow = _declared(lambda registry: (name for name, _ in registry.workflows))
+complete_workflow = _declared(
+    lambda registry: (name for name, _ in registry.workflows if not name.startswith("~"))
+)
 complete_service = _declared(lambda registry: registry.services)
 complete_event = _declared(lambda registry: registry.events)
 complete_contract = _declared(lambda registry: registry.contracts)
@@ -115,6 +117,18 @@ def complete_handler(ctx: click.Context, incomplete: str) -> list[CompletionItem
         names = [f"{row.service}.{row.name}" for row in await client.store.handler_rows()]
         names += [repr(h) for h in client.registry.handlers() if h.options.share is not None]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+    return _looked_up(ctx, look, "names")
+
+
+@_quietly
+def complete_schedule(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    async def look(client: Client) -> list[CompletionItem]:
+        return [
+            CompletionItem(one.name, help=f"{one.cron}, {one.state}")
+            for one in await client.schedules.list()
+            if one.name.startswith(incomplete)
+        ]
 
     return _looked_up(ctx, look, "names")
 

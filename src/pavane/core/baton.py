@@ -45,6 +45,8 @@ class Header(msgspec.Struct):
     """Why the run stays orchestrated whatever its mode says; empty if it does not."""
     cause: str = ""
     """What started it: an event, or the run that it is a child or the continuation of."""
+    scheduled_us: int = 0
+    """The nominal time for which a schedule started it; 0 if none did."""
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True):

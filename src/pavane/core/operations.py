@@ -50,6 +50,14 @@ class Operation(msgspec.Struct, eq=False):
         return f"<{self.ordinal}: {self.fingerprint}>"
 
 
+class Planned(msgspec.Struct, frozen=True):
+    """The detail of a "spawn" whose run has an id and a nominal time of its own."""
+
+    workflow: Any
+    run: str
+    at_us: int
+
+
 @lru_cache(maxsize=4096)
 def _fingerprint(what: str, service: str, name: str) -> str:
     where = f"{service}." if service else ""

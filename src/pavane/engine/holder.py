@@ -54,7 +54,7 @@ from pavane.core.journal import (
     eras,
     issue_eras,
 )
-from pavane.core.operations import EXPIRY, Operation
+from pavane.core.operations import EXPIRY, Operation, Planned
 from pavane.core.policy import Pass, decide
 from pavane.engine.config import SUSPECT_DEATHS
 from pavane.engine.held import (
@@ -1150,7 +1150,9 @@ class Holder:
         )  # fmt: skip
 
     def _start_child(self, held: Held, op: Operation, parent: Parent | None, now: int) -> Message:
-        workflow: Workflow[..., Any] = op.detail
+        planned = op.detail if isinstance(op.detail, Planned) else None
+        detail: Any = op.detail
+        workflow: Workflow[..., Any] = detail if planned is None else planned.workflow
         child = child_id(held.row.id, op.ordinal)
         header = Header(
             run=child, workflow=workflow.name, version=workflow.version,
@@ -1158,6 +1160,9 @@ class Holder:
             conversation=held.header.conversation, parent=parent,
             timeout_us=round((workflow.timeout_s or 0) * 1e6), cause=held.row.id,
         )  # fmt: skip
+        if planned is not None:
+            child = header.run = header.conversation = planned.run
+            header.mode, header.scheduled_us = workflow.mode, planned.at_us
         return self._message(
             "start", child, op.service, child, pack(Start(header, Raw(op.args))), now
         )
@@ -1543,6 +1548,7 @@ class Holder:
             run=successor, workflow=header.workflow, version=definition.version,
             home=header.home, mode=header.mode, started_us=now, conversation=header.conversation,
             timeout_us=header.timeout_us, parent=header.parent, cause=header.run,
+            scheduled_us=header.scheduled_us,
         )  # fmt: skip
         held.members.append((header.conversation, successor))
         held.row.result = encode_plain(successor)

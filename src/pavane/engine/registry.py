@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pavane.contract import Contract
 from pavane.engine.mailbox import mailbox_of
@@ -12,6 +12,9 @@ from pavane.errors import BadDeclaration, UnknownName
 from pavane.handler import Handler
 from pavane.service import Service, Step
 from pavane.workflow import Workflow
+
+if TYPE_CHECKING:
+    from pavane.schedule import Schedule
 
 
 class Registry:
@@ -22,6 +25,7 @@ class Registry:
         self.workflows: dict[tuple[str, int], Workflow[..., Any]] = {}
         self.events: dict[str, type[Any]] = {}
         self.contracts: dict[str, Contract] = {}
+        self.schedules: dict[str, Schedule] = {}
         self.announced: set[str] = set()
         """Workflows whose runs tell in the log of events that they began."""
         self._handlers: dict[str, list[Handler]] = {}
@@ -89,6 +93,21 @@ class Registry:
         if contract.workflow:
             self.announced.add(contract.workflow)
 
+    def add_schedule(self, schedule: Schedule) -> None:
+        if schedule.name in self.schedules:
+            raise BadDeclaration(
+                f"Two schedules are called {schedule.name!r}. Give one another name: "
+                f'app.schedule(…, name="…").'
+            )
+        workflow, keeper = schedule.workflow, schedule.keeper
+        if self.workflows.get((workflow.name, workflow.version)) is not workflow:
+            raise BadDeclaration(
+                f"Schedule {schedule.name!r} is to start {workflow!r}, which does not belong to "
+                f"this app; list its service in App(services=[…])."
+            )
+        self.schedules[schedule.name] = schedule
+        self.workflows[keeper.name, keeper.version] = keeper
+
     def contract(self, name: str) -> Contract:
         found = self.contracts.get(name)
         if found is None:
@@ -116,7 +135,14 @@ class Registry:
             return self.workflows[name, version]
         versions = sorted(v for n, v in self.workflows if n == name)
         if not versions:
-            raise UnknownName(_unknown("workflow", name, {n for n, _ in self.workflows}))
+            kind, _, schedule = name.partition(":")
+            if kind == "~schedule":
+                raise UnknownName(
+                    f"Schedule {schedule!r} is not declared any more. Declare it again, or end it: "
+                    f"`pavane schedules delete {schedule}`."
+                )
+            known = {n for n, _ in self.workflows if not n.startswith("~")}
+            raise UnknownName(_unknown("workflow", name, known))
         found = self.workflows.get((name, versions[-1] if version is None else version))
         if found is None:
             listed = ", ".join(map(str, versions))
