@@ -171,7 +171,7 @@ class Bank:
     """The scenario: some transfers at once, some of them cancelled on their way."""
 
     def __init__(self) -> None:
-        self.app = App("bank", services, store="memory", config=EngineConfig(lease_s=0.6))
+        self.app = App("bank", services, store="memory", config=EngineConfig(lease_s=0.6, poll_s=0.04))
         self.answers: dict[str, tuple[str, str]] = {}
         """What the customer was told: status and ticket, by run."""
 
@@ -200,6 +200,8 @@ class Bank:
                 await insist(run.cancel)
             except RunEnded:
                 pass
+        if random.random() < 0.9:
+            await sim.ended(id)
         try:
             self.answers[id] = ("completed", await insist(run.result))
         except RunFailed as failed:

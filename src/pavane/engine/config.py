@@ -15,6 +15,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     """How a node behaves; the defaults suit one machine and its embedded store."""
 
     lease_s: float = 3.0
+    poll_s: float = 0.01
+    """How long, at most, a node does not look for what other processes wrote; while there is
+    something, it looks ten times as often."""
     live_runs_max: int = 1000
     """Runs that merely wait are kept in memory up to this many, then replayed when woken."""
     payload_max_bytes: int = PAYLOAD_MAX_BYTES

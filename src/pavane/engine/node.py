@@ -44,8 +44,7 @@ from pavane.stores.port import (
 
 log = logging.getLogger("pavane.node")
 
-POLL_MIN_S = 0.001
-POLL_MAX_S = 0.01
+POLL_GROWTH = 1.2
 PAGE = 500
 RUN_NUMBERS = 1000
 POSITIONS_EVERY_S = 2.0
@@ -252,13 +251,14 @@ class Session:
 
     async def _poll_log(self) -> None:
         """Read what other processes wrote, soon after they did."""
-        pause_s = POLL_MIN_S
+        longest_s = self.config.poll_s
+        pause_s = shortest_s = longest_s / 10
         while True:
             found = False
             if self.store.changed():
                 found = await self._read_tail()
                 found |= await self.handlers.consumer.read_tail()
-            pause_s = POLL_MIN_S if found else min(POLL_MAX_S, pause_s * 1.2)
+            pause_s = shortest_s if found else min(longest_s, pause_s * POLL_GROWTH)
             await asyncio.sleep(pause_s)
 
     async def _read_tail(self) -> bool:

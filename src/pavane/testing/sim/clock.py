@@ -15,7 +15,7 @@ import sys
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextvars import Context
+from contextvars import Context, copy_context
 from heapq import heappop, heappush
 from math import ceil
 from random import Random
@@ -42,19 +42,63 @@ class Lost(BaseException):
 class SimTask(asyncio.Task[Any]):
     """A task whose place in a set does not depend on its address."""
 
-    ordinal = 0
+    __slots__ = ("ordinal",)
+    ordinal: int
 
     def __hash__(self) -> int:
-        return self.ordinal
+        return _ordinal(self)
 
 
 class SimFuture(asyncio.Future[Any]):
     """A future whose place in a set does not depend on its address."""
 
-    ordinal = 0
+    __slots__ = ("ordinal",)
+    ordinal: int
 
     def __hash__(self) -> int:
-        return self.ordinal
+        return _ordinal(self)
+
+
+def _ordinal(it: Any) -> int:
+    """Number a task or future when it is asked for first: most futures never are in a set."""
+    try:
+        return it.ordinal
+    except AttributeError:
+        it.ordinal = it.get_loop().clock.next_serial()
+        return it.ordinal
+
+
+class SimHandle:
+    """A callback that may be given up: what asyncio's handles are, without what they cost."""
+
+    __slots__ = ("args", "callback", "context", "is_cancelled", "when_s")
+    callback: Any
+    args: Any
+
+    def __init__(self, callback: Any, args: Any, context: Context, when_s: float = 0.0) -> None:
+        self.callback = callback
+        self.args = args
+        self.context = context
+        self.is_cancelled = False
+        self.when_s = when_s
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.callback = self.args = None  # it may be kept until its time comes
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def when(self) -> float:
+        return self.when_s
+
+    def run(self) -> None:
+        try:
+            self.context.run(self.callback, *self.args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            tell(log, {"message": f"Exception in callback {self.callback}", "exception": error})
 
 
 class Clock:
@@ -92,13 +136,15 @@ class Clock:
 
     def at(self, when_us: int, happen: Callable[[], None]) -> None:
         """Let something happen that is not a process's doing."""
-        heappush(self._timers, (when_us, self.next_serial(), None, happen))
+        self._serial += 1
+        heappush(self._timers, (when_us, self._serial, None, happen))
 
     def after(self, delay_us: int, happen: Callable[[], None]) -> None:
         self.at(self.now_us + delay_us, happen)
 
-    def add_timer(self, when_us: int, loop: SimLoop, handle: asyncio.Handle) -> None:
-        heappush(self._timers, (when_us, self.next_serial(), loop, handle))
+    def add_timer(self, when_us: int, loop: SimLoop, handle: SimHandle) -> None:
+        self._serial += 1
+        heappush(self._timers, (when_us, self._serial, loop, handle))
 
     def became_ready(self, loop: SimLoop) -> None:
         self._ready.append(loop)
@@ -109,44 +155,48 @@ class Clock:
         """Let time pass until `is_over()`; raise Stalled if it is not within so much of it."""
         ends_us = self.now_us + round(within_s * 1e6)
         timers, ready, random = self._timers, self._ready, self.random.random
-        trace = self.trace
-        outer = events._get_running_loop()
-        events._set_running_loop(None)
+        note, enter = self.trace.callback, events._set_running_loop
+        outer, running = events._get_running_loop(), None
+        enter(None)
         try:
             while not is_over():
                 if not ready:
                     if not timers:
                         raise Stalled("Nothing is left to happen.")
                     self.now_us = max(self.now_us, timers[0][0])
-                while timers and timers[0][0] <= self.now_us:
+                now_us = self.now_us
+                while timers and timers[0][0] <= now_us:
                     _, _, loop, what = heappop(timers)
                     if loop is None:
-                        events._set_running_loop(None)
+                        if running is not None:
+                            enter(running := None)
                         what()
-                    elif not what._cancelled:
+                    elif not what.is_cancelled:
                         loop.put(what)
-                if self.now_us > ends_us:
+                if now_us > ends_us:
                     raise Stalled(f"{within_s:g} s of virtual time were not enough.")
                 if not ready:
                     continue
                 turn = int(random() * len(ready)) if len(ready) > 1 else 0
                 loop = ready[turn]
                 waiting = loop.waiting
+                if waiting and not loop.is_frozen:
+                    handle = waiting.popleft()
+                    if not handle.is_cancelled:
+                        self.now_us = now_us + 1
+                        loop.serial += 1
+                        note(now_us - EPOCH_US, loop.number, handle.callback)
+                        if running is not loop:
+                            enter(running := loop)
+                        handle.run()
+                        if loop.serial == loop.watched_serial:
+                            loop.reached()
                 if not waiting or loop.is_frozen:
                     loop.is_queued = False
                     ready[turn] = ready[-1]
                     ready.pop()
-                    continue
-                handle = waiting.popleft()
-                if handle._cancelled:  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-                    continue
-                self.now_us += 1
-                loop.serial += 1
-                trace.callback(self.at_us, loop.number, loop.serial, handle._callback)  # pyright: ignore
-                events._set_running_loop(loop)
-                handle._run()
         finally:
-            events._set_running_loop(outer)
+            enter(outer)
 
     def close(self) -> None:
         """End what still waits in any process, quietly; the simulation is over."""
@@ -167,12 +217,14 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.clock = clock
         self.number = number
         self.serial = 0
-        self.waiting: deque[asyncio.Handle] = deque()
+        self.watched_serial = -1
+        self.waiting: deque[SimHandle] = deque()
         self.is_queued = False
         self.is_frozen = False
         self.is_alive = True
         self._lost: list[asyncio.Task[Any]] = []
         self._is_buried = False
+        self._then: Callable[[], None] = _nothing
         self._since_us = clock.now_us - clock.between(0, 10**9)
         """When the machine was booted: monotonic clocks of processes have nothing in common."""
         clock.loops.append(self)
@@ -209,7 +261,19 @@ class SimLoop(asyncio.AbstractEventLoop):
         finally:
             events._set_running_loop(outer)
 
-    def put(self, handle: asyncio.Handle) -> None:
+    def after_callbacks(self, count: int, happen: Callable[[], None]) -> None:
+        """Let something happen right after so many more callbacks have run here."""
+        if not count:
+            happen()
+            return
+        self.watched_serial, self._then = self.serial + count, happen
+
+    def reached(self) -> None:
+        """So many callbacks have run."""
+        self.watched_serial, then, self._then = -1, self._then, _nothing
+        then()
+
+    def put(self, handle: SimHandle) -> None:
         """Let a callback run soon."""
         if not self.is_alive:
             return
@@ -225,9 +289,10 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def call_soon(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, callback: Any, *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:
-        self._refuse_if_buried()
-        handle = asyncio.Handle(callback, args, self, context)
+    ) -> SimHandle:
+        if self._is_buried:
+            raise Lost
+        handle = SimHandle(callback, args, context or copy_context())
         self.put(handle)
         return handle
 
@@ -235,25 +300,22 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def call_later(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, delay: float, callback: Any, *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
+    ) -> SimHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
     def call_at(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, when: float, callback: Any, *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        self._refuse_if_buried()
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+    ) -> SimHandle:
+        if self._is_buried:
+            raise Lost
+        handle = SimHandle(callback, args, context or copy_context(), when)
         self.clock.add_timer(ceil(when * 1e6) + self._since_us, self, handle)
         return handle
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Nothing to do: it is skipped when its time comes."""
-
     def create_future(self) -> asyncio.Future[Any]:
-        self._refuse_if_buried()
-        future = SimFuture(loop=self)
-        future.ordinal = self.clock.next_serial()
-        return future
+        if self._is_buried:
+            raise Lost
+        return SimFuture(loop=self)
 
     def create_task(  # pyright: ignore
         self, coro: Coroutine[Any, Any, Any], *, name: str | None = None,
@@ -261,11 +323,8 @@ class SimLoop(asyncio.AbstractEventLoop):
     ) -> SimTask:  # fmt: skip
         if self._is_buried:
             coro.close()
-        self._refuse_if_buried()
-        SimTask.ordinal = self.clock.next_serial()  # asyncio puts it into a set at once
-        task = SimTask(coro, loop=self, name=name or "", context=context, **options)
-        task.ordinal = SimTask.ordinal
-        return task
+            raise Lost
+        return SimTask(coro, loop=self, name=name or "", context=context, **options)
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:  # pyright: ignore
         """Call `func` at one instant, as if a thread did, some time after now."""
@@ -285,7 +344,7 @@ class SimLoop(asyncio.AbstractEventLoop):
             else:
                 future.set_result(result)
 
-        handle = asyncio.Handle(work, (), self, Context())
+        handle = SimHandle(work, (), Context())
         self.clock.add_timer(
             self.clock.now_us + self.clock.between(10, THREAD_MAX_US), self, handle
         )
@@ -306,12 +365,12 @@ class SimLoop(asyncio.AbstractEventLoop):
     def default_exception_handler(self, context: dict[str, Any]) -> None:
         self.call_exception_handler(context)
 
-    def _refuse_if_buried(self) -> None:
-        if self._is_buried:
-            raise Lost
-
 
 SimLoop.__abstractmethods__ = frozenset()  # pyright: ignore
+
+
+def _nothing() -> None:
+    pass
 
 
 def _executions() -> list[WorkflowLoop]:

@@ -22,7 +22,7 @@ import msgspec
 from pavane.errors import PavaneError, StoreError
 from pavane.stores.memory import MemoryStore
 from pavane.stores.port import Commit, Fence
-from pavane.testing.sim.clock import Clock
+from pavane.testing.sim.clock import Clock, SimHandle
 
 if TYPE_CHECKING:
     from pavane.testing.sim.process import SimProcess
@@ -86,16 +86,18 @@ class Database:
 class _Request:
     """What was asked for: how to do it, and how to answer."""
 
-    __slots__ = ("answer", "do", "is_answered", "is_lost", "name", "write")
+    __slots__ = ("answer", "do", "is_answered", "is_call", "is_lost", "name", "write")
 
     def __init__(
         self, name: str, do: Callable[[], Any], answer: Callable[[Any, Exception | None], None],
-        write: bool,
+        write: bool, *, is_call: bool = True,
     ) -> None:  # fmt: skip
         self.name = name
         self.do = do
         self.answer = answer
         self.write = write
+        self.is_call = is_call
+        """Whether `answer` is code of the process; else it wakes somebody there, and no more."""
         self.is_lost = False
         self.is_answered = False
 
@@ -148,16 +150,8 @@ class SimStore(MemoryStore):
     async def ask(self, name: str, do: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Do something at the database and return what it answers."""
         future: asyncio.Future[Any] = self.process.loop.create_future()
-
-        def answer(result: Any, error: Exception | None) -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
-
-        self._send(_Request(name, lambda: _at_once(do()), answer, name in WRITES))
+        answer = partial(_settle, future)
+        self._send(_Request(name, partial(_at_once, do), answer, name in WRITES, is_call=False))
         return await future
 
     def renew(self, fence: Fence) -> bool:
@@ -221,9 +215,11 @@ class SimStore(MemoryStore):
         at_us = self._clock.now_us + self.database.latency_us()
         if request.write:
             at_us = self._answered_us = max(at_us, self._answered_us + 1)
-        loop = self.process.loop
-        handle = asyncio.Handle(request.answer, (result, error), loop, Context())
-        self._clock.add_timer(at_us, loop, handle)
+        if request.is_call:
+            handle = SimHandle(request.answer, (result, error), Context())
+            self._clock.add_timer(at_us, self.process.loop, handle)
+        else:
+            self._clock.at(at_us, partial(request.answer, result, error))
 
     def cut(self, *, told: bool) -> None:
         """Lose the connection. Writes under way arrive late, up to one; the later ones never.
@@ -252,7 +248,7 @@ def _remote(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
     method = getattr(MemoryStore, name)
 
     async def asked(self: SimStore, *args: Any, **options: Any) -> Any:
-        return await self.ask(name, lambda: method(self, *args, **options))
+        return await self.ask(name, partial(method, self, *args, **options))
 
     asked.__name__ = asked.__qualname__ = name
     return asked
@@ -263,8 +259,19 @@ for _name in dir(MemoryStore):
         setattr(SimStore, _name, _remote(_name))
 
 
-def _at_once(coro: Coroutine[Any, Any, Any]) -> Any:
+def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    """Tell who asked, if anybody waits still."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+def _at_once(do: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Run a coroutine that waits for nothing."""
+    coro = do()
     try:
         coro.send(None)
     except StopIteration as end:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -16,10 +16,12 @@ from typing import Any, Protocol
 import msgspec
 
 from pavane.app import App, Client
+from pavane.core.baton import ENDED
 from pavane.core.operations import Mode
 from pavane.errors import PavaneError
+from pavane.stores.port import Commit, Fence
 from pavane.testing.sim.checks import Ledger, Violation, is_settled
-from pavane.testing.sim.clock import Clock, SimLoop, Stalled
+from pavane.testing.sim.clock import Clock, Stalled
 from pavane.testing.sim.database import Database, Weather
 from pavane.testing.sim.outside import Outside, outside
 from pavane.testing.sim.process import SimNode, SimProcess
@@ -31,6 +33,7 @@ LOOK_S = 0.05
 AMBIGUOUS = 0.2
 FAILING = 0.5
 PARTITIONS = 4
+KILLED_WITHIN_US = 5_000
 
 
 class Scenario(Protocol):
@@ -78,6 +81,8 @@ class Simulation:
         self.storm = storm or draw_storm(seed, len(scenario.app.registry.services))
         self.processes: dict[tuple[str, int], SimProcess] = {}
         self.is_over = False
+        self._awaited: dict[str, list[asyncio.Future[None]]] = {}
+        self.database.watchers.append(self._tell_ends)
         self._failure: BaseException | None = None
         names = sorted(scenario.app.registry.services)
         self.nodes = [
@@ -136,6 +141,28 @@ class Simulation:
             self._failure = error
         self.is_over = True
 
+    # -- what scenarios ask --------------------------------------------------------------------
+
+    async def ended(self, run: str) -> None:
+        """Return when the end of a run is in the store.
+
+        Asking a client for it, who looks again and again, is most of what there is to simulate.
+        """
+        data: Any = self.database.root._data  # pyright: ignore[reportPrivateUsage]
+        if not data.is_over(run) or not data.runs_of(run):
+            future = asyncio.get_running_loop().create_future()
+            self._awaited.setdefault(run, []).append(future)
+            await future
+
+    def _tell_ends(
+        self, batch: Sequence[Commit], fence: Fence | None, results: Sequence[PavaneError | None]
+    ) -> None:
+        for commit, refused in zip(batch, results, strict=True):
+            for row in commit.runs if refused is None else ():
+                if row.service == row.home and row.status in ENDED:
+                    for future in self._awaited.pop(row.id, ()):
+                        future.set_result(None)
+
     # -- the storm -----------------------------------------------------------------------------
 
     def _schedule(self) -> None:
@@ -190,7 +217,9 @@ class Simulation:
         if process is None or not process.is_alive:
             return
         if fault.kind == "kill":
-            _after_callbacks(process.loop, fault.callbacks, partial(self._kill, node, process))
+            kill = partial(self._kill, node, process)
+            process.loop.after_callbacks(fault.callbacks, kill)
+            self.clock.after(KILLED_WITHIN_US, kill)  # should it have nothing to do
             self.clock.after(fault.for_us, node.start)
         elif fault.kind == "stop":
             node.stop()
@@ -227,20 +256,6 @@ async def insist(ask: Callable[[], Awaitable[Any]], pause_s: float = 0.1) -> Any
             if error.code not in ("store", "lease-lost"):
                 raise
         await asyncio.sleep(pause_s)
-
-
-def _after_callbacks(loop: SimLoop, count: int, happen: Callable[[], None]) -> None:
-    """Let something happen after so many more callbacks of a loop, or soon."""
-    clock, serial = loop.clock, loop.serial + count
-    ends_us = clock.now_us + 5_000
-
-    def look() -> None:
-        if loop.serial >= serial or clock.now_us >= ends_us:
-            happen()
-        else:
-            clock.after(1, look)
-
-    look()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 from zlib import crc32
 
 MASK = 2**64 - 1
-FACTOR = 6364136223846793005  # Knuth's, for MMIX
 
 
 class Trace:
@@ -20,22 +19,22 @@ class Trace:
         self.callbacks = 0
         self._state = 0
 
-    def callback(self, at_us: int, process: int, serial: int, what: object) -> None:
+    def callback(self, at_us: int, process: int, what: object) -> None:
         """Note that a callback is about to run in a process."""
         self.callbacks += 1
-        self._state = ((self._state ^ (at_us << 20) ^ (serial << 4) ^ process) * FACTOR) & MASK
+        self._state = hash((self._state, at_us, process))  # of numbers: the same in every process
         if self.verbose:
-            self.lines.append(f"{at_us} {process} callback {serial} {_name(what)}")
+            self.lines.append(f"{at_us} {process} callback {_name(what)}")
 
     def note(self, at_us: int, text: str) -> None:
         """Note anything else: a write, a fault, what a client was told."""
         line = f"{at_us} {text}"
         self.lines.append(line)
-        self._state = ((self._state ^ crc32(line.encode())) * FACTOR) & MASK
+        self._state = hash((self._state, crc32(line.encode())))
 
     @property
     def digest(self) -> str:
-        return f"{self._state:016x}"
+        return f"{self._state & MASK:016x}"
 
 
 def _name(callback: object) -> str:
