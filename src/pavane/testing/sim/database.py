@@ -86,7 +86,9 @@ class Database:
 class _Request:
     """What was asked for: how to do it, and how to answer."""
 
-    __slots__ = ("answer", "do", "is_answered", "is_call", "is_lost", "name", "write")
+    __slots__ = (
+        "answer", "do", "has_arrived", "is_answered", "is_call", "is_lost", "name", "write"
+    )  # fmt: skip
 
     def __init__(
         self, name: str, do: Callable[[], Any], answer: Callable[[Any, Exception | None], None],
@@ -98,6 +100,7 @@ class _Request:
         self.write = write
         self.is_call = is_call
         """Whether `answer` is code of the process; else it wakes somebody there, and no more."""
+        self.has_arrived = False
         self.is_lost = False
         self.is_answered = False
 
@@ -184,9 +187,11 @@ class SimStore(MemoryStore):
             return
         if request.write and not request.is_answered:
             if self._line[0] is not request:  # an earlier one was held up
-                self._clock.after(1, partial(self._arrive, request))
+                request.has_arrived = True
                 return
             self._line.popleft()
+            if self._line and self._line[0].has_arrived:
+                self._clock.after(1, partial(self._arrive, self._line[0]))
         self._pending.pop(request, None)
         result: Any = None
         error: Exception | None = self.database.refusal(self.process, write=request.write)
