@@ -8,7 +8,6 @@ transfers of each account in the order in which they were published.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import Any
 
 from pavane import (
@@ -16,20 +15,18 @@ from pavane import (
     Client,
     EngineConfig,
     Event,
-    Retry,
     Run,
     RunEnded,
     RunFailed,
     Service,
-    delivery,
     saga,
     step_info,
 )
-from pavane.core.codec import decoder
-from pavane.testing.sim.checks import Violation, check_same_requests
+from pavane.testing.sim.checks import Violation, check_answers, check_same_requests
 from pavane.testing.sim.outside import outside
 from pavane.testing.sim.process import here
 from pavane.testing.sim.simulation import Simulation, insist
+from tests.sim.books import FOR_EVER, STUBBORN, Book, Refused, check_books
 
 north, south, west = services = [Service(name) for name in ("north", "south", "west")]
 ACCOUNTS = {"ada": north, "bob": north, "cem": south, "dot": south, "eve": west}
@@ -37,8 +34,6 @@ CLOSED = "eve"
 """An account that takes no money, every now and then."""
 START_CENTS = 1000
 TRANSFERS = 8
-STUBBORN = Retry(attempts=4, first="20ms", most="200ms")
-FOR_EVER = Retry(attempts=100, first="20ms", most="200ms")
 
 
 class Moved(Event, key="source"):
@@ -49,10 +44,6 @@ class Moved(Event, key="source"):
 class Booked(Event, key="source"):
     source: str
     ticket: str
-
-
-class Refused(Exception):
-    """The bank does not do that, now or later."""
 
 
 class Money:
@@ -107,15 +98,11 @@ def declare(service: Service) -> tuple[Any, Any]:
     async def take_back(account: str, cents: int, ticket: str) -> None:
         await undone("deposit", account, cents, ticket)
 
-    @service.step(
-        undo=give_back, retry=Retry(attempts=4, first="20ms", most="200ms", give_up=(Refused,))
-    )
+    @service.step(undo=give_back, retry=STUBBORN)
     async def withdraw(account: str, cents: int, ticket: str) -> None:
         await moved("withdraw", account, -cents, ticket)
 
-    @service.step(
-        undo=take_back, retry=Retry(attempts=4, first="20ms", most="200ms", give_up=(Refused,))
-    )
+    @service.step(undo=take_back, retry=STUBBORN)
     async def deposit(account: str, cents: int, ticket: str) -> None:
         await moved("deposit", account, cents, ticket)
 
@@ -147,31 +134,22 @@ async def transfer(source: str, target: str, cents: int) -> str:
     return ticket
 
 
-@dataclass
-class Book:
-    """What happened to an account, in order."""
-
-    events: list[str] = field(default_factory=list[str])
-
-
 @south.on(Moved, state=Book, retry=FOR_EVER)
 async def book(event: Moved, state: Book) -> Booked:
-    await outside.get().ask("book", delivery().idempotency_key, event.ticket, effect=lambda: None)
-    state.events.append(delivery().id)
+    await state.enter("book")
     return Booked(source=event.source, ticket=event.ticket)
 
 
 @north.on(Booked, state=Book, retry=FOR_EVER)
 async def file(event: Booked, state: Book) -> None:
-    await outside.get().ask("file", delivery().idempotency_key, event.ticket, effect=lambda: None)
-    state.events.append(delivery().id)
+    await state.enter("file")
 
 
 class Bank:
     """The scenario: some transfers at once, some of them cancelled on their way."""
 
     def __init__(self) -> None:
-        self.app = App("bank", services, store="memory", config=EngineConfig(lease_s=0.6, poll_s=0.04))
+        self.app = app
         self.answers: dict[str, tuple[str, str]] = {}
         """What the customer was told: status and ticket, by run."""
 
@@ -210,20 +188,12 @@ class Bank:
 
     def check(self, sim: Simulation) -> None:
         check_same_requests(sim.outside)
-        data: Any = sim.database.root._data
-        self._check_answers(data)
+        check_answers(sim.database, self.answers)
         self._check_money(sim.outside.model)
-        for handler, type in (("south.book", "Moved"), ("north.file", "Booked")):
-            self._check_books(data, handler, type)
-
-    def _check_answers(self, data: Any) -> None:
-        """What clients were told is what is there, and nothing accepted is lost (10, 4)."""
-        for id, (status, ticket) in self.answers.items():
-            row = next((row for row in data.runs_of(id) if row.service == row.home), None)
-            if row is None or row.status != status:
-                raise Violation(f"{id} was said to be {status}, and is {row and row.status}.")
-            if status == "completed" and decoder(str)(row.result) != ticket:
-                raise Violation(f"{id} gave {row.result!r} and its customer was told {ticket}.")
+        if sim.database.root._data.events.dead:
+            raise Violation("There are dead letters.")
+        check_books(sim, "south", "Moved", ACCOUNTS)
+        check_books(sim, "north", "Booked", ACCOUNTS)
 
     def _check_money(self, money: Money) -> None:
         if sum(money.balance.values()) != START_CENTS * len(ACCOUNTS):
@@ -244,14 +214,5 @@ class Bank:
             if status == "failed" and legs[1]:
                 raise Violation(f"{id} failed, and was not undone.")
 
-    def _check_books(self, data: Any, handler: str, type: str) -> None:
-        """Each event once, and those of a key in order (4, 6)."""
-        service = handler.partition(".")[0]
-        if data.events.dead:
-            raise Violation(f"Dead letters: {list(data.events.dead.values())}.")
-        for account in ACCOUNTS:
-            events = [e.id for e in data.events.log if e.type == type and e.key == account]
-            raw = data.events.states.get((service, Book.__name__, account))
-            booked = decoder(Book)(raw).events if raw else []
-            if booked != events:
-                raise Violation(f"{handler} of {account} saw {booked} of {events}.")
+
+app = App("bank", services, store="memory", config=EngineConfig(lease_s=0.6, poll_s=0.04))

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pavane.core.baton import ENDED, decode_baton
+from pavane.core.codec import decoder
 from pavane.core.journal import decode_chunk
 from pavane.errors import PavaneError
 from pavane.stores.memory import SLOTS
@@ -107,6 +108,9 @@ class Ledger:
 def is_settled(database: Database) -> str:
     """Say what has not ended yet; nothing if all has."""
     data: Any = database.root._data  # pyright: ignore[reportPrivateUsage]
+    for logged in data.log:
+        if logged.message.kind == "start" and logged.message.run not in data.numbers:
+            return f"Run {logged.message.run} was accepted and has not begun."
     for row in data.runs.values():
         if row.service == row.home and row.status not in ENDED:
             return f"Run {row.id} is {row.status} ({row.reason})."
@@ -121,6 +125,17 @@ def is_settled(database: Database) -> str:
             if is_open and not data.events.has_mark(event.pos, handler):
                 return f"Event {event.id} was not handled by handler {handler}."
     return ""
+
+
+def check_answers(database: Database, answers: Mapping[str, tuple[str, Any]]) -> None:
+    """What a client was told of runs, their status and result, is what is there (10, 4)."""
+    data: Any = database.root._data  # pyright: ignore[reportPrivateUsage]
+    for id, (status, result) in answers.items():
+        row = next((row for row in data.runs_of(id) if row.service == row.home), None)
+        if row is None or row.status != status:
+            raise Violation(f"{id} was said to be {status}, and is {row and row.status}.")
+        if status == "completed" and decoder(Any)(row.result) != result:
+            raise Violation(f"{id} gave {row.result!r}, and its customer was told {result!r}.")
 
 
 def check_same_requests(outside: Outside) -> None:
