@@ -684,21 +684,34 @@ class Holder:
         )
 
         def kept(error: PavaneError | None) -> None:
-            # If a process kept it that died since, the run reads it when it is loaded.
-            news = mail if error is None else None
-            self.with_run(*key, lambda held: self._got_mail(held, news, message))
+            if error is None:
+                self.with_run(*key, lambda held: self._got_mail(held, mail, message))
+            else:
+                self._spawn(self._got_kept_mail(message))
 
         mark = InboxRow(message.to, message.id, message.at_us)
         self._session.submit(Commit(kept, inbox=[mark], mail=[mail]))
 
-    def _got_mail(self, held: Held | None, mail: MailRow | None, message: Message) -> None:
+    def _got_mail(self, held: Held | None, mail: MailRow, message: Message) -> None:
         """Deliver an event that is in the mailbox; its message is consumed with the delivery."""
         if held is None:
             self._spawn(self._keep_or_send_on(message))
-        elif held.dead or held.outcome is not None or mail is None:
+        elif held.dead or held.outcome is not None:
             self._session.consumed(message)
         else:
             self._deliver_kept(held, mail, message)
+
+    async def _got_kept_mail(self, message: Message) -> None:
+        """Deliver an event that is in the mailbox already, kept by a process that died since.
+
+        The run may have begun only after it, so that nobody has read its mailbox.
+        """
+        key = (message.to, message.run)
+        mail = next((m for m in await self._store.mail_of(*key) if m.id == message.id), None)
+        if mail is None:  # it was delivered
+            self._session.consumed(message)
+        else:
+            self.with_run(*key, lambda held: self._got_mail(held, mail, message))
 
     async def _keep_or_send_on(self, message: Message) -> None:
         """The mailbox keeps an event for a run that is away; one that goes on anew has another."""
