@@ -278,7 +278,12 @@ class Steps:
     def resume(self, parked: ParkedRow) -> None:
         """Run the next attempt of a parked step, which is due."""
         key = (parked.service, parked.id)
-        if key in self._running or key in self._revoked or not self._session.owns(parked.target):
+        running = self._running.get(key)
+        if running is not None:
+            # The run came here itself, with a step that it had sent a command for: one end for both.
+            running.parked = running.parked or parked
+            return
+        if key in self._revoked or not self._session.owns(parked.target):
             return
         attempt = self._attempt(unpack(Call, parked.call), parked.service)
         attempt.parked = parked
@@ -292,7 +297,8 @@ class Steps:
             self._session.spawn(self._resume_from_store(key))
 
     async def _resume_from_store(self, key: tuple[str, str]) -> None:
-        if key in self._running:
+        running = self._running.get(key)
+        if running is not None and running.parked is not None:
             return
         service, id = key
         rows = await self._store.parked_of(service, id.rpartition("#")[0])
