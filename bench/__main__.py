@@ -26,6 +26,7 @@ BENCHES = {
     "fanout": "bench.events",
     "backlog": "bench.events",
     "mailbox": "bench.events",
+    "simulator": "bench.simulator",
 }
 
 

@@ -33,7 +33,7 @@ ACCOUNTS = {"ada": north, "bob": north, "cem": south, "dot": south, "eve": west}
 CLOSED = "eve"
 """An account that takes no money, every now and then."""
 START_CENTS = 1000
-TRANSFERS = 8
+TRANSFERS = 6
 
 
 class Moved(Event, key="source"):
@@ -215,4 +215,4 @@ class Bank:
                 raise Violation(f"{id} failed, and was not undone.")
 
 
-app = App("bank", services, store="memory", config=EngineConfig(lease_s=0.6, poll_s=0.04))
+app = App("bank", services, store="memory", config=EngineConfig(lease_s=0.6, poll_s=0.06))

@@ -34,7 +34,7 @@ from tests.sim.books import FOR_EVER, STUBBORN, Book, Refused, check_books
 orders, payments, stock, shipping, mail = services = [
     Service(name) for name in ("orders", "payments", "stock", "shipping", "mail")
 ]
-ORDERS = 3
+ORDERS = 2
 CUSTOMERS = ("ada", "bob")
 ITEMS = ("lute", "viol", "tabor", "orpharion")
 SOLD_OUT = "orpharion"
@@ -332,4 +332,4 @@ def _data(sim: Simulation) -> Any:
     return sim.database.root._data
 
 
-app = App("shop", services, store="memory", config=EngineConfig(lease_s=0.6, poll_s=0.04))
+app = App("shop", services, store="memory", config=EngineConfig(lease_s=0.6, poll_s=0.06))
