@@ -280,7 +280,7 @@ class Steps:
         key = (parked.service, parked.id)
         running = self._running.get(key)
         if running is not None:
-            # The run came here itself, with a step that it had sent a command for: one end for both.
+            # The run came itself, with a step that it had sent a command for: one end for both.
             running.parked = running.parked or parked
             return
         if key in self._revoked or not self._session.owns(parked.target):
