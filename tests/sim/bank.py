@@ -145,6 +145,12 @@ async def file(event: Booked, state: Book) -> None:
     await state.enter("file")
 
 
+@north.on(Moved, state=Book, retry=FOR_EVER)
+async def watch(event: Moved, state: Book) -> None:
+    """Write into the same book as `file`."""
+    await state.enter("watch")
+
+
 class Bank:
     """The scenario: some transfers at once, some of them cancelled on their way."""
 
@@ -194,6 +200,7 @@ class Bank:
             raise Violation("There are dead letters.")
         check_books(sim, "south", "Moved", ACCOUNTS)
         check_books(sim, "north", "Booked", ACCOUNTS)
+        check_books(sim, "north", "Moved", ACCOUNTS)
 
     def _check_money(self, money: Money) -> None:
         if sum(money.balance.values()) != START_CENTS * len(ACCOUNTS):

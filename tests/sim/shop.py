@@ -44,6 +44,8 @@ BEYOND = 5
 """Every so many cents the carrier does not know the way."""
 PATIENCE_S = 0.3
 DRYING_S = 0.03
+REVERSE = ("undo ship", "undo pick", "undo charge")
+TRIALS = 2
 
 
 class Approved(Event):
@@ -61,6 +63,14 @@ class Arrived(Event, key="order"):
 
 class Unapproved(Exception):
     """Nobody approved in time."""
+
+
+class Mixup(Exception):
+    """A run was given what another operation had asked for."""
+
+
+class Doubt(Exception):
+    """Perhaps it is judged otherwise later."""
 
 
 class Deeds:
@@ -124,10 +134,11 @@ async def put_back(order: str, item: str) -> None:
 
 
 @stock.step(undo=put_back, retry=STUBBORN)
-async def pick(order: str, item: str) -> None:
+async def pick(order: str, item: str) -> str:
     if item == SOLD_OUT:
         raise Refused(f"no {item} left")
     await did("pick", f"{order} {item}")
+    return item
 
 
 @stock.step(retry=FOR_EVER)
@@ -142,6 +153,11 @@ async def weigh(order: str) -> int:
     assert process is not None
     await did("weigh", order)
     return process.clock.random.getrandbits(30)
+
+
+@shipping.step(retry=FOR_EVER)
+async def seal(order: str) -> None:
+    await did("seal", order)
 
 
 @shipping.step
@@ -163,18 +179,21 @@ async def thank(order: str) -> None:
 
 @shipping.workflow
 async def pack(order: str) -> str:
-    """Pack a parcel and let the ink dry."""
+    """Pack a parcel, and let the ink dry before it is sealed."""
     grams = await weigh(order)
     await asyncio.sleep(DRYING_S)
+    await seal(order)
     return f"{order}:{grams}"
 
 
 async def fetch(order: str, item: str) -> None:
     try:
-        await pick(order, item)
+        picked = await pick(order, item)
     except asyncio.CancelledError:
         await call_off(order, item)
         raise
+    if picked != item:
+        raise Mixup(f"{picked} is no {item}")
 
 
 @orders.workflow(receives=[Approved])
@@ -214,11 +233,11 @@ async def note(event: Shipped, book: Book) -> None:
     await book.enter("note")
 
 
-@payments.on(Shipped, retry=Retry(attempts=2, first="20ms", give_up=(Refused,)), breaker=None)
+@payments.on(Shipped, retry=Retry(attempts=TRIALS, first="20ms"), breaker=None)
 async def judge(event: Shipped) -> None:
     """Refuse what was shipped to one of the customers: a person has to look at it."""
     if event.customer == CUSTOMERS[0]:
-        raise Refused("not that one again")
+        raise Doubt("that one again")
 
 
 class Shop:
@@ -241,15 +260,16 @@ class Shop:
         customer, cents = random.choice(CUSTOMERS), random.randrange(1, 1000)
         items = random.sample(ITEMS, random.choice((1, 1, 2, 3)))
         self.orders[id] = customer, cents, items
-        patient = random.random() < 0.5
+        patient, is_forgotten = random.random() < 0.5, random.random() < 0.2
         await asyncio.sleep(random.random() * sim.storm.ends_us / 1e6 * 0.8)
         args = (id, customer, cents, items, patient)
         run: Run[str] = await insist(lambda: client.start(fulfil, args, {}, id=id, mode=sim.mode))
         sim.clock.note(f"customer was told that {id} is accepted")
         await asyncio.sleep(random.random() * 0.2)
         try:
-            await insist(lambda: run.send(Approved(by=customer), id="yes"))
-            if random.random() < 0.2:
+            if not is_forgotten:
+                await insist(lambda: run.send(Approved(by=customer), id="yes"))
+            if is_forgotten or random.random() < 0.2:
                 await asyncio.sleep(random.random() * 0.2)
                 await insist(run.cancel)
         except RunEnded:
@@ -269,6 +289,8 @@ class Shop:
             raise Violation(deeds.wrong[0])
         for id in self.orders:
             self._check_whole(id, deeds)
+            self._check_undone(id, sim)
+        self._check_reasons(sim)
         self._check_parcels(sim)
         paid = sum(cents for id, (_, cents, _) in self.orders.items() if self._is_completed(id))
         if deeds.till_cents != paid:
@@ -287,9 +309,28 @@ class Shop:
             if deeds.done.get((deed, what), False) != wanted:
                 raise Violation(f"{id} {self.answers[id][0]}, and {deed} {what}: {not wanted}.")
 
+    def _check_undone(self, id: str, sim: Simulation) -> None:
+        """What was done is undone in reverse order (7)."""
+        undone = [
+            REVERSE.index(request.what)
+            for request in sim.outside.done.values()
+            if request.what in REVERSE and request.args[0].partition(" ")[0] == id
+        ]
+        if undone != sorted(undone):
+            raise Violation(f"{id} was undone in the order of {[REVERSE[at] for at in undone]}.")
+
+    def _check_reasons(self, sim: Simulation) -> None:
+        for row in _data(sim).runs.values():
+            if Mixup.__name__ in row.reason:
+                raise Violation(f"{row.id} {row.status}: {row.reason}.")
+
     def _check_parcels(self, sim: Simulation) -> None:
         """What a child run gave is what its parent got, and did not come before its time."""
-        weighed = {r.args[0]: r.at_us for r in sim.outside.done.values() if r.what == "weigh"}
+        dried_us = {
+            request.args[0]: request.at_us + DRYING_S * 1e6
+            for request in sim.outside.done.values()
+            if request.what == "weigh"
+        }
         children = {
             row.id.partition("/")[0]: row.result
             for row in _data(sim).runs.values()
@@ -300,8 +341,8 @@ class Shop:
                 order, _, parcel = request.args
                 if decoder(str)(children[order]) != parcel:
                     raise Violation(f"{order} ships {parcel}, and packed is {children[order]!r}.")
-                if request.at_us < weighed[order] + DRYING_S * 1e6:
-                    raise Violation(f"The ink of {order} had no time to dry.")
+            if request.what == "seal" and request.at_us < dried_us[request.args[0]]:
+                raise Violation(f"The ink of {request.args[0]} had no time to dry.")
 
     def _check_shipped(self, sim: Simulation, deeds: Deeds) -> None:
         """Each completed order is published once, and what follows from it happens once (4)."""
@@ -323,8 +364,8 @@ class Shop:
             if not deeds.done.get(("thank", id)):
                 raise Violation(f"Nobody thanked for {id}.")
         judged = sorted(e.id for e in events.log if e.type == "Shipped" and e.key == CUSTOMERS[0])
-        dead = sorted(letter.event for letter in events.dead.values())
-        if dead != judged:
+        dead = sorted((letter.event, letter.attempts) for letter in events.dead.values())
+        if dead != [(id, TRIALS) for id in judged]:
             raise Violation(f"Dead are {dead}, and judged were {judged}.")
 
 
