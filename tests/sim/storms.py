@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pavane.core.operations import Mode
 from pavane.testing.sim.simulation import Outcome, Scenario, Simulation
 from tests.sim.bank import Bank
+from tests.sim.poison import Poison
 from tests.sim.shop import Shop
 
 MODES: tuple[Mode, ...] = ("orchestration", "choreography")
-SCENARIOS: dict[str, type[Scenario]] = {"bank": Bank, "shop": Shop}
+SCENARIOS: dict[str, type[Scenario]] = {"bank": Bank, "shop": Shop, "poison": Poison}
 PROCESSES = 2
 AT_ONCE = 20
 """Seeds that a process is given at a time."""

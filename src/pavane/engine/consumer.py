@@ -151,10 +151,14 @@ async def taken_up(
     store: EventStore, handler: int, slots: Sequence[int], after: int, until: int
 ) -> set[int]:
     """Return the events above `after` up to `until` that were handled or taken into custody."""
-    found = {mark.pos for mark in await store.marks(handler, after, until)}
+    found: set[int] = set()
+    at = after
     while True:
-        parked = await store.parked_events(handler, slots, after, PAGE)
+        parked = await store.parked_events(handler, slots, at, PAGE)
         found.update(row.pos for row in parked)
         if len(parked) < PAGE or parked[-1].pos >= until:
-            return found
-        after = parked[-1].pos
+            break
+        at = parked[-1].pos
+    # After that, since what leaves custody meanwhile is marked by the same commit.
+    found.update(mark.pos for mark in await store.marks(handler, after, until))
+    return found

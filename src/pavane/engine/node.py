@@ -383,8 +383,12 @@ class Session:
             # A stuck run goes on if the code that fits it has been deployed again, perhaps.
             final = ("Quarantined", "The compensation")
             await self.holder.recover(
-                [row for row in rows if row.status != "stuck" or not row.reason.startswith(final)]
-            )
+                [
+                    row for row in rows
+                    if (row.service, row.id) not in self._aside
+                    and (row.status != "stuck" or not row.reason.startswith(final))
+                ]
+            )  # fmt: skip
             await asyncio.sleep(0)
 
     # -- after a process death -----------------------------------------------------------------
