@@ -1,7 +1,7 @@
 """Run storms for long: `python -m tests.sim [SCENARIO …] [--seeds N] [--first N] [--mode MODE]`.
 
-Each violation is printed with the command that repeats it; with `--trace` it comes with everything
-that happened in the storm.
+Each violation is printed with the command that repeats it; with `--trace` one storm is run, and all
+that happens in it is printed. `--bugs` looks for the planted bugs instead, and prints a table.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 import sys
 import time
 
-from tests.sim.storms import MODES, PROCESSES, SCENARIOS, be_quiet, storm, storms
+from tests.sim.planted import BUGS
+from tests.sim.storms import MODES, PROCESSES, SCENARIOS, be_quiet, find, storm, storms
 
 
 def main() -> int:
@@ -21,6 +22,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first one (%(default)s)")
     parser.add_argument("--mode", choices=MODES, help="both")
     parser.add_argument("--processes", type=int, default=PROCESSES, help="%(default)s")
+    parser.add_argument("--bugs", action="store_true", help="look for the planted bugs")
     parser.add_argument("--trace", action="store_true", help="print all that happens")
     chosen = parser.parse_args()
     scenarios = chosen.scenarios or list(SCENARIOS)
@@ -29,6 +31,8 @@ def main() -> int:
             parser.error(f"no scenario is called {name!r}; there are: {names}")
     modes = (chosen.mode,) if chosen.mode else MODES
     seeds = range(chosen.first, chosen.first + chosen.seeds)
+    if chosen.bugs:
+        return _find_all(chosen.seeds)
     if chosen.trace:
         be_quiet()
         outcome = storm(scenarios[0], chosen.first, modes[0], verbose=True)
@@ -48,6 +52,18 @@ def main() -> int:
         )  # fmt: skip
     print(file=sys.stderr)
     return 1 if found else 0
+
+
+def _find_all(seeds: int) -> int:
+    be_quiet()
+    print("| planted | storms over | seeds to find |\n|---|---|---|")
+    missed = 0
+    for bug in BUGS.values():
+        found = find(bug, seeds)
+        missed += found is None
+        cost = f"more than {seeds}" if found is None else f"{found.seed + 1}"
+        print(f"| {bug.says} | {bug.scenario} | {cost} |", flush=True)
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

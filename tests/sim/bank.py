@@ -194,13 +194,16 @@ class Bank:
 
     def check(self, sim: Simulation) -> None:
         check_same_requests(sim.outside)
-        check_answers(sim.database, self.answers)
+        self._check_answers(sim)
         self._check_money(sim.outside.model)
         if sim.database.root._data.events.dead:
             raise Violation("There are dead letters.")
         check_books(sim, "south", "Moved", ACCOUNTS)
         check_books(sim, "north", "Booked", ACCOUNTS)
         check_books(sim, "north", "Moved", ACCOUNTS)
+
+    def _check_answers(self, sim: Simulation) -> None:
+        check_answers(sim.database, self.answers)
 
     def _check_money(self, money: Money) -> None:
         if sum(money.balance.values()) != START_CENTS * len(ACCOUNTS):

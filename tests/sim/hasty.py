@@ -33,13 +33,14 @@ class Hasty(Bank):
                 await insist(random.choice((run.kill, run.cancel, run.retry)))
             except (RunEnded, BadArguments):
                 pass
+        await sim.ended(id)
         try:
             self.answers[id] = ("completed", await insist(run.result))
         except RunFailed as failed:
             self.answers[id] = (failed.status, "")
         sim.clock.note(f"customer was told that {id} {self.answers[id]}")
 
-    def _check_answers(self, data: object) -> None:
+    def _check_answers(self, sim: Simulation) -> None:
         """A retried run may end otherwise than it was said to have ended."""
 
     def _check_money(self, money: Money) -> None:

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pavane.core.operations import Mode
 from pavane.testing.sim.simulation import Outcome, Scenario, Simulation
 from tests.sim.bank import Bank
+from tests.sim.hasty import Hasty
+from tests.sim.planted import Bug
 from tests.sim.poison import Poison
+from tests.sim.post import Post
 from tests.sim.shop import Shop
 
 MODES: tuple[Mode, ...] = ("orchestration", "choreography")
-SCENARIOS: dict[str, type[Scenario]] = {"bank": Bank, "shop": Shop, "poison": Poison}
+SCENARIOS: dict[str, type[Scenario]] = {
+    "bank": Bank, "hasty": Hasty, "shop": Shop, "post": Post, "poison": Poison,
+}  # fmt: skip
 PROCESSES = 2
 AT_ONCE = 20
 """Seeds that a process is given at a time."""
@@ -40,6 +45,26 @@ class Broken:
 
 def storm(scenario: str, seed: int, mode: Mode, *, verbose: bool = False) -> Outcome:
     return Simulation(SCENARIOS[scenario](), seed, mode, verbose=verbose).run()
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a planted bug was found, and what it broke."""
+
+    seed: int
+    mode: Mode
+    violation: str
+
+
+def find(bug: Bug, seeds: int) -> Found | None:
+    """Look for a planted bug in the storms of so many seeds, in both modes."""
+    for seed in range(seeds):
+        for mode in MODES:
+            with bug.change():
+                violation = storm(bug.scenario, seed, mode).violation
+            if violation:
+                return Found(seed, mode, violation)
+    return None
 
 
 def storms(

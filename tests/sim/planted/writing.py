@@ -1,36 +1,31 @@
-"""Planted bugs: each re-creates a real class of mistake, to prove that the storms find it.
-
-A bug is a context manager that changes the engine or the database while it is open.
-"""
+"""Mistakes in how things are written: what is durable when, with what, and by whose right."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 from unittest.mock import patch
 
-import msgspec
-
-from pavane.core.saga import Saga
 from pavane.engine.committer import Committer
+from pavane.engine.lease import LeaseKeeper
 from pavane.engine.node import PAGE, Session
-from pavane.engine.steps import Attempt
-from pavane.engine.subscription import Subscription
 from pavane.errors import PavaneError, StoreError
-from pavane.service import StepInfo
-from pavane.stores.eventlog import EventRow, Reaction
+from pavane.stores.eventlog import Reaction
 from pavane.stores.memory import MemoryStore
-from pavane.stores.port import Commit, Fence
+from pavane.stores.port import Commit, Fence, NodeRow, PartitionRow
 from pavane.testing.sim.database import SimStore
+from pavane.testing.sim.process import SimProcess
+from tests.sim.planted.plant import planted
 
-Bug = Callable[[], AbstractContextManager[None]]
 Results = Sequence[PavaneError | None]
+FAST_S = 2.0
+"""How far the clock of every second process is ahead."""
 
 
-@contextmanager
+@planted("bank")
 def fence_by_plain_read() -> Iterator[None]:
     """Look at the lease before the transaction instead of in it: a zombie's write lands."""
     submit, write = SimStore.submit, MemoryStore._write
@@ -53,7 +48,7 @@ def fence_by_plain_read() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@planted("bank")
 def acknowledge_before_commit() -> Iterator[None]:
     """Go on with what was sent to the store, as if it were durable."""
     submit = SimStore.submit
@@ -69,7 +64,7 @@ def acknowledge_before_commit() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@planted("bank")
 def take_an_error_for_success() -> Iterator[None]:
     """Go on after an ambiguous commit as if it had taken effect."""
     finished = Committer._finished
@@ -81,18 +76,21 @@ def take_an_error_for_success() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def another_key_on_retry() -> Iterator[None]:
-    """Give each attempt of a step an idempotency key of its own."""
-    info = Attempt.info
+@planted("bank")
+def forget_what_came_while_writing() -> Iterator[None]:
+    """Lose a wake-up: what is submitted while a batch is written waits for the next submission."""
+    finished = Committer._finished
 
-    def told(self: Attempt) -> StepInfo:
-        given = info(self)
-        key = f"{given.idempotency_key}-{given.attempt}"
-        return msgspec.structs.replace(given, idempotency_key=key)
+    def ended(self: Committer, results: Results) -> None:
+        waiting, self._waiting = self._waiting, []
+        finished(self, results)
+        self._waiting = waiting + self._waiting
 
-    with patch.object(Attempt, "info", told):
+    with patch.object(Committer, "_finished", ended):
         yield
+
+
+# -- one commit in two -------------------------------------------------------------------------
 
 
 @contextmanager
@@ -113,21 +111,59 @@ def _in_two_commits(split: Callable[[Commit], Commit | None]) -> Iterator[None]:
         yield
 
 
-def handler_mark_in_another_commit() -> AbstractContextManager[None]:
+def _without(commit: Commit, **gone: Any) -> Reaction:
+    """Give a commit a reaction of its own without these fields; return the one it had."""
+    assert commit.reaction is not None
+    had, commit.reaction = commit.reaction, copy(commit.reaction)
+    for field, value in gone.items():
+        setattr(commit.reaction, field, value)
+    return had
+
+
+@planted("post")
+def handler_mark_in_another_commit() -> Iterator[None]:
     """Write what a handler did, and then that it did."""
 
     def split(commit: Commit) -> Commit | None:
-        reaction = commit.reaction
-        if reaction is None or not reaction.marks or not reaction.states:
+        if commit.reaction is None or not commit.reaction.marks or not commit.reaction.states:
             return None
-        commit.reaction = copy(reaction)
-        commit.reaction.marks = ()
-        return Commit(chain=commit.chain, reaction=Reaction(marks=reaction.marks))
+        marks = _without(commit, marks=()).marks
+        return Commit(chain=commit.chain, reaction=Reaction(marks=marks))
 
-    return _in_two_commits(split)
+    with _in_two_commits(split):
+        yield
 
 
-def status_in_another_commit() -> AbstractContextManager[None]:
+@planted("post")
+def state_in_another_commit() -> Iterator[None]:
+    """Write that a handler is done, and then the state that it changed."""
+
+    def split(commit: Commit) -> Commit | None:
+        if commit.reaction is None or not commit.reaction.states:
+            return None
+        states = _without(commit, states=()).states
+        return Commit(chain=commit.chain, reaction=Reaction(states=states))
+
+    with _in_two_commits(split):
+        yield
+
+
+@planted("post")
+def dead_letter_without_its_mark() -> Iterator[None]:
+    """Write a dead letter, but not that its event is handled."""
+    submit = Committer.submit
+
+    def submitted(self: Committer, commit: Commit) -> None:
+        if commit.reaction is not None and commit.reaction.dead:
+            commit.reaction.marks = ()
+        submit(self, commit)
+
+    with patch.object(Committer, "submit", submitted):
+        yield
+
+
+@planted("bank")
+def status_in_another_commit() -> Iterator[None]:
     """Write what a run became before the entry of its journal by which it became so."""
 
     def split(commit: Commit) -> Commit | None:
@@ -136,10 +172,25 @@ def status_in_another_commit() -> AbstractContextManager[None]:
         journal, commit.journal = commit.journal, ()
         return Commit(chain=commit.chain, journal=journal)
 
-    return _in_two_commits(split)
+    with _in_two_commits(split):
+        yield
 
 
-@contextmanager
+@planted("bank")
+def inbox_mark_in_another_commit() -> Iterator[None]:
+    """Write what a message led to, and then that it came."""
+
+    def split(commit: Commit) -> Commit | None:
+        if not commit.inbox or not (commit.messages or commit.journal):
+            return None
+        inbox, commit.inbox = commit.inbox, ()
+        return Commit(chain=commit.chain, inbox=inbox)
+
+    with _in_two_commits(split):
+        yield
+
+
+@planted("bank")
 def no_inbox_marks_of_batons() -> Iterator[None]:
     """Take a baton without a mark, so that one that comes again is taken again."""
     submit = Committer.submit
@@ -152,7 +203,100 @@ def no_inbox_marks_of_batons() -> Iterator[None]:
         yield
 
 
-@contextmanager
+# -- whose it is -------------------------------------------------------------------------------
+
+
+@planted("bank")
+def lease_renewed_by_a_stuck_process() -> Iterator[None]:
+    """Renew the lease whether the event loop goes on or not."""
+    renew = LeaseKeeper._renew
+
+    def renewed(self: LeaseKeeper) -> bool:
+        self._alive = True
+        return renew(self)
+
+    with patch.object(LeaseKeeper, "_renew", renewed):
+        yield
+
+
+@planted("bank")
+def loss_of_the_lease_unnoticed() -> Iterator[None]:
+    """Go on, in vain, when the store says that the lease is lost."""
+    lost = Session.lost
+
+    def ignored(self: Session, error: PavaneError) -> None:
+        if isinstance(error, StoreError):
+            lost(self, error)
+
+    with patch.object(Session, "lost", ignored):
+        yield
+
+
+@planted("bank")
+def own_clock_trusted() -> Iterator[None]:
+    """Let a node's own clock decide whether the lease of another one is over."""
+    is_gone = SimProcess.is_gone
+
+    def judged(self: SimProcess, node: NodeRow, now_us: int) -> bool:
+        return is_gone(self, node, now_us + round(self.number % 2 * FAST_S * 1e6))
+
+    with patch.object(SimProcess, "is_gone", judged):
+        yield
+
+
+@planted("bank")
+def partitions_stolen_from_their_owner() -> Iterator[None]:
+    """Take one's share at once, instead of waiting until its owner has handed it over."""
+    balance, rows_of, claim = Session.balance, SimStore.partition_rows, MemoryStore.claim
+
+    async def balanced(self: Session) -> None:
+        async def as_if_free(services: Sequence[str]) -> Sequence[PartitionRow]:
+            rows = await rows_of(self.store, services)
+            for row in rows:
+                row.owner = row.owner if row.owner == self.fence.node else None
+            return rows
+
+        with patch.object(self.store, "partition_rows", as_if_free):
+            await balance(self)
+
+    async def claimed(self: SimStore, fence: Fence, targets: Sequence[int]) -> Any:
+        async def at_the_database() -> Any:
+            for target in targets:
+                self._data.partitions[target].owner = None
+            return await claim(self, fence, targets)
+
+        return await self.ask("claim", at_the_database)
+
+    with patch.object(Session, "balance", balanced), patch.object(SimStore, "claim", claimed):
+        yield
+
+
+@planted("bank")
+def release_before_it_is_written() -> Iterator[None]:
+    """Hand a partition over while what was done in it is still on its way to the store."""
+
+    async def hurried(self: Committer) -> None:
+        return
+
+    with patch.object(Committer, "flush", hurried):
+        yield
+
+
+# -- how far it was read -----------------------------------------------------------------------
+
+
+@planted("bank")
+def position_past_what_is_under_way() -> Iterator[None]:
+    """Note messages as consumed that were only read."""
+
+    def position(self: Session, target: int) -> int:
+        return max(self.committer.routed_tail, self._floors[target])
+
+    with patch.object(Session, "_position", position):
+        yield
+
+
+@planted("bank")
 def cursor_that_skips() -> Iterator[None]:
     """Take the log's end after reading it for what was read."""
 
@@ -170,49 +314,3 @@ def cursor_that_skips() -> Iterator[None]:
 
     with patch.object(Session, "_read_tail", read_tail):
         yield
-
-
-@contextmanager
-def no_compensation_on_cancel() -> Iterator[None]:
-    """Forget the compensations of a run that is cancelled."""
-    leave = Saga.__aexit__
-
-    async def left(self: Saga, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, asyncio.CancelledError):
-            self._registered.clear()
-        await leave(self, kind, error, trace)
-
-    with patch.object(Saga, "__aexit__", left):
-        yield
-
-
-@contextmanager
-def retry_that_is_overtaken() -> Iterator[None]:
-    """Let later events of a key go on while an earlier one waits for its retry."""
-    offer = Subscription.offer
-
-    def offered(self: Subscription, row: EventRow) -> None:
-        lane = self.lanes.get(row.key or row.pos)
-        if lane is not None and lane.is_blocked:
-            del self.lanes[row.key or row.pos]
-        offer(self, row)
-
-    with patch.object(Subscription, "offer", offered):
-        yield
-
-
-BUGS: dict[str, Bug] = {
-    bug.__name__: bug
-    for bug in (
-        fence_by_plain_read,
-        acknowledge_before_commit,
-        take_an_error_for_success,
-        another_key_on_retry,
-        handler_mark_in_another_commit,
-        status_in_another_commit,
-        no_inbox_marks_of_batons,
-        cursor_that_skips,
-        no_compensation_on_cancel,
-        retry_that_is_overtaken,
-    )
-}

@@ -13,9 +13,10 @@ from pavane.core.codec import decoder
 from pavane.core.journal import decode_chunk
 from pavane.errors import PavaneError
 from pavane.stores.memory import SLOTS
-from pavane.stores.port import Commit, Fence
+from pavane.stores.port import Commit, Fence, NodeRow
 from pavane.testing.sim.database import Database
 from pavane.testing.sim.outside import Outside
+from pavane.testing.sim.process import SimProcess
 
 
 class Violation(Exception):
@@ -33,12 +34,28 @@ class Ledger:
         self._batons: dict[str, bytes] = {}
         self._handlers: dict[int, str] = {}
         database.watchers.append(self._watch)
+        database.lease_watchers.append(self)
 
     def check(self) -> None:
         """Raise Violation if anything was wrong, or is."""
         self._check_journals()
         if self.wrong:
             raise Violation(self.wrong[0])
+
+    def renewed(self, by: SimProcess, fence: Fence) -> None:
+        """A process whose event loop is stuck keeps no lease: others take over (9)."""
+        stuck_us = self._database.clock.now_us - by.stuck_since_us
+        if by.loop.is_frozen and stuck_us > fence.lease_us / 2:
+            self.wrong.append(f"{by.name} renewed its lease, stuck since {stuck_us / 1e6:.3f} s.")
+
+    def expired(self, by: SimProcess, nodes: Sequence[NodeRow]) -> None:
+        """Only the store's clock ends the lease of a process that is alive."""
+        for node in nodes:
+            held = self._data.nodes.get(node.no)
+            owner = by.pids.get((node.host, node.pid))
+            is_over = node.expires_us < self._database.clock.now_us
+            if held == node and owner is not None and owner.is_alive and not is_over:
+                self.wrong.append(f"{by.name} ended the lease of {owner.name} before it was over.")
 
     def _watch(
         self, batch: Sequence[Commit], fence: Fence | None, results: Sequence[PavaneError | None]

@@ -15,13 +15,13 @@ from contextvars import Context
 from copy import copy
 from functools import partial
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from pavane.errors import PavaneError, StoreError
 from pavane.stores.memory import MemoryStore
-from pavane.stores.port import Commit, Fence
+from pavane.stores.port import Commit, Fence, NodeRow
 from pavane.testing.sim.clock import Clock, SimHandle
 
 if TYPE_CHECKING:
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 
 Results = Sequence[PavaneError | None]
 Watcher = Callable[[Sequence[Commit], Fence | None, Results], None]
+
+
+class LeaseWatcher(Protocol):
+    """Is told of what happens to leases, before it happens."""
+
+    def renewed(self, by: SimProcess, fence: Fence) -> None: ...
+    def expired(self, by: SimProcess, nodes: Sequence[NodeRow]) -> None: ...
+
 
 LOCAL = {"open", "close", "reopen"}
 """What a view does without asking the database."""
@@ -63,6 +71,7 @@ class Database:
         self.clock = clock
         self.weather = Weather()
         self.watchers: list[Watcher] = []
+        self.lease_watchers: list[LeaseWatcher] = []
         self.root = MemoryStore(partitions, clock=lambda: clock.now_us)
 
     def view(self, process: SimProcess) -> SimStore:
@@ -164,7 +173,17 @@ class SimStore(MemoryStore):
             error = StoreError("The database does not answer (simulated).")
         if error is not None:
             raise error
+        for watcher in self.database.lease_watchers:
+            watcher.renewed(self.process, fence)
         return super().renew(fence)
+
+    async def expire(self, nodes: Sequence[NodeRow]) -> None:
+        await self.ask("expire", partial(self._expire, nodes))
+
+    async def _expire(self, nodes: Sequence[NodeRow]) -> None:
+        for watcher in self.database.lease_watchers:
+            watcher.expired(self.process, nodes)
+        await super().expire(nodes)
 
     # -- the way there and back ----------------------------------------------------------------
 
@@ -260,7 +279,8 @@ def _remote(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
 
 
 for _name in dir(MemoryStore):
-    if iscoroutinefunction(getattr(MemoryStore, _name)) and _name not in LOCAL:
+    is_asked = iscoroutinefunction(getattr(MemoryStore, _name)) and _name not in LOCAL
+    if is_asked and _name not in vars(SimStore):
         setattr(SimStore, _name, _remote(_name))
 
 

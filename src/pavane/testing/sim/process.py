@@ -42,6 +42,7 @@ class SimProcess(Process):
         self.random: Callable[[], float] = clock.random.random
         self.loop = SimLoop(clock, number)
         self.thread_is_frozen = False
+        self.stuck_since_us = 0
         self.store = database.view(self)
         self.pids: dict[tuple[str, int], SimProcess] = {}
 
@@ -68,6 +69,7 @@ class SimProcess(Process):
         """Stop it as SIGSTOP does; without its thread, as code that blocks the event loop does."""
         what = "is stopped" if thread else "has a stuck event loop"
         self.clock.note(f"fault: {self.name} {what}")
+        self.stuck_since_us = self.clock.now_us
         self.loop.freeze()
         self.thread_is_frozen = thread
 
