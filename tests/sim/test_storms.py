@@ -17,7 +17,7 @@ from tests.sim.storms import MODES, SCENARIOS, find, storm, storms
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 400
-"""Of each of the five scenarios, in each mode."""
+"""Of each of the six scenarios, in each mode."""
 REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
     ("bank", "orchestration", (3363, 3772)),
     (
