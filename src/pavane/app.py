@@ -214,9 +214,9 @@ class Client:
             for duty in self._duties:
                 await duty.prepare(self.store)
             if self.node is not None:
-                await self.node.start()
                 if self.registry.schedules:
                     await self.schedules.declare(self.node.services)
+                await self.node.start()
         except BaseException:
             await self.store.close()
             raise

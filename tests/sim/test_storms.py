@@ -24,6 +24,7 @@ REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
         "bank", "choreography",
         (1036, 1072, 1096, 1124, 1144, 1313, 2182, 2231, 2605, 3076, 3428, 3596),
     ),
+    ("shop", "choreography", (475, 621)),
 ]  # fmt: skip
 """Seeds that found bugs of the engine once."""
 BUDGET = 80

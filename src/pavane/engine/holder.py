@@ -635,14 +635,15 @@ class Holder:
                 log.warning("%s for run %s: no such run was ever here", message.kind, message.run)
                 self._session.consumed(message)
                 return
-            commit.messages = [
-                Message(
-                    message.kind, message.id, to, message.run, message.body, message.at_us,
-                    self._store.target_of(to, message.run),
-                )
-            ]  # fmt: skip
-            if message.kind == "cancel":  # should this one come again, the run may be elsewhere
+            id = message.id
+            if message.kind == "cancel":
+                # Should this one come again, the run may be elsewhere; should the run come back
+                # meanwhile, it is sent here once more.
                 commit.inbox = [self._mark(message)]
+                id += ">"
+            commit.messages = [
+                self._message(message.kind, id, to, message.run, message.body, message.at_us)
+            ]
         self._session.submit(commit)
 
     def wake(self, due: Sequence[tuple[Key, Any]]) -> None:
