@@ -115,8 +115,6 @@ class Chaos:
             orders = orders_of(self.plan.orders)
             placing = asyncio.create_task(self._place_all(client, orders))
             await self._trouble(placing)
-            for node in self.nodes:
-                node.tend()
             await placing
             healed_s = time.monotonic()
             while left := await self._insist(lambda: open_work(client)):
@@ -199,8 +197,7 @@ class Chaos:
                 next_s = time.monotonic() + self._random.uniform(*FAULT_EVERY_S)
             await asyncio.sleep(0.05)
         for node in self.nodes:
-            if node.is_frozen:
-                node.freeze(0.0)
+            node.heal()
         self._say(f"{time.monotonic() - self._began_s:6.1f} s  everything heals")
 
     async def _strike(self) -> None:
@@ -216,7 +213,7 @@ class Chaos:
             for_s = self._random.uniform(0.2, 3 * LEASE_S)
             node.freeze(for_s)
             if self._is_file and not await self._is_free():
-                node.freeze(0.0)  # it holds the file's lock, which would stop everybody
+                node.heal()  # it holds the file's lock, which would stop everybody
                 return
             self._count(kind, f"node {node.number} is frozen for {for_s:.1f} s")
 

@@ -65,6 +65,14 @@ class ChaosNode:
         self._frozen_until_s = time.monotonic() + for_s
         self._signal(signal.SIGSTOP)
 
+    def heal(self) -> None:
+        """Have it run again, at once."""
+        if self.is_frozen:
+            self._frozen_until_s = 0.0
+            self._signal(signal.SIGCONT)
+        self._down_until_s = 0.0
+        self.tend()
+
     def stop(self) -> int:
         """Let it drain; return its exit code."""
         self._signal(signal.SIGCONT)
