@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 400
 """Of each of the six scenarios, in each mode."""
 REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
-    ("bank", "orchestration", (3363, 3772)),
+    ("bank", "orchestration", (1101, 3363, 3772)),
     (
         "bank", "choreography",
         (1036, 1072, 1096, 1124, 1144, 1313, 2182, 2231, 2605, 3076, 3428, 3596),

@@ -389,6 +389,8 @@ class Custody:
         dead = letters[0] if redo.dead and letters else None
         subscription = self._session.handlers.by_no.get(redo.handler)
         row = (await self._store.events_at([redo.pos])).get(redo.pos)
+        if not self._session.owns(message.target):
+            return  # it was handed over meanwhile, or is about to be
         if row is None or (redo.dead and dead is None):
             self._answer(message, Reaction())  # it is over already
         elif subscription is not None:
@@ -434,6 +436,8 @@ class Custody:
             if not self._session.owns(message.target):
                 return
             await asyncio.sleep(REDO_PAUSE_S)
+        if not self._session.owns(message.target):
+            return
         if redo.drop:
             reaction = self._dropped(redo)
         else:

@@ -94,6 +94,9 @@ class Mailbox:
         elif known is None:
             row = AwaitRow(*place, wanted.run, wanted.id, now, message.body)
             reaction.awaited = await self._find(place, row, mine, messages, now) or [row]
+        if not self._session.owns(message.target):
+            self._release(place)  # it was handed over meanwhile, or is about to be
+            return
         mark = InboxRow(message.to, message.id, now)
         self._session.submit(Commit(written, inbox=[mark], messages=messages, reaction=reaction))
 

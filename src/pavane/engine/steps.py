@@ -227,7 +227,10 @@ class Steps:
         self._session.spawn(self._command_unless_seen(message, redelivered))
 
     async def _command_unless_seen(self, message: Message, redelivered: bool) -> None:
-        if message.id in await self._store.seen(message.to, [message.id]):
+        seen = await self._store.seen(message.to, [message.id])
+        if not self._session.owns(message.target):
+            return  # it was handed over meanwhile, or is about to be
+        if seen:
             self._consumed(message)
             return
         try:
@@ -327,7 +330,10 @@ class Steps:
 
     async def _revoke(self, message: Message) -> None:
         id = unpack(Request, message.body).by
-        if (message.to, id) in self._running or await self._store.seen(message.to, [id]):
+        seen = await self._store.seen(message.to, [id])
+        if not self._session.owns(message.target):
+            return
+        if seen or (message.to, id) in self._running:
             self.revoke(message.to, id)
             self._session.consumed(message)
             return
