@@ -16,7 +16,10 @@ from pavane.testing.sim.simulation import Simulation, insist
 
 kitchen, table = services = [Service(name) for name in ("kitchen", "table")]
 GUESTS = 4
-DEATHS_MAX = 5
+DEATHS_MAX = 7
+"""The fifth death that is counted is the last. A command is counted where it is sent from and where
+it is done, and what is handed over in order before its trial is begun once without being counted.
+"""
 RESTART_US = 150_000
 LOOK_S = 0.2
 
@@ -38,6 +41,8 @@ class Plates:
         process = here.get()
         node = next(node for node in self._sim.nodes if node.process is process)
         self.deaths += 1
+        if self.deaths > DEATHS_MAX:
+            self._sim.break_off(f"{self.deaths} processes were ended.")
         node.kill()
         self._sim.clock.after(RESTART_US, node.start)
 
@@ -112,8 +117,6 @@ class Poison:
         dead = [letter.event for letter in sim.database.root._data.events.dead.values()]
         if (killed, dead) != (([], ["poison"]) if self.is_event else (["g0"], [])):
             raise Violation(f"Killed are {killed}, and dead {dead}.")
-        if plates.deaths > DEATHS_MAX:
-            raise Violation(f"{plates.deaths} processes were ended.")
         for id in self.answers:
             if id not in killed and not {id, f"plate of {id}"} <= set(plates.eaten):
                 raise Violation(f"{id} got nothing: {plates.eaten}.")

@@ -8,10 +8,12 @@ published at the same instant.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 from pavane import App, Client, EngineConfig, Event, Retry, Run, Service, receive
 from pavane.testing.sim.checks import Violation, check_answers
+from pavane.testing.sim.outside import outside
 from pavane.testing.sim.simulation import Simulation, insist
 from tests.sim.books import FOR_EVER, Book, check_books
 
@@ -20,6 +22,7 @@ RECIPIENTS = ("ada", "bob", "cem")
 LETTERS = 12
 QUESTIONS = 3
 TRIALS = 2
+PATIENCE = 20
 FAILING = 0.4
 BURST_S = 0.03
 
@@ -41,6 +44,19 @@ class Unreadable(Exception):
     """Nobody can read that."""
 
 
+class Readers:
+    """Who reads the letters, and does not do so for ever."""
+
+    def __init__(self, sim: Simulation) -> None:
+        self._sim = sim
+        self._times: Counter[int] = Counter()
+
+    def read(self, number: int) -> None:
+        self._times[number] += 1
+        if self._times[number] > PATIENCE:
+            self._sim.break_off(f"Letter {number} was read {PATIENCE} times.")
+
+
 @office.on(Letter, state=Book, retry=FOR_EVER)
 async def sort(letter: Letter, book: Book) -> Sorted:
     await book.enter("sort")
@@ -60,6 +76,8 @@ async def carry(event: Sorted, book: Book) -> None:
 
 @rounds.on(Letter, retry=Retry(attempts=TRIALS, first="20ms"), breaker=None)
 async def read(letter: Letter) -> None:
+    readers: Readers = outside.get().model
+    readers.read(letter.number)
     if is_unreadable(letter.number):
         raise Unreadable(letter.to)
 
@@ -82,6 +100,7 @@ class Post:
 
     async def customer(self, sim: Simulation, client: Client) -> None:
         sim.outside.failing = FAILING
+        sim.outside.model = Readers(sim)
         async with asyncio.TaskGroup() as group:
             for number in range(LETTERS):
                 group.create_task(self._send(sim, client, number))

@@ -154,6 +154,11 @@ class Simulation:
             self._awaited.setdefault(run, []).append(future)
             await future
 
+    def break_off(self, violation: str) -> None:
+        """End here, at once: something has happened that must not."""
+        self._failure = Violation(violation)
+        self.is_over = True
+
     def _tell_ends(
         self, batch: Sequence[Commit], fence: Fence | None, results: Sequence[PavaneError | None]
     ) -> None:
