@@ -331,7 +331,7 @@ class Shop:
     def _check_parcels(self, sim: Simulation) -> None:
         """What a child run gave is what its parent got, and did not come before its time."""
         dried_us = {
-            request.args[0]: request.at_us + DRYING_S * 1e6
+            request.args[0]: request.at_us + DRYING_S * 1e6 - 2 * sim.storm.skew_us
             for request in sim.outside.done.values()
             if request.what == "weigh"
         }

@@ -53,7 +53,7 @@ class Ledger:
         for node in nodes:
             held = self._data.nodes.get(node.no)
             owner = by.pids.get((node.host, node.pid))
-            is_over = node.expires_us < self._database.clock.now_us
+            is_over = node.expires_us < self._database.clock.now_us + by.skew_us
             if held == node and owner is not None and owner.is_alive and not is_over:
                 self.wrong.append(f"{by.name} ended the lease of {owner.name} before it was over.")
 

@@ -166,6 +166,10 @@ class SimStore(MemoryStore):
         self._send(_Request(name, partial(_at_once, do), answer, name in WRITES, is_call=False))
         return await future
 
+    def now_us(self) -> int:
+        """What the process takes for the database's time."""
+        return self._clock.now_us + self.process.skew_us
+
     def renew(self, fence: Fence) -> bool:
         """Prolong the lease, at once: the thread that does so has nothing else to do."""
         error = self.database.refusal(self.process, write=True)

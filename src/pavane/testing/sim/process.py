@@ -43,6 +43,7 @@ class SimProcess(Process):
         self.loop = SimLoop(clock, number)
         self.thread_is_frozen = False
         self.stuck_since_us = 0
+        self.skew_us = 0
         self.store = database.view(self)
         self.pids: dict[tuple[str, int], SimProcess] = {}
 

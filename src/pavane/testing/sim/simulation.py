@@ -98,6 +98,7 @@ class Simulation:
         number = len(self.processes) + 1
         process = SimProcess(self.clock, self.database, name, host, number)
         process.pids = self.processes
+        process.skew_us = self.clock.between(-self.storm.skew_us, self.storm.skew_us)
         self.processes[host, number] = process
         return process
 

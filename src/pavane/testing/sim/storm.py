@@ -26,6 +26,7 @@ EACH_MAX = 3
 DURATION_US = {"down": 400_000, "full": 400_000, "stall": 900_000}
 DURATION_MAX_US = 1_500_000
 """A few times the lease: who is silent for so long has lost it."""
+SKEW_MAX_US = 30_000
 CUSTOMER = -1
 
 
@@ -47,12 +48,16 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class Storm(msgspec.Struct, frozen=True):
-    """All that goes wrong, and how the services are spread: by node, the numbers it works for."""
+    """All that goes wrong, and how the services are spread: by node, the numbers it works for.
+
+    What a process takes for the store's time is off by up to `skew_us`.
+    """
 
     faults: tuple[Fault, ...]
     ends_us: int
     layout: tuple[tuple[int, ...], ...]
     same_host: bool
+    skew_us: int = 0
 
 
 def draw_storm(seed: int, services: int) -> Storm:
@@ -74,7 +79,9 @@ def draw_storm(seed: int, services: int) -> Storm:
                     random.randrange(30),
                 )
             )  # fmt: skip
-    return Storm(tuple(sorted(faults, key=_time_of)), ends_us, layout, random.random() < 0.5)
+    same_host = random.random() < 0.5
+    skew_us = random.randrange(SKEW_MAX_US) if random.random() < KINDS_PROBABILITY else 0
+    return Storm(tuple(sorted(faults, key=_time_of)), ends_us, layout, same_host, skew_us)
 
 
 def _time_of(fault: Fault) -> int:
