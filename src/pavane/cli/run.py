@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import click
 
@@ -65,7 +67,17 @@ def run(
     address = store if store is not None else own_address(app)
     if address is not None:
         check_store(address, create=True)
-    asyncio.run(work(app, hosted, address, quiet=quiet > 0, with_parent=with_parent))
+    run_loop(work(app, hosted, address, quiet=quiet > 0, with_parent=with_parent))
+
+
+def run_loop(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end on the fastest event loop that is installed (`pip install pavane[fast]`)."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(work)
+    else:
+        uvloop.run(work)
 
 
 def set_up_logging(level: int) -> None:
