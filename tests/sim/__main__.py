@@ -51,6 +51,8 @@ def main() -> int:
             end="", file=sys.stderr, flush=True,
         )  # fmt: skip
     print(file=sys.stderr)
+    spent_s = time.monotonic() - began_s
+    print(f"{done:,} storms in {spent_s:,.0f} s, {found} violations.")
     return 1 if found else 0
 
 

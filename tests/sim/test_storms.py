@@ -16,7 +16,7 @@ from tests.sim.planted import BUGS
 from tests.sim.storms import MODES, SCENARIOS, find, storm, storms
 
 ROOT = Path(__file__).resolve().parents[2]
-SEEDS = 400
+SEEDS = 340
 """Of each of the six scenarios, in each mode."""
 REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
     ("bank", "orchestration", (1101, 3363, 3772)),
