@@ -212,10 +212,12 @@ def made(store: Store, plan: dict[str, Any], handler_nos: Sequence[int]) -> Comm
         for service, run, number in get("mail_taken", ())
     ]
     commit.parked = [
-        a_parked(store, f"{run}#{number}", service, due_us=due, began_us=due, deaths=deaths)
+        a_parked(store, f"{run}#{number}{service}", service, due_us=due, began_us=due, deaths=deaths)
         for run, number, service, due, deaths in get("parked", ())
     ]
-    commit.unparked = [(service, f"{run}#{number}") for service, run, number in get("unparked", ())]
+    commit.unparked = [
+        (service, f"{run}#{number}{service}") for service, run, number in get("unparked", ())
+    ]
     commit.positions = [
         (store.target_of(service, run), position) for service, run, position in get("positions", ())
     ]

@@ -82,10 +82,10 @@ class EventData:
 
     def publish(self, events: Iterable[EventRow]) -> None:
         for event in events:
+            self.head += 1  # an event that is there already leaves a gap, as in databases
             if event.id in self.ids:
                 event.pos = 0
                 continue
-            self.head += 1
             event.pos = self.head
             row = _event(event)
             self.log.append(row)
