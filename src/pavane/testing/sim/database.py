@@ -100,7 +100,7 @@ class _Request:
     )  # fmt: skip
 
     def __init__(
-        self, name: str, do: Callable[[], Any], answer: Callable[[Any, Exception | None], None],
+        self, name: str, do: Callable[[], Any], answer: Callable[[Any, PavaneError | None], None],
         write: bool, *, is_call: bool = True,
     ) -> None:  # fmt: skip
         self.name = name
@@ -139,9 +139,12 @@ class SimStore(MemoryStore):
     ) -> None:
         sent = [_as_it_is_now(commit) for commit in batch]
 
-        def answer(results: Any, error: Exception | None) -> None:
-            if error is not None:
-                results = [error] * len(batch)
+        def answer(landed: tuple[Results, int, int] | None, error: PavaneError | None) -> None:
+            results: Results = [error] * len(batch)
+            if landed is not None:
+                results, before, after = landed
+                if self.tail == before:  # only who is told can know that there is nothing to read
+                    self.tail = after
             for given, written in zip(batch, sent, strict=True):
                 for row, result in zip(given.messages, written.messages, strict=True):
                     row.pos = result.pos
@@ -151,13 +154,15 @@ class SimStore(MemoryStore):
 
         self._send(_Request("submit", partial(self.land, sent, fence), answer, write=True))
 
-    def land(self, batch: Sequence[Commit], fence: Fence | None) -> Results:
-        """Write a batch that has arrived."""
+    def land(self, batch: Sequence[Commit], fence: Fence | None) -> tuple[Results, int, int]:
+        """Write a batch that has arrived; return with its results how that moves the tail."""
+        before = self.tail
         results = self._write(batch, fence)
+        after, self.tail = self.tail, before
         self._clock.note(f"{self.process.name} wrote {_summary(batch, results)}")
         for watch in self.database.watchers:
             watch(batch, fence, results)
-        return results
+        return results, before, after
 
     async def ask(self, name: str, do: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Do something at the database and return what it answers."""
@@ -217,7 +222,7 @@ class SimStore(MemoryStore):
                 self._clock.after(1, partial(self._arrive, self._line[0]))
         self._pending.pop(request, None)
         result: Any = None
-        error: Exception | None = self.database.refusal(self.process, write=request.write)
+        error: PavaneError | None = self.database.refusal(self.process, write=request.write)
         if error is None and request.write and self._clock.chance(weather.ambiguous):
             took_effect = self._clock.chance(0.5)
             word = "after" if took_effect else "before"
@@ -230,7 +235,7 @@ class SimStore(MemoryStore):
         if not request.is_answered:
             self._answer(request, result, error)
 
-    def _do(self, request: _Request) -> tuple[Any, Exception | None]:
+    def _do(self, request: _Request) -> tuple[Any, PavaneError | None]:
         if request.write and request.name != "submit":
             self._clock.note(f"{self.process.name} does {request.name}")
         try:
@@ -238,7 +243,7 @@ class SimStore(MemoryStore):
         except PavaneError as error:
             return None, error
 
-    def _answer(self, request: _Request, result: Any, error: Exception | None) -> None:
+    def _answer(self, request: _Request, result: Any, error: PavaneError | None) -> None:
         request.is_answered = True
         at_us = self._clock.now_us + self.database.latency_us()
         if request.write:
@@ -288,7 +293,7 @@ for _name in dir(MemoryStore):
         setattr(SimStore, _name, _remote(_name))
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+def _settle(future: asyncio.Future[Any], result: Any, error: PavaneError | None) -> None:
     """Tell who asked, if anybody waits still."""
     if future.done():
         return
