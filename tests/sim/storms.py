@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 
 from pavane.core.operations import Mode
 from pavane.testing.sim.simulation import Outcome, Scenario, Simulation
@@ -80,7 +83,7 @@ def storms(
         for mode in modes
     ]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=be_quiet) as pool:
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin) as pool:
         for part, broken in zip(parts, pool.map(_run, *zip(*parts, strict=True)), strict=True):
             yield len(part[2]), broken
 
@@ -88,6 +91,19 @@ def storms(
 def _run(scenario: str, mode: Mode, seeds: range) -> list[Broken]:
     found = ((seed, storm(scenario, seed, mode).violation) for seed in seeds)
     return [Broken(scenario, seed, mode, violation) for seed, violation in found if violation]
+
+
+def _begin() -> None:
+    """Begin a process of the pool: it ends with its parent, however that ends."""
+    be_quiet()
+    threading.Thread(
+        target=_end_with, args=(multiprocessing.parent_process(),), daemon=True
+    ).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def be_quiet() -> None:

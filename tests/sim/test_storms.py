@@ -78,6 +78,11 @@ def test_a_planted_bug_is_found(name: str) -> None:
     assert not storm(bug.scenario, found.seed, found.mode).violation, "it is the bug that breaks it"
 
 
+def test_the_docs_tell_of_every_planted_bug() -> None:
+    told = (ROOT / "docs" / "simulation.md").read_text()
+    assert [name for name, bug in BUGS.items() if f"| {bug.says} |" not in told] == []
+
+
 def test_a_seed_takes_one_course_in_every_process() -> None:
     program = (
         "from tests.sim.storms import MODES, SCENARIOS, be_quiet, storm\n"
