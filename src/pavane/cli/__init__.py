@@ -91,6 +91,7 @@ def _set_up_streams(ctx: click.Context) -> None:
             "pavane.cli.conversations:conversations",
             "See what an event or start led to, and whether in time.",
         ),
+        "rehearse": ("pavane.cli.rehearse:rehearse", "Play an app in storms; show what breaks."),
         "replay-check": (
             "pavane.cli.replay_check:replay_check",
             "Replay exported runs against the code as it is now.",

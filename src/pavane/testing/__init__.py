@@ -6,15 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _WHERE = {
+    "Rehearsal": "pavane.testing.rehearsal",
+    "RehearsalFailed": "pavane.testing.rehearsal",
     "ReplayFailed": "pavane.testing.histories",
     "ReplayReport": "pavane.testing.histories",
+    "Report": "pavane.testing.rehearsal",
+    "Sim": "pavane.testing.sim.app",
     "replay_check": "pavane.testing.histories",
+    "rehearse": "pavane.testing.rehearsal",
 }
 
 if TYPE_CHECKING:
     from pavane.testing.histories import ReplayFailed as ReplayFailed
     from pavane.testing.histories import ReplayReport as ReplayReport
     from pavane.testing.histories import replay_check as replay_check
+    from pavane.testing.rehearsal import Rehearsal as Rehearsal
+    from pavane.testing.rehearsal import RehearsalFailed as RehearsalFailed
+    from pavane.testing.rehearsal import Report as Report
+    from pavane.testing.rehearsal import rehearse as rehearse
+    from pavane.testing.sim.app import Sim as Sim
 
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
