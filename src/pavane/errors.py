@@ -49,6 +49,12 @@ class NotInWorkflow(PavaneError):
     code = "not-in-workflow"
 
 
+class NotInSimulation(PavaneError):
+    """A step or handler that is simulated tried to leave the simulation."""
+
+    code = "not-in-simulation"
+
+
 class OnlyInWorkflow(PavaneError):
     """A call that needs a running workflow (or step) was made outside of one."""
 

@@ -91,6 +91,11 @@ def _set_up_streams(ctx: click.Context) -> None:
             "pavane.cli.conversations:conversations",
             "See what an event or start led to, and whether in time.",
         ),
+        "rehearse": ("pavane.cli.rehearse:rehearse", "Play an app in storms; show what breaks."),
+        "replay-check": (
+            "pavane.cli.replay_check:replay_check",
+            "Replay exported runs against the code as it is now.",
+        ),
         "services": ("pavane.cli.services:services", "Show services, and which nodes host them."),
         "doctor": ("pavane.cli.doctor:doctor", "Check this machine, the store and its runs."),
         "completion": ("pavane.cli.completion:completion", "Print a shell's completion script."),

@@ -31,7 +31,7 @@ class Place(msgspec.Struct, frozen=True):
 def find_app(target: str) -> App:
     """Import the module of `target` and return its app; raise BadTarget."""
     place = locate(target)
-    module = _imported(place, target)
+    module = imported(place, target)
     if place.attribute:
         return _named(module, place, target)
     found = {id(v): (n, v) for n, v in vars(module).items() if isinstance(v, App)}
@@ -71,7 +71,8 @@ def _file_place(name: str, attribute: str) -> Place:
     return Place(".".join(parts), folder, file, attribute)
 
 
-def _imported(place: Place, target: str) -> ModuleType:
+def imported(place: Place, target: str) -> ModuleType:
+    """Import the module of a target, telling users where their code fails; raise BadTarget."""
     folder = str(place.folder)
     if folder not in sys.path:
         sys.path.insert(0, folder)

@@ -13,7 +13,7 @@ import msgspec
 
 from pavane.cli.text import clock, columns, counted, duration, fit, joined, printable, wrapped
 from pavane.core.operations import EXPIRY
-from pavane.insight.timeline import Leg, Span, Timeline
+from pavane.insight.timeline import Leg, Mark, Span, Timeline
 
 WIDTH_MIN = 50
 ROWS_MAX = 400
@@ -48,6 +48,7 @@ UNICODE = Glyphs(
         "done": "✓", "failed": "✗", "running": "▸", "parked": "◌", "stuck": "!", "dropped": "-",
         "waiting": "○", "undo": "↶", "timer": "◷", "receive": "◆", "publish": "»", "spawn": "»",
         "attributes": "=", "cancel": "✗", "retry": "↻", "fork": "⑂",
+        "fault": "↯",
     },
 )  # fmt: skip
 ASCII = Glyphs(
@@ -56,6 +57,7 @@ ASCII = Glyphs(
         "done": "+", "failed": "x", "running": ">", "parked": "o", "stuck": "!", "dropped": "-",
         "waiting": "o", "undo": "<", "timer": "t", "receive": "e", "publish": ">", "spawn": ">",
         "attributes": "=", "cancel": "x", "retry": "r", "fork": "f",
+        "fault": "!",
     },
 )  # fmt: skip
 
@@ -190,17 +192,29 @@ class _Drawing:
     def _rows(self) -> list[list[str]]:
         timed = [(span.issued_us, self._row(span)) for span in self._spans]
         for mark in self._line.marks:
-            sign = self._glyphs.signs[mark.what]
-            left = fit(f"{sign} {printable(mark.text)}", self._gutter, ellipsis="")
-            column, _ = self._cells(mark.at_us, mark.at_us)
-            if columns(mark.text) + 2 > self._gutter:
-                left = f"{sign} {printable(mark.text)}"
-                timed.append((mark.at_us, [click.style(left, fg="yellow")]))
-            else:
-                text = left + " " * column + "|"
-                timed.append((mark.at_us, [click.style(text, fg="yellow")]))
+            text = self._fault(mark) if mark.what == "fault" else self._mark(mark)
+            timed.append((mark.at_us, [click.style(text, fg="yellow")]))
         timed.sort(key=lambda row: row[0])
         return [row for _, row in timed]
+
+    def _mark(self, mark: Mark) -> str:
+        """Return what happened to the run, with its moment if the text leaves room for it."""
+        text = f"{self._glyphs.signs[mark.what]} {printable(mark.text)}"
+        if columns(text) > self._gutter:
+            return text
+        column, _ = self._cells(mark.at_us, mark.at_us)
+        return fit(text, self._gutter, ellipsis="") + " " * column + "|"
+
+    def _fault(self, mark: Mark) -> str:
+        """Return a mishap beside its moment: to the right, where there is more room, or left."""
+        sign, text = self._glyphs.signs[mark.what], printable(mark.text)
+        column, _ = self._cells(mark.at_us, mark.at_us)
+        at = self._gutter + column
+        if column <= self._room // 2:
+            text = fit(text, self._room - column - 2, ellipsis=self._glyphs.ellipsis)
+            return f"{sign} fault".ljust(at) + f"| {text.rstrip()}"
+        text = fit(text, at - 9, ellipsis=self._glyphs.ellipsis).rstrip()
+        return f"{sign} fault " + f"{text} |".rjust(at - 7)
 
     def _label(self, span: Span) -> str:
         label = printable(span.label)
@@ -320,12 +334,13 @@ def _labelled(label: str, text: str, width: int, colour: str | None) -> list[str
     lines = wrapped(printable(text), max(room, 20), lines_max=40) or [""]
     indent = " " * (columns(label) + 2)
     return [
-        (click.style(label, fg=colour, bold=True) + "  " if at == 0 else indent) + _diffed(part)
+        (click.style(label, fg=colour, bold=True) + "  " if at == 0 else indent)
+        + coloured_diff(part)
         for at, part in enumerate(lines)
     ]
 
 
-def _diffed(text: str) -> str:
+def coloured_diff(text: str) -> str:
     """Colour a line of a diff, as a replay mismatch shows one."""
     if text.startswith(("+", "-")) and not text.startswith(("+++", "---")):
         return click.style(text, fg="green" if text[0] == "+" else "red")

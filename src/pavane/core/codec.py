@@ -540,6 +540,11 @@ class Params:
         """
         return cls(fn, given)
 
+    @property
+    def annotations(self) -> list[object]:
+        """The annotation of each parameter, in order."""
+        return [param.annotation for param in self._params]
+
     @functools.cached_property
     def result(self) -> Decode[Any]:
         """The decoder of what the function returns. Raises `BadDeclaration` like `decoder`."""

@@ -64,10 +64,10 @@ class Span(msgspec.Struct, frozen=True):
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """Something that happened to the run as a whole."""
+    """Something that happened to the run as a whole; a fault is a simulated mishap."""
 
     at_us: int
-    what: Literal["cancel", "retry", "fork"]
+    what: Literal["cancel", "retry", "fork", "fault"]
     text: str
 
 

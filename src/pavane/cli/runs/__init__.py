@@ -24,6 +24,7 @@ app's code; for all others --store alone is enough.
         "list": ("pavane.cli.runs.look:list_runs", "List runs, newest first."),
         "show": ("pavane.cli.runs.look:show", "Draw a run's timeline."),
         "watch": ("pavane.cli.runs.watch:watch", "Follow a run until it ends or is stuck."),
+        "export": ("pavane.cli.runs.export:export", "Write runs with their journals to files."),
         "send": ("pavane.cli.runs.steer:send", "Send an event to a run."),
         "cancel": ("pavane.cli.runs.steer:cancel", "Stop runs, with clean-up and compensation."),
         "kill": ("pavane.cli.runs.steer:kill", "End runs at once, without clean-up."),

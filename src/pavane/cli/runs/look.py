@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import click
 import msgspec
 
-from pavane.app import RunStatus
+from pavane.app import App, RunStatus
 from pavane.cli.connection import Where, connected, where_options
 from pavane.cli.names import complete_run, complete_workflow
 from pavane.cli.output import (
@@ -33,6 +35,39 @@ STATUSES = (
 )  # fmt: skip
 
 
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options by which runs are chosen; see `run_filter`."""
+    for option in (
+        click.option("--prefix", default="", metavar="TEXT", help="With an id that begins so."),
+        click.option(
+            "--where", "attributes", multiple=True, metavar="KEY=VALUE", help="May be repeated."
+        ),
+        click.option(
+            "--status", "statuses", multiple=True, type=click.Choice(STATUSES),
+            help="With this status; may be repeated.",
+        ),
+        click.option(
+            "-w", "--workflow", metavar="NAME", shell_complete=complete_workflow,
+            help="Of this workflow.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def run_filter(
+    app: App, workflow: str | None, statuses: tuple[str, ...], attributes: tuple[str, ...],
+    prefix: str, limit: int,
+) -> RunFilter:  # fmt: skip
+    """Return the filter that these options ask for; raise UnknownName for a workflow."""
+    if workflow is not None and app.registry.workflows:
+        app.registry.workflow(workflow)
+    return RunFilter(
+        workflow=workflow, status=statuses, id_prefix=prefix, limit=limit,
+        attributes=tuple(_attribute(text) for text in attributes),
+    )  # fmt: skip
+
+
 @click.command(
     "list",
     epilog="""\b
@@ -48,15 +83,7 @@ are read as such, anything else and what is in "quotes" as text.
 """,
 )
 @where_options
-@click.option(
-    "-w", "--workflow", metavar="NAME", shell_complete=complete_workflow, help="Of this workflow."
-)
-@click.option(
-    "--status", "statuses", multiple=True, type=click.Choice(STATUSES),
-    help="With this status; may be repeated.",
-)  # fmt: skip
-@click.option("--where", "attributes", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
-@click.option("--prefix", default="", metavar="TEXT", help="With an id that begins so.")
+@filter_options
 @click.option("-n", "--limit", default=50, show_default=True, type=click.IntRange(1, 100_000))
 @output_option
 def list_runs(
@@ -65,12 +92,7 @@ def list_runs(
 ) -> None:  # fmt: skip
     """List runs, newest first."""
     app = where.app_or_none()
-    if workflow is not None and app.registry.workflows:
-        app.registry.workflow(workflow)
-    which = RunFilter(
-        workflow=workflow, status=statuses, id_prefix=prefix, limit=limit,
-        attributes=tuple(_attribute(text) for text in attributes),
-    )  # fmt: skip
+    which = run_filter(app, workflow, statuses, attributes, prefix, limit)
 
     async def look() -> tuple[list[RunStatus], int]:
         async with connected(app, where.store) as client:

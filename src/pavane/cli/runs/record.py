@@ -32,14 +32,19 @@ async def read_timeline(client: Client, id: str) -> Timeline:
     if history.status.status not in ENDED:
         for service in sorted(services):
             parked += await client.store.parked_of(service, id)
-    status = await true_status(client, home) if home.status == "passed" else history.status
+    status = await true_status(client, home) if is_away(home) else history.status
     history = msgspec.structs.replace(history, status=status, parked=parked)
     return timeline(history, now_us=client.store.now_us(), result=home.result, wake_us=here.wake_us)
 
 
+def is_away(home: RunRow) -> bool:
+    """Tell whether a run is elsewhere, so that its home knows only what it was told last."""
+    return home.status not in ENDED and home.holder != home.service
+
+
 async def true_status(client: Client, home: RunRow) -> RunStatus:
     """Return the status of a run from where it is, of which its home may know less."""
-    if home.status != "passed":
+    if not is_away(home):
         return status_of(home)
     away = [r for r in await client.store.run_rows(home.id) if r.service != home.service]
     here = max((r for r in away if r.status != "passed"), key=lambda r: r.hop, default=None)

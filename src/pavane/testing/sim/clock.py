@@ -22,6 +22,7 @@ from random import Random
 from typing import Any
 
 from pavane.core.loop import WorkflowLoop, tell
+from pavane.testing.sim.seclusion import refusal
 from pavane.testing.sim.trace import Trace
 
 log = logging.getLogger("pavane.sim")
@@ -109,7 +110,13 @@ class Clock:
         self.trace = trace
         self.random = Random(seed)
         self.loops: list[SimLoop] = []
-        self._timers: list[tuple[int, int, SimLoop | None, Any]] = []
+        self.timers: list[tuple[int, int, SimLoop | None, Any]] = []
+        self.leaped_us = 0
+        """How much of the time was leapt over because nothing happened in it."""
+        self.ends_us = sys.maxsize
+        self.quiet_us = sys.maxsize
+        self.on_quiet: Callable[[], None] = _nothing
+        """Called when no process has anything to do before a time after `quiet_us`."""
         self._ready: list[SimLoop] = []
         self._serial = 0
 
@@ -137,14 +144,14 @@ class Clock:
     def at(self, when_us: int, happen: Callable[[], None]) -> None:
         """Let something happen that is not a process's doing."""
         self._serial += 1
-        heappush(self._timers, (when_us, self._serial, None, happen))
+        heappush(self.timers, (when_us, self._serial, None, happen))
 
     def after(self, delay_us: int, happen: Callable[[], None]) -> None:
         self.at(self.now_us + delay_us, happen)
 
     def add_timer(self, when_us: int, loop: SimLoop, handle: SimHandle) -> None:
         self._serial += 1
-        heappush(self._timers, (when_us, self._serial, loop, handle))
+        heappush(self.timers, (when_us, self._serial, loop, handle))
 
     def became_ready(self, loop: SimLoop) -> None:
         self._ready.append(loop)
@@ -153,8 +160,8 @@ class Clock:
 
     def run(self, is_over: Callable[[], bool], within_s: float) -> None:
         """Let time pass until `is_over()`; raise Stalled if it is not within so much of it."""
-        ends_us = self.now_us + round(within_s * 1e6)
-        timers, ready, random = self._timers, self._ready, self.random.random
+        self.ends_us = self.now_us + round(within_s * 1e6)
+        timers, ready, random = self.timers, self._ready, self.random.random
         note, enter = self.trace.callback, events._set_running_loop
         outer, running = events._get_running_loop(), None
         enter(None)
@@ -163,6 +170,8 @@ class Clock:
                 if not ready:
                     if not timers:
                         raise Stalled("Nothing is left to happen.")
+                    if timers[0][0] > self.quiet_us:
+                        self.on_quiet()
                     self.now_us = max(self.now_us, timers[0][0])
                 now_us = self.now_us
                 while timers and timers[0][0] <= now_us:
@@ -173,7 +182,7 @@ class Clock:
                         what()
                     elif not what.is_cancelled:
                         loop.put(what)
-                if now_us > ends_us:
+                if now_us > self.ends_us:
                     raise Stalled(f"{within_s:g} s of virtual time were not enough.")
                 if not ready:
                     continue
@@ -206,7 +215,7 @@ class Clock:
             loop.kill()
         for loop in self.loops:
             loop.bury()
-        self._timers.clear()
+        self.timers.clear()
         self._ready.clear()
 
 
@@ -366,6 +375,21 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.call_exception_handler(context)
 
 
+def _refused(name: str) -> Callable[..., Any]:
+    """Return the method of an event loop that would leave the simulation."""
+
+    async def refuse(self: SimLoop, *args: Any, **options: Any) -> Any:
+        raise refusal(name)
+
+    return refuse
+
+
+for _name in (
+    "create_connection", "create_datagram_endpoint", "create_server", "create_unix_connection",
+    "create_unix_server", "getaddrinfo", "getnameinfo", "sock_connect", "subprocess_exec",
+    "subprocess_shell",
+):  # fmt: skip
+    setattr(SimLoop, _name, _refused(_name))
 SimLoop.__abstractmethods__ = frozenset()  # pyright: ignore
 
 

@@ -63,6 +63,11 @@ class Weather:
         self.unreachable: set[int] = set()
         """Processes whose network to the database is down."""
 
+    def is_calm(self, now_us: int) -> bool:
+        """Tell whether nothing is wrong."""
+        wrong = self.is_down or self.is_full or self.is_slow or self.ambiguous or self.unreachable
+        return not wrong and self.stalled_until_us <= now_us
+
 
 class Database:
     """The data, and who watches what is written."""
@@ -168,7 +173,7 @@ class SimStore(MemoryStore):
         """Do something at the database and return what it answers."""
         future: asyncio.Future[Any] = self.process.loop.create_future()
         answer = partial(_settle, future)
-        self._send(_Request(name, partial(_at_once, do), answer, name in WRITES, is_call=False))
+        self._send(_Request(name, partial(at_once, do), answer, name in WRITES, is_call=False))
         return await future
 
     def now_us(self) -> int:
@@ -303,7 +308,7 @@ def _settle(future: asyncio.Future[Any], result: Any, error: PavaneError | None)
         future.set_exception(error)
 
 
-def _at_once(do: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+def at_once(do: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Run a coroutine that waits for nothing."""
     coro = do()
     try:

@@ -7,8 +7,9 @@ was the first time. Every request is recorded, whoever sent it and whatever came
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from random import Random
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ SLOW_PROBABILITY = 0.05
 SLOW_US = 400_000
 
 
-class Unreachable(Exception):
+class Unreachable(ConnectionError):
     """The world did not answer; whether it did what was asked for is unknown."""
 
 
@@ -51,14 +52,32 @@ class Outside:
 
     async def ask(self, what: str, key: str, *args: Any, effect: Callable[[], Any]) -> Any:
         """Send a request and return the answer; `effect` is called for a new key only."""
-        await self._wait()
-        if self._clock.chance(self.failing / 2):
-            raise Unreachable(f"{what} was not received")
-        answer = self.act(what, key, *args, effect=effect)
-        await self._wait()
-        if self._clock.chance(self.failing / 2):
-            raise Unreachable(f"{what} was not answered")
+
+        async def act() -> Any:
+            return self.act(what, key, *args, effect=effect)
+
+        return await self.reach(what, act)
+
+    async def reach(
+        self, what: str, work: Callable[[], Awaitable[Any]], random: Random | None = None
+    ) -> Any:
+        """Do some work outside: it takes time to get there and back, and either way may fail.
+
+        With `random`, what chance brings does not depend on what else happens.
+        """
+        random = random or self._clock.random
+        await self._wait(random)
+        self._perhaps_fail(f"{what} was not received", random)
+        answer = await work()
+        await self._wait(random)
+        self._perhaps_fail(f"{what} took effect, and was not answered", random)
         return answer
+
+    def _perhaps_fail(self, how: str, random: Random) -> None:
+        if self.failing and random.random() < self.failing / 2:
+            process = here.get()
+            self._clock.note(f"fault: {how}" + (f" ({process.name})" if process else ""))
+            raise Unreachable(how)
 
     def act(self, what: str, key: str, *args: Any, effect: Callable[[], Any]) -> Any:
         """Have it done at once. What `effect` raises is the answer, and leaves the key free."""
@@ -73,9 +92,10 @@ class Outside:
             self._clock.note(f"{process.name} had done: {what} {key} {args!r}")
         return self._answers[key]
 
-    async def _wait(self) -> None:
-        longest_us = SLOW_US if self._clock.chance(SLOW_PROBABILITY) else LATENCY_US[1]
-        await asyncio.sleep(self._clock.between(LATENCY_US[0], longest_us) / 1e6)
+    async def _wait(self, random: Random) -> None:
+        longest_us = SLOW_US if random.random() < SLOW_PROBABILITY else LATENCY_US[1]
+        away_us = LATENCY_US[0] + int(random.random() * (longest_us - LATENCY_US[0] + 1))
+        await asyncio.sleep(away_us / 1e6)
 
 
 outside: ContextVar[Outside] = ContextVar("pavane_sim_outside")

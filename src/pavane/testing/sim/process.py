@@ -92,10 +92,10 @@ class SimProcess(Process):
         return f"{self.clock.now_us:014x}{self.clock.random.getrandbits(40):010x}"
 
     def repeat(self, every_s: float, work: Callable[[], bool]) -> Rounds:
-        return _SimRounds(self, round(every_s * 1e6), work)
+        return SimRounds(self, round(every_s * 1e6), work)
 
 
-class _SimRounds:
+class SimRounds:
     """A thread of a simulated process that does something again and again."""
 
     def __init__(self, process: SimProcess, every_us: int, work: Callable[[], bool]) -> None:

@@ -81,6 +81,7 @@ class Simulation:
         self.storm = storm or draw_storm(seed, len(scenario.app.registry.services))
         self.processes: dict[tuple[str, int], SimProcess] = {}
         self.is_over = False
+        self.is_healed = False
         self._awaited: dict[str, list[asyncio.Future[None]]] = {}
         self.database.watchers.append(self._tell_ends)
         self._failure: BaseException | None = None
@@ -105,11 +106,9 @@ class Simulation:
     def run(self) -> Outcome:
         """Run to the end; a violation is in the outcome, anything else is raised."""
         violation = ""
-        token = outside.set(self.outside)
-        with _calm_collector():
+        with self.staged():
             try:
-                self._schedule()
-                self.shop.spawn(self._customer())
+                self.shop.spawn(self.customer())
                 self.clock.run(lambda: self.is_over, self.storm.ends_us / 1e6 + WITHIN_S)
                 if self._failure is not None:
                     raise self._failure
@@ -119,16 +118,26 @@ class Simulation:
                 violation = str(found)
             except Stalled as stalled:
                 violation = f"{stalled} {is_settled(self.database) or 'The customer waits.'}"
-            finally:
-                self.outside.is_closed = True
-                self.clock.close()
-                outside.reset(token)
         return Outcome(
             self.seed, self.mode, violation, self.trace.digest, self.trace.callbacks,
             self.clock.at_us / 1e6, self.storm, self.trace.lines,
         )  # fmt: skip
 
-    async def _customer(self) -> None:
+    @contextmanager
+    def staged(self) -> Generator[None]:
+        """Have nodes and storm ahead of whoever lets time pass, and nothing left behind."""
+        token = outside.set(self.outside)
+        with _calm_collector():
+            try:
+                self._schedule()
+                yield
+            finally:
+                self.outside.is_closed = True
+                self.clock.close()
+                outside.reset(token)
+
+    async def customer(self) -> None:
+        """Be the customer of the scenario until everything has ended."""
         try:
             client = Client(
                 self.scenario.app.registry, self.shop.store, [], self.scenario.app.config, (),
@@ -136,7 +145,7 @@ class Simulation:
             )  # fmt: skip
             await insist(client.open)
             await self.scenario.customer(self, client)
-            while self.clock.at_us < self.storm.ends_us or is_settled(self.database):
+            while not self.is_healed or is_settled(self.database):
                 await asyncio.sleep(LOOK_S)
         except BaseException as error:
             self._failure = error
@@ -239,6 +248,7 @@ class Simulation:
             node.kill()
 
     def _heal(self) -> None:
+        self.is_healed = True
         self.clock.note("the storm is over")
         self.database.weather = Weather()
         self.outside.failing = 0.0

@@ -20,7 +20,6 @@ KINDS: tuple[Kind, ...] = (
     "kill", "stop", "freeze", "stick", "cut", "unreachable", "down", "full", "stall", "slow",
     "ambiguous", "outside",
 )  # fmt: skip
-OF_ONE_NODE = {"kill", "stop", "freeze", "stick", "cut", "unreachable"}
 KINDS_PROBABILITY = 0.3
 EACH_MAX = 3
 DURATION_US = {"down": 400_000, "full": 400_000, "stall": 900_000}
@@ -28,6 +27,22 @@ DURATION_MAX_US = 1_500_000
 """A few times the lease: who is silent for so long has lost it."""
 SKEW_MAX_US = 30_000
 CUSTOMER = -1
+_SENTENCES: dict[Kind, str] = {
+    "kill": "{who} is killed, and started again after {time}",
+    "stop": "{who} is asked to stop, and started again after {time}",
+    "freeze": "{who} is frozen for {time}",
+    "stick": "the event loop of {who} is stuck for {time}",
+    "cut": "{who} loses its connection to the database",
+    "unreachable": "{who} cannot reach the database for {time}",
+    "down": "the database refuses connections for {time}",
+    "full": "the disk of the database is full for {time}",
+    "stall": "the database does not answer for {time}",
+    "slow": "the database is slow for {time}",
+    "ambiguous": "some writes are answered with an error, done or not, for {time}",
+    "outside": "half of the calls to the world outside fail, done or not, for {time}",
+}
+LENGTH_US = (500_000, 2_500_000)
+BRIEF_MIN_US = 20_000
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -43,8 +58,8 @@ class Fault(msgspec.Struct, frozen=True):
     callbacks: int = 0
 
     def __str__(self) -> str:
-        where = f" of node {self.node}" if self.kind in OF_ONE_NODE else ""
-        return f"{self.kind}{where} at {self.at_us / 1e6:.3f} s for {self.for_us / 1e6:.3f} s"
+        who = "the customer" if self.node == CUSTOMER else f"node{self.node}"
+        return _SENTENCES[self.kind].format(who=who, time=f"{self.for_us / 1e6:.3f} s")
 
 
 class Storm(msgspec.Struct, frozen=True):
@@ -60,12 +75,22 @@ class Storm(msgspec.Struct, frozen=True):
     skew_us: int = 0
 
 
-def draw_storm(seed: int, services: int) -> Storm:
-    """Draw the storm of a seed for so many services."""
+def calm(services: int) -> Storm:
+    """Return a storm in which nothing goes wrong, on one node that works for so many services."""
+    return Storm((), 0, (tuple(range(services)),), same_host=True)
+
+
+def draw_storm(seed: int, services: int, length_us: tuple[int, int] | None = None) -> Storm:
+    """Draw the storm of a seed for so many services.
+
+    With `length_us` it is over after a time within these, and in every other one all mishaps are
+    brief compared with that, so that they can hit what follows after others.
+    """
     random = Random(f"storm {seed}")
     nodes = random.choice((1, 2, 3, 3))
     layout = _draw_layout(random, nodes, services)
-    ends_us = random.randrange(500_000, 2_500_000)
+    ends_us = random.randrange(*(length_us or LENGTH_US))
+    is_brief = length_us is not None and random.random() < 0.5
     faults: list[Fault] = []
     for kind in KINDS:
         if random.random() >= KINDS_PROBABILITY:
@@ -73,6 +98,8 @@ def draw_storm(seed: int, services: int) -> Storm:
         for _ in range(random.randint(1, EACH_MAX)):
             node = random.randrange(CUSTOMER if kind in ("cut", "unreachable") else 0, nodes)
             longest_us = DURATION_US.get(kind, DURATION_MAX_US)
+            if is_brief:
+                longest_us = max(ends_us // 4, BRIEF_MIN_US)
             faults.append(
                 Fault(
                     random.randrange(ends_us), kind, node, random.randrange(10_000, longest_us),

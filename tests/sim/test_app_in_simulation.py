@@ -1,0 +1,264 @@
+"""An app in simulation: what a test of it can do, see, and break."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import pytest
+
+from pavane import App, BadArguments, RunFailed, Service, StoreError, UnknownRun
+from pavane.errors import NotInSimulation
+from pavane.testing.sim.app import Sim, calm_sim
+from pavane.testing.sim.clock import Stalled
+from tests.sim import tailor
+from tests.sim.tailor import Delivered, Fitted, Ordered
+
+T = TypeVar("T")
+
+
+def play(test: Callable[[Sim[None]], Awaitable[T]], app: App = tailor.app) -> T:
+    sim = calm_sim(app)
+
+    async def acted() -> T:
+        return await test(sim)
+
+    return sim.play(acted())
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+def test_a_month_is_over_in_a_moment() -> None:
+    async def order(sim: Sim[None]) -> str:
+        began = sim.now
+        coat = await sim.run(tailor.make, Ordered(order="o"), id="o")
+        assert timedelta(days=30) < sim.now - began < timedelta(days=30, seconds=1)
+        return coat
+
+    play(order)  # what is imported and compiled once does not count
+    began_s = time.process_time()
+    assert play(order) == "coat-of-cloth-o"
+    assert time.process_time() - began_s < 0.05
+
+
+def test_each_day_of_a_month_costs_little() -> None:
+    async def be_reminded(sim: Sim[None]) -> int:
+        return await sim.run(tailor.remind, 300)
+
+    began_s = time.process_time()
+    assert play(be_reminded) == 300
+    assert time.process_time() - began_s < 300 * 0.01
+
+
+def test_what_is_due_in_skipped_time_happens_at_its_time() -> None:
+    async def order(sim: Sim[None]) -> list[list[Delivered]]:
+        await sim.publish(Ordered(order="o", days=3))
+        seen: list[list[Delivered]] = []
+        for _ in range(3):
+            seen.append(sim.published(Delivered))
+            await sim.skip("1 day")
+        return [*seen, sim.published(Delivered)]
+
+    assert play(order) == [[], [], [], [Delivered(order="o")]]
+
+
+def test_a_step_that_takes_long_is_leapt_over_too() -> None:
+    async def wait(sim: Sim[None]) -> int:
+        await sim.run(tailor.rest, 7200.0)
+        return sim._simulation.trace.callbacks
+
+    assert play(wait) < 2_000
+
+
+def test_settled_is_what_waits_for_nothing_but_time() -> None:
+    async def order(sim: Sim[None]) -> None:
+        sim.fails(tailor.cut, times=2)
+        await sim.publish(Ordered(order="o"), id="e")
+        await sim.settle()
+        assert len(sim.calls(tailor.cut)) == 3
+        assert [status.status for status in sim.runs()] == ["waiting"]
+        assert sim.now < datetime(2025, 6, 16, tzinfo=UTC)
+
+    play(order)
+
+
+def test_who_awaits_what_never_comes_is_told_where_and_why() -> None:
+    async def wait(sim: Sim[None]) -> int:
+        run = await sim.start(tailor.fit, "o", id="o-1")
+        return await run.result()
+
+    with pytest.raises(Stalled, match=r"never comes.*Run o-1 is waiting \(event Fitted\)") as told:
+        play(wait)
+    assert [entry.name for entry in told.traceback][-1] == "wait"
+
+
+def test_schedules_begin_runs_in_virtual_time() -> None:
+    app = App("reports", services=[tailor.shop, tailor.workshop, tailor.till])
+    app.schedule("0 9 * * *", tailor.remind, 1, name="daily")
+
+    async def wait(sim: Sim[None]) -> list[str]:
+        await sim.skip("3 days")
+        return [status.id for status in sim.runs()]
+
+    days = ("16", "17", "18")
+    assert play(wait, app) == [f"daily@2025-06-{day}T09:00:00+00:00" for day in days]
+
+
+# -- runs and events ---------------------------------------------------------------------------
+
+
+def test_runs_are_sent_to_cancelled_and_looked_at() -> None:
+    async def steer(sim: Sim[None]) -> None:
+        run = await sim.start(tailor.fit, "o-1", id="o-1")
+        other = await sim.start(tailor.fit, "o-2", id="o-2")
+        await sim.settle()
+        with pytest.raises(BadArguments, match="has not ended; it is waiting"):
+            sim.result("o-1")
+        await run.send(Fitted(inches=42))
+        await other.cancel()
+        assert await run.result() == sim.result("o-1") == 42
+        await sim.settle()
+        assert {it.id: it.status for it in sim.runs()} == {"o-1": "completed", "o-2": "cancelled"}
+        assert sim.calls(tailor.undo_payment) == [("o-2",)]
+        assert [span.label for span in sim.timeline("o-1").spans] == ["till.pay", "shop.Fitted"]
+
+    play(steer)
+
+
+def test_a_handler_that_gives_up_leaves_a_dead_letter() -> None:
+    async def deliver(sim: Sim[None]) -> None:
+        await sim.publish(Delivered(order="rude"), id="e-1")
+        await sim.settle()
+        (letter,) = sim.dead_letters()
+        assert (letter.handler, letter.event, letter.attempts) == ("till.thank", "e-1", 2)
+        assert "no thanks" in letter.error
+        assert len(sim.calls(tailor.thank)) == 2
+
+    play(deliver)
+
+
+def test_a_run_that_nobody_started_is_unknown() -> None:
+    async def look(sim: Sim[None]) -> None:
+        await sim.get("o-1").result()
+
+    with pytest.raises(UnknownRun):
+        play(look)
+
+
+# -- trouble -----------------------------------------------------------------------------------
+
+
+def test_steps_fail_as_they_are_told_and_are_tried_again() -> None:
+    async def order(sim: Sim[None]) -> None:
+        sim.fails(tailor.cut, times=2)
+        await sim.run(tailor.make, Ordered(order="o"))
+        assert sim.calls(tailor.cut) == [("o",)] * 3
+        sim.fails(tailor.cut, times=3, error=ValueError("no cloth"))
+        with pytest.raises(RunFailed) as failed:
+            await sim.run(tailor.make, Ordered(order="o"))
+        assert repr(failed.value.__cause__) == "ValueError('no cloth')"
+
+    play(order)
+
+
+def test_what_a_process_did_before_it_died_is_done_again() -> None:
+    async def order(sim: Sim[None]) -> None:
+        sim.crash_after(tailor.cut)
+        sim.crash_after(tailor.sew)
+        sim.crash_after(tailor.thank)
+        assert await sim.run(tailor.make, Ordered(order="o")) == "coat-of-cloth-o"
+        await sim.settle()
+        assert len(sim.calls(tailor.cut)) == len(sim.calls(tailor.sew)) == 2
+        assert len(sim.calls(tailor.thank)) == 2
+        assert not sim.dead_letters()
+
+    play(order)
+
+
+def test_fakes_stand_in_and_are_gone_afterwards() -> None:
+    async def order(sim: Sim[None]) -> tuple[str, str]:
+        async def other_cloth(order: str) -> str:
+            return f"silk-{order}"
+
+        sim.replace(tailor.cut, other_cloth)
+        first = await sim.run(tailor.make, Ordered(order="o"))
+        sim.replace(tailor.sew, lambda cloth: f"dress-of-{cloth}")
+        return first, await sim.run(tailor.make, Ordered(order="o"))
+
+    assert play(order) == ("coat-of-silk-o", "dress-of-silk-o")
+    assert asyncio.run(tailor.cut("o")) == "cloth-o"
+    assert not tailor.sew.is_async
+    assert tailor.make.mode == "choreography"
+
+
+def test_what_is_no_step_of_the_app_is_refused_with_those_that_are() -> None:
+    async def replace(sim: Sim[None]) -> None:
+        sim.replace(print, print)
+
+    with pytest.raises(BadArguments, match=r"no step or handler of app 'tailor'. It has: workshop"):
+        play(replace)
+
+
+def test_a_step_that_reaches_for_the_network_is_told_to_use_a_fake() -> None:
+    async def phone(sim: Sim[None]) -> None:
+        await sim.run(tailor.call)
+
+    with pytest.raises(RunFailed) as failed:
+        play(phone)
+    assert isinstance(failed.value.__cause__, NotInSimulation)
+    assert "sim.replace(step, fake)" in str(failed.value.__cause__)
+
+
+def test_transactions_need_fakes() -> None:
+    bank = Service("bank")
+
+    @bank.transaction
+    def book(connection: Any, cents: int) -> int:
+        return connection.execute("SELECT 1")
+
+    @bank.workflow
+    async def settle(cents: int) -> int:
+        return await book(cents)
+
+    async def unprepared(sim: Sim[None]) -> int:
+        return await sim.run(settle, 5)
+
+    async def prepared(sim: Sim[None]) -> int:
+        sim.replace(book, lambda cents: -cents)
+        return await sim.run(settle, 5)
+
+    app = App("bank", services=[bank])
+    with pytest.raises(StoreError, match=r"bank.book must run inside a transaction"):
+        play(unprepared, app)
+    assert play(prepared, app) == -5
+    assert book.transaction
+
+
+def test_plain_functions_sleep_in_virtual_time() -> None:
+    async def order(sim: Sim[None]) -> float:
+        def sew_slowly(cloth: str) -> str:
+            time.sleep(3600)
+            return f"fine-{cloth}"
+
+        sim.replace(tailor.sew, sew_slowly)
+        began = sim.now
+        assert await sim.run(tailor.make, Ordered(order="o", days=0)) == "fine-cloth-o"
+        return (sim.now - began).total_seconds()
+
+    began_s = time.monotonic()
+    assert 3600 < play(order) < 3601
+    assert time.monotonic() - began_s < 60
+
+
+def test_a_simulation_is_played_once() -> None:
+    sim = calm_sim(tailor.app)
+
+    async def nothing() -> None: ...
+
+    sim.play(nothing())
+    with pytest.raises(BadArguments, match="played once"):
+        sim.play(nothing())
