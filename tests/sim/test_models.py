@@ -212,7 +212,9 @@ def made(store: Store, plan: dict[str, Any], handler_nos: Sequence[int]) -> Comm
         for service, run, number in get("mail_taken", ())
     ]
     commit.parked = [
-        a_parked(store, f"{run}#{number}{service}", service, due_us=due, began_us=due, deaths=deaths)
+        a_parked(
+            store, f"{run}#{number}{service}", service, due_us=due, began_us=due, deaths=deaths
+        )
         for run, number, service, due, deaths in get("parked", ())
     ]
     commit.unparked = [
