@@ -28,6 +28,7 @@ REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
     ),
     ("shop", "choreography", (475, 621)),
     ("shop", "orchestration", (238,)),
+    ("poison", "orchestration", (849,)),
     ("shop", "choreography", (46, 154, 826)),
 ]  # fmt: skip
 """Seeds that found bugs of the engine once."""

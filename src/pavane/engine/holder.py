@@ -434,6 +434,8 @@ class Holder:
         if entries[-1].what == "rewind":
             self._retry_children(held)
         parked = await self._parked_steps(held)
+        if held.dead:
+            return None  # what came meanwhile ended it here
         for op in execution.pending.values():
             if op.kind == "child":
                 op.sent = entries[-1].what != "fork"
