@@ -236,7 +236,7 @@ class Client:
     def schedules(self) -> Schedules:
         from pavane.steering.schedules import Schedules
 
-        return Schedules(self._desk, self._begin)
+        return Schedules(self._desk, self._begin, self.send, self.request)
 
     # -- starting ------------------------------------------------------------------------------
 
@@ -643,11 +643,7 @@ class App:
         or ended twice. When one is overdue, `ConversationOverdue` is published, once, in that
         conversation. `milestones` are to be seen on the way, perhaps within times of their own.
         """
-        if self._client is not None:
-            raise BadDeclaration(
-                f"App {self.name!r} is open already, so nobody would watch this conversation. "
-                f"Declare it before `async with app:`, beside the app."
-            )
+        self._check_closed("watch this conversation")
         contract = make_contract(start, ends, within, milestones, name)
         self.registry.add_contract(contract)
         return contract
@@ -678,11 +674,7 @@ class App:
         `pavane schedules` shows, pauses, triggers, backfills and deletes. A changed declaration
         takes effect when a worker starts.
         """
-        if self._client is not None:
-            raise BadDeclaration(
-                f"App {self.name!r} is open already, so nobody would begin this schedule. Declare "
-                f"it before `async with app:`, beside the app."
-            )
+        self._check_closed("begin this schedule")
         from pavane.schedule import Schedule
 
         chosen = checked_name(name or workflow.name, "schedule")
@@ -690,6 +682,13 @@ class App:
         schedule = Schedule(chosen, cron, workflow, raw, zone, missed)
         self.registry.add_schedule(schedule)
         return schedule
+
+    def _check_closed(self, what: str) -> None:
+        if self._client is not None:
+            raise BadDeclaration(
+                f"App {self.name!r} is open already, so nobody would {what}. Declare it before "
+                f"`async with app:`, beside the app."
+            )
 
     @property
     def address(self) -> str:

@@ -21,7 +21,7 @@ from pavane.core.execution import required
 from pavane.core.operations import Planned
 from pavane.errors import BadDeclaration
 from pavane.event import Event
-from pavane.workflow import Workflow, continue_as_new, now, receive, set_attributes
+from pavane.workflow import KEEPER, Workflow, continue_as_new, now, receive, set_attributes
 
 Missed = Literal["last", "all", "skip"]
 MISSED: tuple[Missed, ...] = ("last", "all", "skip")
@@ -32,8 +32,6 @@ STARTS_MAX = 200
 ROUNDS = 100
 """After so many wake-ups a schedule goes on in a new run, so that its journal stays short."""
 AROUND_US = 2 * 3600 * 10**6
-PREFIX = "~schedule:"
-"""What names of keepers, and ids of their runs, begin with; those of users cannot."""
 
 
 class Asked(Event, type_name="pavane.schedule-asked"):
@@ -94,7 +92,7 @@ class Schedule:
         self.workflow = workflow
         self.args = args
         self.keeper: Workflow[[Plan], None] = Workflow(
-            workflow.service, _keep(self), PREFIX + name, 1, "orchestration", (Asked,), None
+            workflow.service, _keep(self), KEEPER + name, 1, "orchestration", (Asked,), None
         )
 
     def plan(self, now_us: int) -> Plan:

@@ -31,6 +31,9 @@ E = TypeVar("E")
 
 Attribute = str | int | float | bool
 
+KEEPER = "~schedule:"
+"""What names of the workflows that keep schedules, and ids of their runs, begin with."""
+
 
 class Workflow(Generic[P, R]):
     """A process as an `async` function. Called inside another workflow it is a child run, awaited;

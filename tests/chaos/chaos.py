@@ -5,34 +5,33 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-import apsw
 import msgspec
 
 from examples.shop.app import app
+from examples.shop.demo import form_of
 from examples.shop.fulfil import fulfil
 from examples.shop.orders import read_orders
-from examples.shop.outcome import FORMS, Ending, Form, event_endings, run_ending
+from examples.shop.outcome import Ending, event_endings, run_ending
 from examples.shop.reactions import OrderCancelled
 from examples.shop.services import OrderPlaced, OrderShipped
 from examples.shop.world import World
-from pavane import Client, StoreError
+from pavane import Client
 from pavane.app import status_of
 from pavane.stores.eventlog import EventFilter, EventRow
+from pavane.testing.sim.simulation import insist
 from tests.chaos.checks import open_work, runs, violations
 from tests.chaos.nodes import ChaosNode, pick
+from tests.integration.fleet import is_free
 
 LOOK_S = 0.5
 HEALED_WITHIN_S = 120.0
 FAULT_EVERY_S = (0.8, 2.5)
 LEASE_S = 1.5
 AT_ONCE = 50
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,6 @@ class Outcome:
             f"{self.again:,} steps done again, {len(self.violations)} violations"
         ]
         return "\n".join([*lines, *self.violations[:20]])
-
-
-def form_of(number: int) -> Form:
-    return FORMS[number % len(FORMS)]
 
 
 def orders_of(count: int) -> list[OrderPlaced]:
@@ -117,7 +112,7 @@ class Chaos:
             await self._trouble(placing)
             await placing
             healed_s = time.monotonic()
-            while left := await self._insist(lambda: open_work(client)):
+            while left := await insist(lambda: open_work(client)):
                 for node in self.nodes:
                     node.tend()
                 if time.monotonic() - healed_s > HEALED_WITHIN_S:
@@ -144,7 +139,7 @@ class Chaos:
             for number, order in queue:
                 due_s = self._began_s + self.plan.seconds * number / len(orders)
                 await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-                await self._insist(lambda n=number, o=order: self._place(client, n, o))
+                await insist(lambda n=number, o=order: self._place(client, n, o))
 
         await asyncio.gather(*(customer() for _ in range(AT_ONCE)))
 
@@ -156,14 +151,6 @@ class Chaos:
             await client.publish(order, source="shop", id=order.order_id)
         else:
             await client.start(fulfil, (order,), {}, id=order.order_id, mode=form)
-
-    async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Ask again while the store fails, as somebody who must know would."""
-        while True:
-            try:
-                return await ask()
-            except StoreError:
-                await asyncio.sleep(0.2)
 
     async def _endings(self, client: Client) -> list[Ending]:
         """Return how each order ended, by what Pavane tells."""
@@ -212,7 +199,7 @@ class Chaos:
         elif kind == "freeze":
             for_s = self._random.uniform(0.2, 3 * LEASE_S)
             node.freeze(for_s)
-            if self._is_file and not await self._is_free():
+            if self._is_file and not await is_free(self.store):
                 node.heal()  # it holds the file's lock, which would stop everybody
                 return
             self._count(kind, f"node {node.number} is frozen for {for_s:.1f} s")
@@ -220,15 +207,3 @@ class Chaos:
     def _count(self, kind: str, what: str) -> None:
         self.outcome.faults[kind] = self.outcome.faults.get(kind, 0) + 1
         self._say(f"{time.monotonic() - self._began_s:6.1f} s  {what}")
-
-    async def _is_free(self) -> bool:
-        """Tell whether somebody can write into the file, so no frozen process is writing."""
-        db = apsw.Connection(self.store)
-        db.set_busy_timeout(300)
-        try:
-            await asyncio.to_thread(lambda: db.execute("BEGIN IMMEDIATE; ROLLBACK").fetchall())
-        except apsw.BusyError:
-            return False
-        finally:
-            db.close()
-        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -10,9 +11,12 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import apsw
+
 from pavane import Client, Run
 from tests.integration import crew
 
+BUSY_MS = 300
 ROOT = Path(__file__).resolve().parents[2]
 LEASE_S = 0.6
 
@@ -51,3 +55,20 @@ async def connected(stack: AsyncExitStack, fleet: Fleet) -> Client:
 
 async def start(client: Client, flow: Any, *args: Any, **options: Any) -> Run[Any]:
     return await client.start(flow, args, {}, **options)
+
+
+async def is_free(store: str) -> bool:
+    """Tell whether somebody can write into this SQLite file: no stopped process has its lock."""
+    db = apsw.Connection(store)
+    db.set_busy_timeout(BUSY_MS)
+    try:
+        await asyncio.to_thread(_write_nothing, db)
+    except apsw.BusyError:
+        return False
+    finally:
+        db.close()
+    return True
+
+
+def _write_nothing(db: apsw.Connection) -> None:
+    db.execute("BEGIN IMMEDIATE; ROLLBACK")  # pyright: ignore[reportUnknownMemberType]

@@ -11,7 +11,6 @@ from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-import apsw
 import pytest
 
 from pavane import Client
@@ -19,7 +18,7 @@ from pavane.core.operations import Mode
 from pavane.stores.port import PartitionRow
 from tests.integration import crew
 from tests.integration.crew import most_executions, recorded
-from tests.integration.fleet import Fleet, connected, start
+from tests.integration.fleet import Fleet, connected, is_free, start
 from tests.integration.world import in_loop, until, until_status
 
 PATIENT_S = 15.0
@@ -49,16 +48,10 @@ async def until_owned_by(client: Client, count: int, without: int | None = None)
 async def stop_between_transactions(process: subprocess.Popen[bytes], store: str) -> bool:
     """Stop a process unless it is writing: SQLite's lock would be stopped with it, for all."""
     process.send_signal(signal.SIGSTOP)
-    db = apsw.Connection(store)
-    db.set_busy_timeout(300)
-    try:
-        await asyncio.to_thread(db.execute, "BEGIN IMMEDIATE; ROLLBACK")
-        return True
-    except apsw.BusyError:
+    free = await is_free(store)
+    if not free:
         process.send_signal(signal.SIGCONT)
-        return False
-    finally:
-        db.close()
+    return free
 
 
 # -- sharing -----------------------------------------------------------------------------------

@@ -186,11 +186,15 @@ class Bank:
                 pass
         if random.random() < 0.9:
             await sim.ended(id)
+        await self._learn(sim, run)
+
+    async def _learn(self, sim: Simulation, run: Run[str]) -> None:
+        """Await how a run ends, and remember what was told."""
         try:
-            self.answers[id] = ("completed", await insist(run.result))
+            self.answers[run.id] = ("completed", await insist(run.result))
         except RunFailed as failed:
-            self.answers[id] = (failed.status, "")
-        sim.clock.note(f"customer was told that {id} {self.answers[id]}")
+            self.answers[run.id] = (failed.status, "")
+        sim.clock.note(f"customer was told that {run.id} {self.answers[run.id]}")
 
     def check(self, sim: Simulation) -> None:
         check_same_requests(sim.outside)

@@ -7,11 +7,12 @@ from typing import Any
 
 from pavane import App, Client, EngineConfig, Retry, Service, scheduled_time, step_info
 from pavane.core.baton import ENDED
-from pavane.schedule import PREFIX, micros, moment
+from pavane.schedule import micros, moment
 from pavane.stores.port import RunFilter
 from pavane.testing.sim.checks import Violation
 from pavane.testing.sim.outside import outside
 from pavane.testing.sim.simulation import Simulation, insist
+from pavane.workflow import KEEPER
 
 NAME = "tick"
 SECOND_US = 10**6
@@ -85,5 +86,5 @@ class Calendar:
         rung = [args[0] for args in (request.args for request in sim.outside.requests)]
         if len(set(rung)) != len(told):
             raise Violation(f"{len(set(rung))} times were told by {len(told)} runs.")
-        if not any(row.workflow == PREFIX + NAME for row in rows):
+        if not any(row.workflow == KEEPER + NAME for row in rows):
             raise Violation("The schedule never began.")

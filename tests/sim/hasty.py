@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from pavane.app import Client, Run
-from pavane.errors import BadArguments, RunEnded, RunFailed
+from pavane.errors import BadArguments, RunEnded
 from pavane.testing.sim.simulation import Simulation, insist
 from tests.sim.bank import Bank, Money, transfer
 
@@ -34,11 +34,7 @@ class Hasty(Bank):
             except (RunEnded, BadArguments):
                 pass
         await sim.ended(id)
-        try:
-            self.answers[id] = ("completed", await insist(run.result))
-        except RunFailed as failed:
-            self.answers[id] = (failed.status, "")
-        sim.clock.note(f"customer was told that {id} {self.answers[id]}")
+        await self._learn(sim, run)
 
     def _check_answers(self, sim: Simulation) -> None:
         """A retried run may end otherwise than it was said to have ended."""

@@ -60,9 +60,7 @@ def _declared(
     return complete
 
 
-complete_workflow = _declared(
-    lambda registry: (name for name, _ in registry.workflows if not name.startswith("~"))
-)
+complete_workflow = _declared(lambda registry: registry.workflow_names())
 complete_service = _declared(lambda registry: registry.services)
 complete_event = _declared(lambda registry: registry.events)
 complete_contract = _declared(lambda registry: registry.contracts)

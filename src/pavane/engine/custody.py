@@ -432,10 +432,8 @@ class Custody:
             # An earlier request for the same event is not over yet.
             self._loop.call_later(REDO_LATER_S, self.redo_message, message)
             return
-        while row.slot not in subscription.slots:  # its partition is being taken over
-            if not self._session.owns(message.target):
-                return
-            await asyncio.sleep(REDO_PAUSE_S)
+        while self._session.owns(message.target) and row.slot not in subscription.slots:
+            await asyncio.sleep(REDO_PAUSE_S)  # its partition is being taken over
         if not self._session.owns(message.target):
             return
         if redo.drop:

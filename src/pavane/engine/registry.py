@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from pavane.contract import Contract
+from pavane.contract import INTERNAL, Contract
 from pavane.engine.mailbox import mailbox_of
 from pavane.errors import BadDeclaration, UnknownName
 from pavane.handler import Handler
 from pavane.service import Service, Step
-from pavane.workflow import Workflow
+from pavane.workflow import KEEPER, Workflow
 
 if TYPE_CHECKING:
     from pavane.schedule import Schedule
@@ -85,7 +85,7 @@ class Registry:
         if contract.workflow and contract.workflow not in known:
             raise BadDeclaration(
                 f"Conversation {contract.name!r} begins with a workflow that no service of this "
-                f"app has. {_unknown('workflow', contract.workflow, known)}"
+                f"app has. {unknown('workflow', contract.workflow, known)}"
             )
         for event in contract.classes:
             self._add_event(event)
@@ -111,13 +111,13 @@ class Registry:
     def contract(self, name: str) -> Contract:
         found = self.contracts.get(name)
         if found is None:
-            raise UnknownName(_unknown("conversation contract", name, self.contracts))
+            raise UnknownName(unknown("conversation contract", name, self.contracts))
         return found
 
     def service(self, name: str) -> Service:
         found = self.services.get(name)
         if found is None:
-            raise UnknownName(_unknown("service", name, self.services))
+            raise UnknownName(unknown("service", name, self.services))
         return found
 
     def step(self, service: str, name: str) -> Step[..., Any]:
@@ -125,9 +125,13 @@ class Registry:
         found = self.service(service).steps.get(name)
         if found is None:
             raise UnknownName(
-                _unknown(f"step of service {service!r}", name, self.service(service).steps)
+                unknown(f"step of service {service!r}", name, self.service(service).steps)
             )
         return found
+
+    def workflow_names(self) -> set[str]:
+        """Return the names of all workflows that users declared."""
+        return {name for name, _ in self.workflows if not name.startswith(INTERNAL)}
 
     def workflow(self, name: str, version: int | None = None) -> Workflow[..., Any]:
         """Return the workflow of this name; without `version`, the newest."""
@@ -135,14 +139,13 @@ class Registry:
             return self.workflows[name, version]
         versions = sorted(v for n, v in self.workflows if n == name)
         if not versions:
-            kind, _, schedule = name.partition(":")
-            if kind == "~schedule":
+            if name.startswith(KEEPER):
+                schedule = name.removeprefix(KEEPER)
                 raise UnknownName(
                     f"Schedule {schedule!r} is not declared any more. Declare it again, or end it: "
                     f"`pavane schedules delete {schedule}`."
                 )
-            known = {n for n, _ in self.workflows if not n.startswith("~")}
-            raise UnknownName(_unknown("workflow", name, known))
+            raise UnknownName(unknown("workflow", name, self.workflow_names()))
         found = self.workflows.get((name, versions[-1] if version is None else version))
         if found is None:
             listed = ", ".join(map(str, versions))
@@ -153,7 +156,7 @@ class Registry:
         return found
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = get_close_matches(name, names, 1)
     hint = f" Did you mean {close[0]!r}?" if close else ""

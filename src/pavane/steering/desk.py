@@ -64,7 +64,7 @@ class Desk:
         self.store = store
         self.registry = registry
         self.payload_max_bytes = payload_max_bytes
-        self.write = write
+        self._write = write
 
     # -- names ---------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ class Desk:
             )
             for id, place, redo in requests
         ]  # fmt: skip
-        await self.write(Commit(messages=messages, reaction=Reaction(asked=asked)))
+        await self._write(Commit(messages=messages, reaction=Reaction(asked=asked)))
 
     async def let_catch_up(self, row: HandlerRow, ids: Sequence[str], parked_before: int) -> None:
         """Wait while much is asked for that no node has taken up; for so long as that moves."""

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from difflib import get_close_matches
 from typing import Literal
 
 import msgspec
-from msgspec import Raw
 
 from pavane.core.baton import ENDED, Header
-from pavane.core.codec import encode
-from pavane.core.envelope import Request, Signal, pack
 from pavane.engine.held import decode_attributes
+from pavane.engine.registry import unknown
 from pavane.errors import BadArguments, UnknownName
-from pavane.schedule import PREFIX, Asked, Schedule, count_times, micros, moment
+from pavane.event import Event
+from pavane.schedule import Asked, Schedule, count_times, micros, moment
 from pavane.steering.desk import Desk
-from pavane.stores.port import Commit, Conflict, Message, RunFilter, RunRow
+from pavane.stores.port import Conflict, RunFilter, RunRow
+from pavane.workflow import KEEPER
 
 State = Literal["working", "paused", "idle", "stuck", "failed"]
 LIST_MAX = 10_000
@@ -49,10 +48,16 @@ class ScheduleStatus(msgspec.Struct, frozen=True):
 class Schedules:
     """The schedules of a store; see the module."""
 
-    def __init__(self, desk: Desk, begin: Callable[[Header, bytes], Awaitable[None]]) -> None:
+    def __init__(
+        self, desk: Desk, begin: Callable[[Header, bytes], Awaitable[None]],
+        send: Callable[[str, Event, str | None], Awaitable[None]],
+        request: Callable[[str, str], Awaitable[None]],
+    ) -> None:  # fmt: skip
         self._desk = desk
         self._store = desk.store
         self._begin = begin
+        self._send = send
+        self._request = request
 
     # -- declaring -----------------------------------------------------------------------------
 
@@ -67,7 +72,7 @@ class Schedules:
         row = next((row for row in rows if row.status not in ENDED), None)
         if row is None:
             # One that was deleted begins anew, under an id that all who see this choose alike.
-            id = PREFIX + schedule.name + (f":{rows[0].no}" if rows else "")
+            id = KEEPER + schedule.name + (f":{rows[0].no}" if rows else "")
             await self._start(schedule, id)
             return
         known = decode_attributes(row.attributes)
@@ -95,15 +100,15 @@ class Schedules:
 
     async def _rows(self, name: str) -> list[RunRow]:
         """Return the runs that kept a schedule, newest first."""
-        found = await self._store.list_runs(RunFilter(workflow=PREFIX + name, limit=LIST_MAX))
+        found = await self._store.list_runs(RunFilter(workflow=KEEPER + name, limit=LIST_MAX))
         return [row for row in found if row.status != "continued"]
 
     async def list(self) -> list[ScheduleStatus]:
         """Return all schedules by name, those that failed too, without those that were deleted."""
         hosted = await self._desk.hosted()
         found: dict[str, ScheduleStatus] = {}
-        for row in await self._store.list_runs(RunFilter(id_prefix=PREFIX, limit=LIST_MAX)):
-            name = row.workflow.removeprefix(PREFIX)
+        for row in await self._store.list_runs(RunFilter(id_prefix=KEEPER, limit=LIST_MAX)):
+            name = row.workflow.removeprefix(KEEPER)
             if name not in found and row.status not in ("continued", "cancelled", "killed"):
                 found[name] = _status(name, row, hosted)
         return [found[name] for name in sorted(found)]
@@ -116,12 +121,10 @@ class Schedules:
         for row in await self._rows(name):
             if row.status not in ENDED:
                 return row
-        known = [status.name for status in await self.list()]
-        close = get_close_matches(name, known, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        names = [status.name for status in await self.list()]
         raise UnknownName(
-            f"No schedule is called {name!r}.{hint} Known: {', '.join(known) or 'none'}. One that "
-            f"is declared begins with the first worker for its workflow's service."
+            f"{unknown('schedule', name, names)} One that is declared begins with the first worker "
+            f"for its workflow's service."
         )
 
     # -- asking --------------------------------------------------------------------------------
@@ -171,21 +174,12 @@ class Schedules:
                 f"Schedule {name!r} is declared by this app, so the next worker would begin it "
                 f"anew. Remove app.schedule(…) from the code first, or pause it."
             )
-        row, now = await self._row(name), self._store.now_us()
-        body = pack(Request("client"))
+        row = await self._row(name)
         # Killed, not cancelled: without its declaration it may be stuck, and it has no clean-up.
-        await self._send(Message("kill", f"{row.id}#kill-{now}", row.home, row.id, body, now))
+        await self._request(row.id, "kill")
 
-    async def _ask(self, row: RunRow, asked: Asked, id: str = "") -> None:
-        now = self._store.now_us()
-        body = pack(Signal(Asked.event_type, Raw(encode(asked))))
-        id = f"{row.id}#s-{id or f'{asked.what}-{now}'}"
-        await self._send(Message("signal", id, row.home, row.id, body, now))
-
-    async def _send(self, message: Message) -> None:
-        await self._store.register([message.to])
-        message.target = self._store.target_of(message.to, message.run)
-        await self._desk.write(Commit(messages=[message]))
+    async def _ask(self, row: RunRow, asked: Asked, id: str | None = None) -> None:
+        await self._send(row.id, asked, id)
 
 
 def _status(name: str, row: RunRow, hosted: set[str]) -> ScheduleStatus:

@@ -298,11 +298,8 @@ def rehearse(
     timelines of the runs that the message names, and the line that repeats it.
     """
     __tracebackhide__ = True
-    make: Any = Rehearsal
-    rehearsal: Rehearsal[Any] = make(app, scenario, invariant, world=world, fakes=fakes)
-    from pavane.testing.report import with_bar
-
-    return with_bar(rehearsal, seeds, modes, 'rehearse(…, seeds=[{seed}], modes=["{mode}"])')
+    play = FixedRehearse(app, None, 'rehearse(…, seeds=[{seed}], modes=["{mode}"])')
+    return play(scenario, invariant, world=world, fakes=fakes, seeds=seeds, modes=modes)
 
 
 class FixedRehearse:

@@ -25,7 +25,6 @@ from pavane.errors import BadArguments
 from pavane.event import is_event_type
 from pavane.insight.timeline import Timeline
 from pavane.policy import Duration, seconds
-from pavane.schedule import PREFIX
 from pavane.service import Step
 from pavane.steering.dead import DeadLetter
 from pavane.stores.port import RunFilter
@@ -37,7 +36,7 @@ from pavane.testing.sim.database import at_once
 from pavane.testing.sim.leap import Leaper
 from pavane.testing.sim.simulation import Simulation
 from pavane.testing.sim.storm import calm
-from pavane.workflow import Workflow
+from pavane.workflow import KEEPER, Workflow
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -162,11 +161,11 @@ class Sim(Generic[World]):
 
     def runs(self) -> list[RunStatus]:
         """Return what can be told of all runs, in the order in which they were started."""
-        return [status for status in self._all_runs() if not status.id.startswith(PREFIX)]
+        return [status for status in self._all_runs() if not status.id.startswith(KEEPER)]
 
     def keepers(self) -> list[RunStatus]:
         """Return the runs that keep the app's schedules."""
-        return [status for status in self._all_runs() if status.id.startswith(PREFIX)]
+        return [status for status in self._all_runs() if status.id.startswith(KEEPER)]
 
     def _all_runs(self) -> list[RunStatus]:
         return self._look(read_list(self._onlooker, RunFilter(limit=ALL)))[::-1]
