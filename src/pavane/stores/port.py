@@ -256,6 +256,8 @@ class Features(msgspec.Struct, frozen=True):
     """Other processes may use it at the same time."""
     transactions: bool = False
     """Commits can carry `work` that is given a connection."""
+    nul: bool = True
+    """Ids, keys and bodies may contain NUL; else they are refused, and reasons show it as "␀"."""
 
 
 class Store(EventStore, Protocol):

@@ -178,7 +178,7 @@ async def an_empty_store_finds_no_events(connections: Connections) -> None:
 async def an_event_is_read_back_as_it_was(connections: Connections) -> None:
     writer, reader = await connections.open(), await connections.open()
     event = an_event(
-        writer, "e", "Paid", version=3, key="ä\0b", source="bank", at_us=77, conversation="c",
+        writer, "e", "Paid", version=3, key="ä\nb", source="bank", at_us=77, conversation="c",
         cause="d", trace="00-1", data='{"text":"🙂"}'.encode(),
     )  # fmt: skip
     await published(writer, event)

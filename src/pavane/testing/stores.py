@@ -357,9 +357,10 @@ async def large_values_are_kept(connections: Connections) -> None:
 @_check
 async def odd_text_is_kept(connections: Connections) -> None:
     store = await connections.open()
-    for no, text in enumerate(
-        ("a\0b", "🙂", "\U0010ffff", "'\"\\;--", "\r\n\t", "é", "%_*", ""), 1
-    ):
+    texts = ["🙂", "\U0010ffff", "'\"\\;--", "\r\n\t", "é", "%_*", ""]
+    if store.features.nul:
+        texts.append("a\0b")
+    for no, text in enumerate(texts, 1):
         id, body = f"r{no}#{text}", msgspec.json.encode(text)
         raw = text.encode()
         message = a_message(store, id)
@@ -382,6 +383,19 @@ async def odd_text_is_kept(connections: Connections) -> None:
         assert found.body == raw
         await write(store, mail_taken=[("shop", f"r{no}", id)])
         assert await store.mail_of("shop", f"r{no}") == []
+
+
+@_check
+async def nul_is_kept_or_refused(connections: Connections) -> None:
+    store = await connections.open()
+    await write(store, runs=[a_run(store, 1, "r", reason="a\0b")])
+    row = await store.run_row("shop", "r")
+    assert row is not None
+    assert row.reason == ("a\0b" if store.features.nul else "a␀b")
+    commit = a_commit(inbox=[InboxRow("shop", "a\0b", 1)])
+    (result,) = await written(store, commit)
+    assert (result is None) == store.features.nul, "one that has to be exact"
+    assert await store.seen("shop", ["x"]) == set()
 
 
 @_check

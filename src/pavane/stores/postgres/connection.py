@@ -1,0 +1,203 @@
+"""Connections to Postgres: how they are made, which databases are refused, and when one is lost.
+
+asyncpg is used without its time-outs: they send a cancel request, and a commit that is cancelled
+while it waits for a standby is done here but not there. What does not answer in time is hung up on
+instead, and then looked up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from importlib import import_module
+from typing import Any
+from urllib.parse import urlsplit
+
+from pavane.errors import StoreError
+
+asyncpg: Any = import_module("asyncpg")
+"""It brings no types; a strict checker would call all that touches it unknown."""
+Connection = Any
+"""An `asyncpg.Connection`."""
+
+VERSION_MIN = 150000
+CONNECT_S = 10.0
+ANSWER_S = 30.0
+"""How long a statement may take before its connection is taken for dead."""
+
+SETTINGS = {
+    "application_name": "pavane",
+    "jit": "off",  # statements are short, and asyncpg's own look at types would be compiled
+    "idle_in_transaction_session_timeout": "10s",
+    "tcp_user_timeout": "10s",
+}
+
+LOST: tuple[type[BaseException], ...] = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.TooManyConnectionsError,
+    OSError,
+    asyncio.TimeoutError,
+)
+"""Errors of a connection, not of what was asked. Whether a write took effect is unknown."""
+
+FAILED: tuple[type[BaseException], ...] = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    OSError,
+)
+"""All errors that asking a database may raise."""
+
+BUSY: tuple[type[BaseException], ...] = (
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.QueryCanceledError,
+)
+"""Errors after which nothing was written, and the same may succeed."""
+
+OF_ONE_COMMIT: tuple[type[BaseException], ...] = (
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.DataError,
+    asyncpg.exceptions.ProgramLimitExceededError,
+)
+"""Errors for which one commit is to blame."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Tell whether an error is about the connection. A bad value is an InterfaceError too."""
+    return isinstance(error, LOST) and not isinstance(error, (asyncpg.DataError, ValueError))
+
+
+def place_of(dsn: str) -> str:
+    """Return what a DSN points at, for people: without the password."""
+    parts = urlsplit(dsn)
+    at = parts.netloc.rpartition("@")[2] or "localhost"
+    return f"postgresql://{at}{parts.path}"
+
+
+async def connect(dsn: str, connection_class: type[Connection] | None = None) -> Connection:
+    """Connect to the primary; raise StoreError that says what to do, or one of `LOST`."""
+    options: dict[str, Any] = {
+        "timeout": CONNECT_S, "target_session_attrs": "any", "server_settings": SETTINGS,
+        "connection_class": connection_class or asyncpg.Connection,
+    }  # fmt: skip
+    if "," in urlsplit(dsn).netloc:  # of several hosts, take the one that can be written to
+        options["target_session_attrs"] = "read-write"
+    try:
+        return await asyncpg.connect(dsn, **options)
+    except asyncpg.ProtocolViolationError as error:
+        if "startup parameter" not in str(error):
+            raise
+        # A pooler in transaction mode takes no settings of a session.
+        options["server_settings"] = {"application_name": "pavane"}
+        return await asyncpg.connect(dsn, **options)
+
+
+def explained(dsn: str, error: BaseException) -> StoreError:
+    """Return what an error of Postgres means here, and what to do."""
+    place = place_of(dsn)
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, asyncpg.InvalidCatalogNameError):
+        name = urlsplit(dsn).path.lstrip("/")
+        text = f"{place} has no such database. Create it: CREATE DATABASE {name} ENCODING 'UTF8'."
+    elif isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
+        text = f"{place} refuses this user or password: {error}."
+    elif isinstance(error, asyncpg.TooManyConnectionsError):
+        text = (
+            f"{place} takes no more connections. Raise max_connections, or put a pooler before it."
+        )
+    elif isinstance(error, asyncpg.InsufficientPrivilegeError):
+        text = (
+            f"{place}: this user lacks a right ({error}). See docs/postgres.md for what is needed."
+        )
+    elif isinstance(error, asyncpg.DiskFullError):
+        text = f"The disk of {place} is full. Nothing of the refused writes was kept; free space."
+    elif isinstance(error, asyncpg.InvalidSQLStatementNameError):
+        text = (
+            f"{place} lost a prepared statement: a pooler in transaction mode is between. Use "
+            f"PgBouncer 1.21 or newer with max_prepared_statements above 0."
+        )
+    elif isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError)):
+        text = (
+            f"{place} has lost a part of its schema `pavane` ({error}). Restore it from a backup."
+        )
+    elif is_lost(error):
+        detail = str(error) or type(error).__name__
+        text = f"{place} cannot be reached: {detail}. Is it running, and is the address right?"
+    else:
+        text = f"{place} cannot be used: {error}."
+    return StoreError(text)
+
+
+async def check_server(connection: Connection, dsn: str) -> None:
+    """Refuse a database in which what was acknowledged could be lost or not be written."""
+    place = place_of(dsn)
+    row = await connection.fetchrow(
+        "SELECT current_setting('server_version_num')::int AS version,"
+        " pg_is_in_recovery() AS replica,"
+        " current_setting('fsync') AS fsync, current_setting('synchronous_commit') AS commits,"
+        " current_setting('full_page_writes') AS pages,"
+        " (SELECT pg_encoding_to_char(encoding) FROM pg_database"
+        "  WHERE datname = current_database()) AS encoding,"
+        " current_setting('server_version') AS name"
+    )
+    reason = ""
+    if row["version"] < VERSION_MIN:
+        reason = f"is Postgres {row['name']}; Pavane needs 15 or newer. Upgrade the server."
+    elif row["replica"]:
+        reason = (
+            "is a replica, which cannot be written to. Name the primary, or all hosts: "
+            "postgresql://a,b/name finds it."
+        )
+    elif row["fsync"] != "on" or row["pages"] != "on":
+        setting = "fsync" if row["fsync"] != "on" else "full_page_writes"
+        reason = (
+            f"runs with {setting}=off: a power cut would destroy it. Set {setting}=on in "
+            f"postgresql.conf and reload."
+        )
+    elif row["commits"] in ("off", "local"):
+        reason = (
+            f"has synchronous_commit={row['commits']}, so what was acknowledged may be lost. "
+            f"Set it to on for this user: ALTER ROLE … SET synchronous_commit = on."
+        )
+    elif row["encoding"] != "UTF8":
+        reason = (
+            f"has encoding {row['encoding']}. Create a database with ENCODING 'UTF8' TEMPLATE "
+            f"template0."
+        )
+    if reason:
+        raise StoreError(f"{place} {reason}")
+
+
+async def answered(
+    connection: Connection, asking: Coroutine[Any, Any, Any], within_s: float = ANSWER_S
+) -> Any:
+    """Return what `connection` answers; hang up if it is silent for too long.
+
+    If the caller is cancelled meanwhile, the connection is hung up on as well: what it was about to
+    say is not known.
+    """
+    task = asyncio.ensure_future(asking)
+    try:
+        await asyncio.wait([task], timeout=within_s)
+    except asyncio.CancelledError:
+        connection.terminate()
+        await asyncio.wait([task], timeout=1)
+        if task.done() and not task.cancelled():
+            task.exception()
+        raise
+    if not task.done():
+        connection.terminate()
+        await asyncio.wait([task], timeout=1)
+        if task.done() and not task.cancelled() and task.exception() is None:
+            return task.result()
+        task.cancel()
+        raise ConnectionResetError(f"no answer within {within_s:g} s")
+    return task.result()

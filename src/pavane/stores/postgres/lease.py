@@ -1,0 +1,89 @@
+"""The lease's own connection, for the thread that renews: blocking calls, an event loop inside.
+
+The thread of the event loop may be stuck, which is what a lease is about, so nothing here is shared
+with it: all of this happens on a thread of its own, and the caller waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pavane.stores.port import Fence
+from pavane.stores.postgres.connection import (
+    FAILED,
+    Connection,
+    answered,
+    connect,
+    explained,
+    is_lost,
+)
+
+RENEW = (
+    "UPDATE pavane.nodes SET expires_us = pavane.clock_us() + $3 WHERE no = $1 AND nonce = $2"
+    " RETURNING pavane.clock_us()"
+)
+
+
+class LeaseConnection:
+    """See the module."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._thread: ThreadPoolExecutor | None = None
+        self._runner: asyncio.Runner | None = None
+        self._connection: Connection | None = None
+
+    def renew(self, fence: Fence) -> int | None:
+        """Prolong the lease, within half of its time; None if it is lost, else the time in µs."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "pavane-lease-connection")
+        return self._thread.submit(self._renew_here, fence).result()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.submit(self._close_here).result()
+            self._thread.shutdown()
+            self._thread = None
+
+    def _renew_here(self, fence: Fence) -> int | None:
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        try:
+            return self._runner.run(self._renew(fence))
+        except FAILED as error:
+            raise explained(self._dsn, error) from error
+
+    def _close_here(self) -> None:
+        if self._runner is not None:
+            if self._connection is not None:
+                connection, self._connection = self._connection, None
+                self._runner.run(_closed(connection))
+            self._runner.close()
+            self._runner = None
+
+    async def _renew(self, fence: Fence) -> Any:
+        within_s = fence.lease_us / 4e6
+        while True:
+            fresh = self._connection is None or self._connection.is_closed()
+            connection: Connection
+            try:
+                async with asyncio.timeout(within_s):
+                    connection = await connect(self._dsn) if fresh else self._connection
+                self._connection = connection
+                asking = connection.fetchval(RENEW, fence.node, fence.nonce, fence.lease_us)
+                return await answered(connection, asking, within_s)
+            except Exception as error:
+                if self._connection is not None:
+                    self._connection.terminate()
+                    self._connection = None
+                if fresh or not is_lost(error):
+                    raise  # else it was lost since the last round, which says nothing of the next
+
+
+async def _closed(connection: Connection) -> None:
+    try:
+        await connection.close(timeout=1)
+    except FAILED:
+        connection.terminate()

@@ -1,0 +1,662 @@
+"""The Postgres store on asyncpg: any number of nodes on any number of machines share a database.
+
+Guarantees: a commit that was acknowledged is as durable as the server's settings make it, and those
+that make it less than durable are refused; a batch under a lost lease is refused whole, since it
+locks the node's row, which takeover deletes; log positions are taken under the lock of one row that
+is kept until the commit, so their order is commit order and a reader never skips. A write whose
+answer is lost is looked up before anything else happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from zlib import crc32
+
+import msgspec
+
+from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.stores.port import (
+    Commit,
+    Features,
+    Fence,
+    InboxRow,
+    JournalRow,
+    MailRow,
+    Message,
+    NodeRow,
+    ParkedRow,
+    PartitionRow,
+    RunFilter,
+    RunRow,
+)
+from pavane.stores.postgres.batch import parked_values
+from pavane.stores.postgres.connection import (
+    BUSY,
+    CONNECT_S,
+    FAILED,
+    Connection,
+    answered,
+    asyncpg,
+    check_server,
+    connect,
+    explained,
+    is_lost,
+    place_of,
+)
+from pavane.stores.postgres.events import EventTables
+from pavane.stores.postgres.lease import RENEW, LeaseConnection
+from pavane.stores.postgres.schema import prepare
+from pavane.stores.postgres.watch import Watch
+from pavane.stores.postgres.writer import Work, Writer
+
+SLOTS = 1024
+"""Targets are `service number * SLOTS + partition`."""
+READERS_MAX = 4
+READ_S = 15.0
+"""How long a read is tried again when the database is gone."""
+
+_RUN_COLUMNS = ", ".join(RunRow.__struct_fields__)
+_RUN_TEXTS = [
+    RunRow.__struct_fields__.index(name) for name in ("header", "trail", "attributes", "result")
+]
+_PARKED_COLUMNS = ", ".join(ParkedRow.__struct_fields__)
+_MESSAGE_COLUMNS = "kind, id, receiver, run, body, at_us, target, pos"
+
+
+class _Reader(asyncpg.Connection):
+    """A connection that needs no cleaning up after use: it only reads."""
+
+    __slots__ = ()
+
+    def get_reset_query(self) -> str:
+        return ""
+
+
+class PostgresStore(EventTables):
+    """See the module. `dsn` is a libpq URL; the database must exist, its schema is made."""
+
+    features = Features(durable=True, shared=True, nul=False)
+
+    def __init__(self, dsn: str, *, partitions: int = 32) -> None:
+        self.dsn = dsn
+        self.partitions = partitions
+        self.tail = 0
+        self._services: dict[str, int] = {}
+        self._clock_offset_us = 0
+        self._pool: Any = None
+        self._pid = 0
+        self._lease = LeaseConnection(dsn)
+        self._writer = Writer(dsn, self._wrote)
+
+    # -- opening -------------------------------------------------------------------------------
+
+    def connect(self) -> PostgresStore:
+        return PostgresStore(self.dsn, partitions=self.partitions)
+
+    async def open(self) -> None:
+        if self._pid:
+            raise StoreError(
+                f"{place_of(self.dsn)} is open already. Give each client a store of its own: the "
+                f"database is what they share."
+            )
+        self._services.clear()
+        try:
+            connection = await connect(self.dsn)
+            try:
+                await check_server(connection, self.dsn)
+                self.partitions = await prepare(connection, self.dsn, self.partitions)
+                began = _ticks_us()
+                now = await connection.fetchval("SELECT pavane.clock_us()")
+                self._set_clock(began, now)
+                self.tail = await connection.fetchval("SELECT log FROM pavane.heads")
+            finally:
+                connection.terminate()
+            await self._connect_all()
+        except FAILED as error:
+            await self._close_all()
+            raise explained(self.dsn, error) from error
+        except BaseException:
+            await self._close_all()
+            raise
+
+    async def _connect_all(self) -> None:
+        self._pool = await asyncpg.create_pool(
+            self.dsn, min_size=1, max_size=READERS_MAX, connect=self._connect_reader,
+            connection_class=_Reader, timeout=CONNECT_S,
+        )  # fmt: skip
+        await self._writer.open()
+        self._pid = os.getpid()
+        self._watch = Watch(self.dsn, self._ask_one)
+        self._watch.open()
+
+    @staticmethod
+    async def _connect_reader(dsn: str, **given: Any) -> Connection:
+        return await connect(dsn, given["connection_class"])
+
+    async def reopen(self) -> None:
+        if self._pid not in (0, os.getpid()):
+            raise self._unusable()
+        pool = self._pool
+        try:
+            if pool is not None:
+                await pool.expire_connections()
+            connection = await connect(self.dsn)
+            try:
+                await check_server(connection, self.dsn)
+                self.tail = await connection.fetchval("SELECT log FROM pavane.heads")
+            finally:
+                connection.terminate()
+        except FAILED as error:
+            raise explained(self.dsn, error) from error
+
+    async def close(self) -> None:
+        if self._pid not in (0, os.getpid()):
+            return  # what was inherited by a fork belongs to the parent
+        await self._close_all()
+
+    async def _close_all(self) -> None:
+        was_open, self._pid = self._pid, 0
+        if was_open:
+            await self._watch.close()
+        await self._writer.close()
+        await asyncio.to_thread(self._lease.close)
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            try:
+                async with asyncio.timeout(2):
+                    await pool.close()
+            except FAILED:
+                pool.terminate()
+
+    def _unusable(self) -> StoreError:
+        """Say why this store, in this process, takes no work."""
+        place = place_of(self.dsn)
+        if self._pid:
+            return StoreError(f"{place} was opened by another process; open it again after a fork.")
+        return StoreError(f"{place} is closed; open the store before using it.")
+
+    # -- names and clocks ----------------------------------------------------------------------
+
+    def now_us(self) -> int:
+        return _ticks_us() + self._clock_offset_us
+
+    def _set_clock(self, began_us: int, now_us: int) -> None:
+        """Note what the database's clock said between `began_us` and now."""
+        ended_us = _ticks_us()
+        offset = now_us - (began_us + ended_us) // 2
+        if abs(offset - self._clock_offset_us) > ended_us - began_us:
+            self._clock_offset_us = offset
+
+    def target_of(self, service: str, run: str) -> int:
+        return self._services[service] * SLOTS + crc32(run.encode()) % self.partitions
+
+    async def register(self, services: Sequence[str]) -> None:
+        missing = [name for name in services if name not in self._services]
+        if not missing:
+            return
+        sql = "SELECT name, no FROM pavane.services WHERE name = ANY($1)"
+        known = dict(await self._rows(sql, missing))
+        unknown = [name for name in missing if name not in known]
+        if unknown:
+            await self._execute(lambda c: self._add_services(c, unknown))
+            known = dict(await self._rows(sql, missing))
+        self._services.update(known)
+
+    async def _add_services(self, c: Connection, names: Sequence[str]) -> None:
+        await c.execute(
+            "INSERT INTO pavane.services (name) SELECT unnest($1::text[])"
+            " ON CONFLICT (name) DO NOTHING",
+            names,
+        )
+        await c.execute(
+            "INSERT INTO pavane.partitions (target, service, partition, position)"
+            " SELECT s.no * $2 + p, s.name, p, (SELECT log FROM pavane.heads)"
+            " FROM pavane.services AS s, generate_series(0, $3 - 1) AS p WHERE s.name = ANY($1)"
+            " ON CONFLICT (target) DO NOTHING",
+            names, SLOTS, self.partitions,
+        )  # fmt: skip
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        batch: Sequence[Commit],
+        fence: Fence | None,
+        done: Callable[[Sequence[PavaneError | None]], None],
+    ) -> None:
+        if self._pid != os.getpid():
+            done([self._unusable()] * len(batch))
+        else:
+            self._writer.submit(batch, fence, done)
+
+    def _wrote(self, fence: Fence | None, appended: tuple[int, int] | None) -> None:
+        if fence is not None and appended is not None and self.tail == appended[0]:
+            self.tail = appended[1]  # nobody else wrote: there is nothing to read
+        self._watch.wrote()
+
+    async def _execute(self, work: Work) -> Any:
+        """Do `work` in a transaction of its own, after what was submitted before."""
+        if self._pid != os.getpid():
+            raise self._unusable()
+        return await self._writer.execute(work)
+
+    async def take_run_numbers(self, count: int) -> int:
+        async def take(c: Connection) -> int:
+            sql = (
+                "UPDATE pavane.meta SET value = (value::bigint + $1)::text WHERE key = 'next_run'"
+                " RETURNING value::bigint - $1"
+            )
+            return await c.fetchval(sql, count)
+
+        return await self._execute(take)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    async def _ask(self, ask: Callable[[Connection], Any]) -> Any:
+        """Ask a reader; on new connections, for a while, if the database is gone."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + READ_S
+        while True:
+            if self._pid != os.getpid():
+                raise self._unusable()
+            try:
+                async with self._pool.acquire(timeout=CONNECT_S) as connection:
+                    return await answered(connection, ask(connection))
+            except FAILED as error:
+                if not (is_lost(error) or isinstance(error, BUSY)) or loop.time() > ends:
+                    raise explained(self.dsn, error) from error
+            await asyncio.sleep(0.05 + random.random() / 4)
+
+    async def _ask_one(self, sql: str, *values: Any) -> Any:
+        return await self._ask(lambda c: c.fetchval(sql, *values))
+
+    async def _rows(self, sql: str, *values: Any) -> list[Any]:
+        return await self._ask(lambda c: c.fetch(sql, *values))
+
+    async def _row(self, sql: str, *values: Any) -> Any:
+        return await self._ask(lambda c: c.fetchrow(sql, *values))
+
+    async def _one(self, sql: str, *values: Any) -> Any:
+        return await self._ask(lambda c: c.fetchval(sql, *values))
+
+    async def _run_rows(self, where: str, *values: Any) -> list[RunRow]:
+        rows = await self._rows(f"SELECT {_RUN_COLUMNS} FROM pavane.runs WHERE {where}", *values)
+        return [_run(row) for row in rows]
+
+    async def run_rows(self, id: str) -> list[RunRow]:
+        return await self._run_rows("id = $1 ORDER BY no", id)
+
+    async def run_row(self, service: str, id: str) -> RunRow | None:
+        rows = await self._run_rows("id = $1 AND service = $2", id, service)
+        return rows[0] if rows else None
+
+    async def rows_of(self, runs: Sequence[int]) -> list[RunRow]:
+        return await self._run_rows("no = ANY($1) ORDER BY no", list(runs))
+
+    async def list_runs(self, which: RunFilter) -> list[RunRow]:
+        values: list[Any] = []
+
+        def given(value: Any) -> str:
+            values.append(value)
+            return f"${len(values)}"
+
+        where = ["service = home"]
+        for column, value in (("service", which.service), ("workflow", which.workflow)):
+            if value is not None:
+                where.append(f"{column} = {given(value)}")
+        if which.status:
+            where.append(f"status = ANY({given(list(which.status))})")
+        if which.id_prefix:
+            where.append(f"starts_with(id, {given(which.id_prefix)})")
+        for name, value in which.attributes:
+            texts = given(_as_json(value))
+            where.append(f"(attributes::json -> {given(name)})::text = ANY({texts})")
+        if which.before is not None:
+            where.append(f"no < {given(which.before)}")
+        limit = given(which.limit)
+        return await self._run_rows(
+            f"{' AND '.join(where)} ORDER BY no DESC LIMIT {limit}", *values
+        )
+
+    async def journals(self, runs: Sequence[int]) -> dict[int, list[JournalRow]]:
+        found: dict[int, list[JournalRow]] = {run: [] for run in runs}
+        sql = "SELECT run, seq, body FROM pavane.journal WHERE run = ANY($1) ORDER BY run, seq"
+        for run, seq, body in await self._rows(sql, list(runs)):
+            found[run].append(JournalRow(run, seq, body.encode()))
+        return found
+
+    async def live_runs(self, targets: Sequence[int], after: int, limit: int) -> list[RunRow]:
+        where = (
+            "status IN ('running', 'stuck') AND target = ANY($1) AND no > $2 ORDER BY no LIMIT $3"
+        )
+        return await self._run_rows(where, list(targets), after, limit)
+
+    async def due_runs(
+        self, targets: Sequence[int], after: tuple[int, int], until_us: int, limit: int
+    ) -> list[RunRow]:
+        where = (
+            "(wake_us, no) > ($1, $2) AND wake_us <= $3 AND target = ANY($4)"
+            " ORDER BY wake_us, no LIMIT $5"
+        )
+        return await self._run_rows(where, *after, until_us, list(targets), limit)
+
+    async def _parked_rows(self, where: str, *values: Any) -> list[ParkedRow]:
+        sql = f"SELECT {_PARKED_COLUMNS} FROM pavane.parked WHERE {where}"
+        return [_parked(row) for row in await self._rows(sql, *values)]
+
+    async def due_parked(
+        self, targets: Sequence[int], after: tuple[int, str], until_us: int, limit: int
+    ) -> list[ParkedRow]:
+        where = (
+            "(due_us, id) > ($1, $2) AND due_us <= $3 AND target = ANY($4)"
+            " ORDER BY due_us, id LIMIT $5"
+        )
+        return await self._parked_rows(where, *after, until_us, list(targets), limit)
+
+    async def parked_of(self, service: str, run: str) -> list[ParkedRow]:
+        return await self._parked_rows("run = $1 AND service = $2", run, service)
+
+    async def mail_of(self, service: str, run: str) -> list[MailRow]:
+        sql = (
+            "SELECT service, run, id, type, body, at_us FROM pavane.mailbox"
+            " WHERE run = $1 AND service = $2 ORDER BY no"
+        )
+        rows = await self._rows(sql, run, service)
+        return [MailRow(s, r, id, kind, body.encode(), at) for s, r, id, kind, body, at in rows]
+
+    async def inbox_of(self, run: str) -> list[InboxRow]:
+        sql = (
+            "SELECT service, id, at_us, passed_to FROM pavane.inbox WHERE id >= $1 AND id < $2"
+            " ORDER BY id, service"
+        )
+        return [InboxRow(*row) for row in await self._rows(sql, run + "#", run + "$")]
+
+    async def seen(self, service: str, ids: Sequence[str]) -> set[str]:
+        sql = "SELECT id FROM pavane.inbox WHERE service = $1 AND id = ANY($2)"
+        return {row[0] for row in await self._rows(sql, service, list(ids))}
+
+    async def message(self, id: str) -> Message | None:
+        row = await self._row(
+            f"SELECT {_MESSAGE_COLUMNS} FROM pavane.log WHERE id = $1 ORDER BY pos DESC LIMIT 1", id
+        )
+        return row and _message(row)
+
+    async def read_log(
+        self, after: int, until: int | None, targets: Sequence[int] | None, limit: int,
+        skip_node: int | None,
+    ) -> list[Message]:  # fmt: skip
+        rows = await self._rows(
+            f"SELECT {_MESSAGE_COLUMNS} FROM pavane.log WHERE pos > $1"
+            f" AND ($2::bigint IS NULL OR pos <= $2) AND ($3::int[] IS NULL OR target = ANY($3))"
+            f" AND ($4::bigint IS NULL OR origin IS DISTINCT FROM $4) ORDER BY pos LIMIT $5",
+            after, until, None if targets is None else list(targets), skip_node, limit,
+        )  # fmt: skip
+        return [_message(row) for row in rows]
+
+    async def log_head(self) -> int:
+        return await self._one("SELECT log FROM pavane.heads")
+
+    def changed(self) -> bool:
+        if self._pid != os.getpid():
+            raise self._unusable()
+        return self._watch.changed()
+
+    # -- membership ----------------------------------------------------------------------------
+
+    async def join(
+        self, name: str, host: str, pid: int, services: Sequence[str], lease_us: int
+    ) -> NodeRow:
+        nonce = os.urandom(12).hex()
+
+        async def insert(c: Connection) -> NodeRow:
+            sql = (
+                "INSERT INTO pavane.nodes (nonce, name, host, pid, services, expires_us)"
+                " VALUES ($1, $2, $3, $4, $5, pavane.clock_us() + $6) RETURNING no, expires_us"
+            )
+            row = await c.fetchrow(sql, nonce, name, host, pid, list(services), lease_us)
+            return NodeRow(row[0], nonce, name, host, pid, list(services), row[1])
+
+        return await self._execute(insert)
+
+    def renew(self, fence: Fence) -> bool:
+        if self._pid != os.getpid():
+            raise self._unusable()
+        began = _ticks_us()
+        now = self._lease.renew(fence)
+        if now is None:
+            return False
+        self._set_clock(began, now)
+        return True
+
+    async def leave(self, fence: Fence) -> None:
+        async def delete(c: Connection) -> None:
+            sql = "DELETE FROM pavane.nodes WHERE no = $1 AND nonce = $2 RETURNING no"
+            if await c.fetchval(sql, fence.node, fence.nonce) is not None:
+                await c.execute(_FREE, fence.node)
+
+        await self._execute(delete)
+
+    async def nodes(self) -> list[NodeRow]:
+        rows = await self._rows(
+            "SELECT no, nonce, name, host, pid, services, expires_us FROM pavane.nodes ORDER BY no"
+        )
+        return [NodeRow(*row) for row in rows]
+
+    async def partition_rows(self, services: Sequence[str]) -> list[PartitionRow]:
+        rows = await self._rows(
+            "SELECT target, service, partition, owner, clean, position FROM pavane.partitions"
+            " WHERE service = ANY($1) ORDER BY target",
+            list(services),
+        )
+        return [PartitionRow(*row) for row in rows]
+
+    async def expire(self, nodes: Sequence[NodeRow]) -> None:
+        async def delete(c: Connection) -> None:
+            sql = (
+                "DELETE FROM pavane.nodes WHERE no = $1 AND nonce = $2 AND expires_us = $3"
+                " RETURNING no"
+            )
+            for node in sorted(nodes, key=lambda node: node.no):
+                if await c.fetchval(sql, node.no, node.nonce, node.expires_us) is not None:
+                    await c.execute(_FREE, node.no)
+
+        await self._execute(delete)
+
+    async def claim(self, fence: Fence, targets: Sequence[int]) -> list[PartitionRow]:
+        mine = 0
+
+        async def take(c: Connection) -> list[PartitionRow]:
+            nonlocal mine
+            await _prove(c, fence)
+            rows = await c.fetch(
+                "SELECT target, service, partition, owner, clean, position FROM pavane.partitions"
+                " WHERE target = ANY($1) AND (owner IS NULL OR owner = $2)"
+                " ORDER BY target FOR UPDATE",
+                list(targets), mine,
+            )  # fmt: skip
+            mine = fence.node  # claimed already, if this is done again because its answer was lost
+            await c.execute(
+                "UPDATE pavane.partitions SET owner = $2, clean = false WHERE target = ANY($1)",
+                [row[0] for row in rows], fence.node,
+            )  # fmt: skip
+            return [PartitionRow(t, s, p, None, clean, pos) for t, s, p, _, clean, pos in rows]
+
+        return await self._execute(take)
+
+    async def release(self, fence: Fence, positions: Sequence[tuple[int, int]]) -> None:
+        async def give(c: Connection) -> None:
+            await _prove(c, fence)
+            await c.executemany(
+                "UPDATE pavane.partitions SET position = greatest(position, $2) WHERE target = $1",
+                sorted(positions),
+            )
+            await c.execute(
+                "UPDATE pavane.partitions SET owner = NULL, clean = true"
+                " WHERE target = ANY($1) AND owner = $2",
+                [target for target, _ in positions], fence.node,
+            )  # fmt: skip
+
+        await self._execute(give)
+
+    # -- upkeep --------------------------------------------------------------------------------
+
+    async def touch(self, fence: Fence, runs: Sequence[int], parked: Sequence[ParkedRow]) -> None:
+        async def count(c: Connection) -> None:
+            await _prove(c, fence)
+            await c.execute(
+                "UPDATE pavane.runs SET deaths = deaths + 1 WHERE no = ANY($1)", list(runs)
+            )
+            await c.executemany(
+                "INSERT INTO pavane.parked"
+                " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)"
+                " ON CONFLICT (id, service) DO UPDATE SET attempt = excluded.attempt,"
+                " due_us = excluded.due_us, beat = excluded.beat, error = excluded.error,"
+                " deaths = excluded.deaths",
+                [parked_values(row) for row in parked],
+            )
+
+        await self._execute(count)
+
+    async def prune(self, before_us: int, limit: int) -> int:
+        async def delete(c: Connection) -> int:
+            runs = await self._prune_runs(c, before_us, limit)
+            return runs + await self._prune_log(c, before_us, limit)
+
+        return await self._execute(delete)
+
+    async def _prune_runs(self, c: Connection, before_us: int, limit: int) -> int:
+        """Delete what is left, at every service, of runs that ended at home."""
+        sql = (
+            "SELECT id FROM pavane.runs WHERE ended_us < $1 AND service = home"
+            " ORDER BY ended_us LIMIT $2"
+        )
+        ids = [row[0] for row in await c.fetch(sql, before_us, limit)]
+        if not ids:
+            return 0
+        await c.execute(
+            "DELETE FROM pavane.journal WHERE run IN"
+            " (SELECT no FROM pavane.runs WHERE id = ANY($1))",
+            ids,
+        )
+        await c.execute(
+            "DELETE FROM pavane.mailbox AS m USING pavane.runs AS r"
+            " WHERE r.id = ANY($1) AND m.run = r.id AND m.service = r.service",
+            ids,
+        )
+        await c.execute("DELETE FROM pavane.runs WHERE id = ANY($1)", ids)
+        # What a run was given goes with the event: one that goes on from it must not get it too.
+        await c.execute("DELETE FROM pavane.awaits WHERE run = ANY($1) AND pos = 0", ids)
+        await c.execute("DELETE FROM pavane.members WHERE run = ANY($1)", ids)
+        # Marks of messages that someone has still to consume stay, or they would count twice.
+        await c.execute(
+            "DELETE FROM pavane.inbox AS i USING unnest($1::text[]) AS old (id)"
+            " WHERE (i.id = old.id OR i.id > old.id || '#' AND i.id < old.id || '$')"
+            " AND NOT EXISTS ("
+            "  SELECT 1 FROM pavane.log AS l WHERE l.id = i.id"
+            "  AND l.pos > (SELECT min(position) FROM pavane.partitions))",
+            ids,
+        )
+        return len(ids)
+
+    async def _prune_log(self, c: Connection, before_us: int, limit: int) -> int:
+        """Delete consumed messages from the log's beginning up to the first that is not old."""
+        rows = await c.fetch(
+            "SELECT pos, id, receiver, run, at_us FROM pavane.log AS l"
+            " LEFT JOIN pavane.partitions AS p USING (target) WHERE pos <="
+            " coalesce(p.position, (SELECT min(position) FROM pavane.partitions))"
+            " ORDER BY pos LIMIT $1",
+            limit,
+        )
+        stale: list[Any] = []
+        for row in rows:
+            if row["at_us"] >= before_us:
+                break
+            stale.append(row)
+        if stale:
+            await c.execute(
+                "DELETE FROM pavane.log WHERE pos = ANY($1)", [row["pos"] for row in stale]
+            )
+            # While its run goes on a mark stays: it tells where a baton went.
+            await c.execute(
+                "DELETE FROM pavane.inbox AS i"
+                " USING unnest($1::text[], $2::text[], $3::text[]) AS old (id, receiver, run)"
+                " WHERE i.id = old.id AND (i.service = old.receiver OR old.receiver = '')"
+                " AND NOT EXISTS (SELECT 1 FROM pavane.runs AS r"
+                "  WHERE r.id = old.run AND r.service = r.home AND r.ended_us IS NULL)",
+                *([row[name] for row in stale] for name in ("id", "receiver", "run")),
+            )
+        return len(stale)
+
+    async def describe(self) -> dict[str, str | int | float]:
+        row = await self._row(
+            "SELECT current_setting('server_version') AS server,"
+            " (SELECT value FROM pavane.meta WHERE key = 'schema') AS schema,"
+            " pg_database_size(current_database()) AS bytes,"
+            " (SELECT count(*) FROM pavane.runs WHERE service = home) AS runs,"
+            " (SELECT count(*) FROM pavane.log) AS messages,"
+            " (SELECT count(*) FROM pavane.parked) AS parked,"
+            " (SELECT coalesce(sum(count), 0)::bigint FROM pavane.event_types) AS events,"
+            " (SELECT count(*) FROM pavane.dead_letters) AS dead"
+        )
+        return {
+            "kind": "Postgres",
+            "place": place_of(self.dsn),
+            "postgres": row["server"],
+            "schema": int(row["schema"]),
+            "bytes": row["bytes"],
+            "wake-ups": "NOTIFY" if self._watch.hears else "polling",
+            "runs": row["runs"],
+            "messages": row["messages"],
+            "parked": row["parked"],
+            "events": row["events"],
+            "dead letters": row["dead"],
+        }
+
+
+_FREE = "UPDATE pavane.partitions SET owner = NULL, clean = false WHERE owner = $1"
+
+
+async def _prove(c: Connection, fence: Fence) -> None:
+    if await c.fetchval(RENEW, fence.node, fence.nonce, fence.lease_us) is None:
+        raise LeaseLost(
+            f"Node {fence.node} lost its lease (it was silent for longer than "
+            f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
+        )
+
+
+def _ticks_us() -> int:
+    return time.monotonic_ns() // 1000
+
+
+def _as_json(value: str | int | float | bool) -> list[str]:
+    """Return the JSON texts of a value; a whole number may have been written either way."""
+    texts = [msgspec.json.encode(value).decode()]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+        texts = [str(int(value)), str(float(value))]
+    return texts
+
+
+def _run(row: Sequence[Any]) -> RunRow:
+    values = list(row)
+    for at in _RUN_TEXTS:
+        if values[at] is not None:
+            values[at] = values[at].encode()
+    return RunRow(*values)
+
+
+def _parked(row: Sequence[Any]) -> ParkedRow:
+    service, run, id, target, call, attempt, due, began, beat, error, deaths = row
+    return ParkedRow(
+        service, run, id, target, call.encode(), attempt, due, began, beat.encode(),
+        error.encode(), deaths,
+    )  # fmt: skip
+
+
+def _message(row: Sequence[Any]) -> Message:
+    kind, id, receiver, run, body, at_us, target, pos = row
+    return Message(kind, id, receiver, run, body.encode(), at_us, target, pos)

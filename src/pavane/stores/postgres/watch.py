@@ -1,0 +1,155 @@
+"""The watch: tells that someone wrote, by NOTIFY where that works, by the clock everywhere.
+
+A wake-up is never needed: whoever is told only looks earlier. What this process wrote is announced
+from the background, at most every few milliseconds and in a statement of its own, since a NOTIFY
+takes a lock of the whole server until its commit. Behind a pooler in transaction mode LISTEN does
+not work; then all look as often as it takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from pavane.stores.postgres.connection import FAILED, Connection, connect, is_lost
+
+log = logging.getLogger("pavane.postgres")
+
+CHANNEL = "pavane"
+ANNOUNCE_EVERY_S = 0.005
+LOOK_S = 1.0
+"""How often to look although nobody was heard."""
+LOOK_DEAF_S = 0.05
+LOOK_DEAF_MAX_S = 0.5
+PROBE_S = 2.0
+AGAIN_MAX_S = 10.0
+
+
+class Watch:
+    """Owns the connection that listens; `ask` runs a statement on some other connection."""
+
+    def __init__(self, dsn: str, ask: Callable[..., Awaitable[Any]]) -> None:
+        self._dsn = dsn
+        self._ask = ask
+        self._listening: Connection | None = None
+        self._heard: asyncio.Event | None = None
+        self._changed = True
+        self._look_at = 0.0
+        self._look_s = LOOK_DEAF_S
+        self._to_announce: asyncio.Event = asyncio.Event()
+        self._own_pids: set[int] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def open(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._clock = loop.time
+        self._tasks = [loop.create_task(self._announce()), loop.create_task(self._listen())]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._tasks.clear()
+        self._drop()
+
+    @property
+    def hears(self) -> bool:
+        """Whether wake-ups of other processes arrive."""
+        return self._heard is not None and self._heard.is_set()
+
+    def changed(self) -> bool:
+        """Whether someone may have written since the last call."""
+        now = self._clock()
+        if self._changed:
+            self._look_s = LOOK_DEAF_S
+        elif now < self._look_at:
+            return False
+        else:
+            self._look_s = min(LOOK_DEAF_MAX_S, self._look_s * 1.5)
+        self._changed = False
+        # Not in step with other nodes, which began when this one did, perhaps.
+        pause_s = LOOK_S if self.hears else self._look_s
+        self._look_at = now + pause_s * (0.75 + random.random() / 2)
+        return True
+
+    def wrote(self) -> None:
+        """Note that this process wrote, which others may want to know."""
+        self._changed = True
+        self._to_announce.set()
+
+    # -- speaking ------------------------------------------------------------------------------
+
+    async def _announce(self) -> None:
+        while True:
+            await self._to_announce.wait()
+            self._to_announce.clear()
+            with suppress(Exception):  # those who are not told look by themselves
+                pid = await self._ask("SELECT pg_backend_pid() FROM pg_notify($1, '')", CHANNEL)
+                self._own_pids.add(pid)
+            await asyncio.sleep(ANNOUNCE_EVERY_S)
+
+    # -- listening -----------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        """Listen, and again after each loss, with growing pauses."""
+        pause_s = 0.1
+        while True:
+            try:
+                if not await self._hear():
+                    return
+                pause_s = 0.1
+            except FAILED as error:
+                if not is_lost(error):
+                    log.warning("this process cannot listen: %s", error)
+            finally:
+                self._drop()
+            await asyncio.sleep(pause_s * (0.5 + random.random()))
+            pause_s = min(AGAIN_MAX_S, pause_s * 2)
+
+    async def _hear(self) -> bool:
+        """Listen until the connection is lost; False if nothing is to be heard that way."""
+        self._listening = connection = await connect(self._dsn)
+        gone = asyncio.Event()
+
+        def lost(_: Connection) -> None:
+            gone.set()
+
+        connection.add_termination_listener(lost)
+        self._heard = asyncio.Event()
+        await connection.add_listener(CHANNEL, self._notified)
+        self._changed = True  # what was announced meanwhile was not heard
+        if await self._probe():
+            await gone.wait()
+            return True
+        if connection.is_closed():
+            return True
+        log.info(
+            "no notifications arrive (a pooler in transaction mode?): this process looks every "
+            "%g ms instead, up to %g ms when idle", LOOK_DEAF_S * 1e3, LOOK_DEAF_MAX_S * 1e3,
+        )  # fmt: skip
+        return False
+
+    async def _probe(self) -> bool:
+        """Tell whether notifications arrive, by one of our own."""
+        assert self._heard is not None
+        with suppress(Exception):
+            await self._ask("SELECT pg_notify($1, 'probe')", CHANNEL)
+            await asyncio.wait_for(self._heard.wait(), PROBE_S)
+        return self._heard.is_set()
+
+    def _notified(self, _: Any, pid: int, __: str, payload: str) -> None:
+        if self._heard is not None:
+            self._heard.set()
+        if pid not in self._own_pids or payload:
+            self._changed = True
+
+    def _drop(self) -> None:
+        connection, self._listening = self._listening, None
+        self._heard = None
+        if connection is not None and not connection.is_closed():
+            connection.terminate()

@@ -1,0 +1,313 @@
+"""The writer: one connection, on which everything is written in the order of asking.
+
+A batch is one call of one function: one round trip with fence, rows and commit. When its answer
+does not come, the batch is sent again on a new connection under the same number, until it is known
+what became of it: the number makes it take effect once, and the fence makes it wait for an earlier
+copy that is still on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.stores.port import Commit, Conflict, Fence, broken_chain
+from pavane.stores.postgres.batch import WRITE, Batch
+from pavane.stores.postgres.connection import (
+    BUSY,
+    OF_ONE_COMMIT,
+    Connection,
+    answered,
+    asyncpg,
+    connect,
+    explained,
+    is_lost,
+)
+
+log = logging.getLogger("pavane.postgres")
+
+SETTLE_S = 15.0
+"""How long a write is tried again when the database is gone; under a lease, for its time."""
+MERGED_MAX = 1000
+PAUSE_S = 0.05
+PAUSE_MAX_S = 1.0
+
+Results = list[PavaneError | None]
+Work = Callable[[Connection], Awaitable[Any]]
+Wrote = Callable[[Fence | None, tuple[int, int] | None], None]
+
+
+class _Batch:
+    """Commits to be written together, and who is told."""
+
+    def __init__(
+        self, commits: Sequence[Commit], fence: Fence | None, done: Callable[[Results], None]
+    ) -> None:
+        self.commits = commits
+        self.fence = fence
+        self.done = done
+
+
+class _Call:
+    """Work in a transaction of its own, and who waits for what it returns."""
+
+    def __init__(self, work: Work, future: asyncio.Future[Any]) -> None:
+        self.work = work
+        self.future = future
+
+
+class Writer:
+    """See the module. `wrote` is called after each write with the log's range it took, or None."""
+
+    def __init__(self, dsn: str, wrote: Wrote) -> None:
+        self._dsn = dsn
+        self._wrote = wrote
+        self._connection: Connection | None = None
+        self._write: Any = None
+        self._jobs: deque[_Batch | _Call] = deque()
+        self._wake: asyncio.Future[None] | None = None
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+        self._lease: tuple[int, str] | None = None
+        self._batch = 0
+        """Number of the newest batch written under that lease."""
+        self._unsettled: str | None = None
+        """Nonce of a lease whose last batch may still be written: nothing may follow it."""
+        self._repeating = False
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        await self._connected()
+        self._closing = False
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Write what was asked for, then hang up."""
+        self._closing = True
+        self._call()
+        if self._task is not None:
+            await self._task
+            self._task = None
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            try:
+                await connection.close(timeout=2)
+            except Exception:
+                connection.terminate()
+
+    def submit(
+        self, commits: Sequence[Commit], fence: Fence | None, done: Callable[[Results], None]
+    ) -> None:
+        self._jobs.append(_Batch(commits, fence, done))
+        self._call()
+
+    async def execute(self, work: Work) -> Any:
+        """Do `work` in a transaction of its own, after what was asked for before.
+
+        It may be done twice: once more if the connection is lost, perhaps just after the commit.
+        """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._jobs.append(_Call(work, future))
+        self._call()
+        return await future
+
+    def _call(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._jobs:
+                if self._closing:
+                    return
+                self._wake = loop.create_future()
+                await self._wake
+                continue
+            job = self._jobs.popleft()
+            try:
+                if isinstance(job, _Call):
+                    await self._do_call(job)
+                else:
+                    await self._do_batch(job)
+            except Exception as error:  # nobody may wait for ever
+                log.exception("a write failed in an unexpected way")
+                self._fail(job, StoreError(f"A write failed: {error!r}."))
+
+    def _fail(self, job: _Batch | _Call, error: PavaneError) -> None:
+        if isinstance(job, _Batch):
+            job.done([error] * len(job.commits))
+        elif not job.future.done():
+            job.future.set_exception(error)
+
+    # -- connection ----------------------------------------------------------------------------
+
+    async def _connected(self) -> Connection:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await connect(self._dsn)
+            self._write = None
+        return self._connection
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+    async def _patiently(self, ask: Callable[[Connection], Awaitable[Any]], within_s: float) -> Any:
+        """Ask until there is an answer, on new connections, for a while; then raise StoreError."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + within_s
+        pause_s = PAUSE_S
+        self._repeating = False
+        while True:
+            try:
+                return await ask(await self._connected())
+            except Exception as error:
+                if is_lost(error):
+                    self._hang_up()
+                    self._repeating = True
+                elif not isinstance(error, BUSY):
+                    raise
+                if loop.time() > ends:
+                    raise explained(self._dsn, error) from error
+                log.info("writing again: %s", error)
+            await asyncio.sleep(pause_s * (0.5 + random.random()))
+            pause_s = min(PAUSE_MAX_S, pause_s * 2)
+
+    # -- other work ----------------------------------------------------------------------------
+
+    async def _do_call(self, job: _Call) -> None:
+        async def ask(connection: Connection) -> Any:
+            async def transaction() -> Any:
+                async with connection.transaction():
+                    return await job.work(connection)
+
+            return await answered(connection, transaction())
+
+        try:
+            result = await self._patiently(ask, SETTLE_S)
+        except PavaneError as error:
+            self._fail(job, error)
+        except asyncpg.PostgresError as error:
+            self._fail(job, explained(self._dsn, error))
+        else:
+            self._wrote(None, None)
+            if not job.future.done():
+                job.future.set_result(result)
+
+    # -- batches -------------------------------------------------------------------------------
+
+    async def _do_batch(self, job: _Batch) -> None:
+        jobs = [job]
+        if job.fence is None:  # callers that know nothing of each other share a round trip
+            count = len(job.commits)
+            while self._jobs and count < MERGED_MAX:
+                following = self._jobs[0]
+                if not isinstance(following, _Batch) or following.fence is not None:
+                    break
+                jobs.append(following)
+                self._jobs.popleft()
+                count += len(following.commits)
+        commits = job.commits if len(jobs) == 1 else [c for j in jobs for c in j.commits]
+        results = await self._results(commits, job.fence)
+        at = 0
+        for each in jobs:
+            each.done(results[at : at + len(each.commits)])
+            at += len(each.commits)
+
+    async def _results(self, commits: Sequence[Commit], fence: Fence | None) -> Results:
+        if not commits:
+            return []
+        try:
+            await self._write_whole(commits, fence)
+            return [None] * len(commits)
+        except (LeaseLost, StoreError) as error:
+            return [error] * len(commits)
+        except Exception as error:
+            if isinstance(error, asyncpg.PostgresError) and not isinstance(error, OF_ONE_COMMIT):
+                return [explained(self._dsn, error)] * len(commits)
+            # What is not Postgres's comes from making rows of values: a bad value, not a bad store.
+            if len(commits) == 1:
+                return [await self._refusal(commits[0], error)]
+        # One bad commit: halve until it is alone, keeping the order.
+        middle = len(commits) // 2
+        first = await self._results(commits[:middle], fence)
+        rest = commits[middle:]
+        if isinstance(first[-1], (LeaseLost, StoreError)):
+            return [*first, *[first[-1]] * len(rest)]
+        broken = {c.chain for c, bad in zip(commits, first, strict=False) if bad is not None} - {0}
+        good = iter(await self._results([c for c in rest if c.chain not in broken], fence))
+        return [*first, *(broken_chain() if c.chain in broken else next(good) for c in rest)]
+
+    async def _refusal(self, commit: Commit, error: Exception) -> PavaneError | None:
+        if isinstance(error, asyncpg.UniqueViolationError):
+            if self._repeating and await self._is_there(commit):
+                return None  # the answer to an earlier copy of it was lost
+            return Conflict(f"This was written before: {error}.")
+        if isinstance(error, PavaneError):
+            return error
+        return PavaneError(f"A value cannot be stored: {error!r}.")
+
+    async def _is_there(self, commit: Commit) -> bool:
+        """Tell whether the marks and runs of a commit are there as it would have written them."""
+
+        async def ask(connection: Connection) -> bool:
+            for run in commit.runs:
+                sql = "SELECT 1 FROM pavane.runs WHERE no = $1 AND id = $2"
+                if await connection.fetchval(sql, run.no, run.id) is None:
+                    return False
+            for mark in commit.inbox:
+                sql = "SELECT 1 FROM pavane.inbox WHERE id = $1 AND service = $2 AND at_us = $3"
+                if await connection.fetchval(sql, mark.id, mark.service, mark.at_us) is None:
+                    return False
+            return bool(commit.runs or commit.inbox)
+
+        return await self._patiently(ask, SETTLE_S)
+
+    async def _write_whole(self, commits: Sequence[Commit], fence: Fence | None) -> None:
+        batch = Batch(commits)
+        if fence is None:
+            proof: tuple[Any, ...] = (None, None, None, None)
+            within_s = SETTLE_S
+        else:
+            proof = (fence.node, fence.nonce, fence.lease_us, self._number(fence))
+            within_s = fence.lease_us / 1e6
+        values = (*proof, *batch.values)
+
+        async def ask(connection: Connection) -> Any:
+            if self._write is None:
+                self._write = await connection.prepare(WRITE)
+            return await answered(connection, self._write.fetchrow(*values), max(within_s, 5.0))
+
+        try:
+            row = await self._patiently(ask, within_s)
+        except StoreError:
+            self._unsettled = fence and fence.nonce
+            raise
+        if row["verdict"] == "lost":
+            assert fence is not None
+            raise LeaseLost(
+                f"Node {fence.node} lost its lease (it was silent for longer than "
+                f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
+            )
+        if fence is not None:
+            self._batch += 1
+        appended: tuple[int, int] | None = None
+        if batch.messages or batch.events:
+            before: int = row["log_before"]
+            batch.placed(before, row["events_before"], row["new_events"] or ())
+            appended = (before, before + len(batch.messages))
+        self._wrote(fence, appended)
+
+    def _number(self, fence: Fence) -> int:
+        if fence.nonce == self._unsettled:
+            raise StoreError("The database did not answer, and what it was told is not settled.")
+        if self._lease != (fence.node, fence.nonce):
+            self._lease, self._batch = (fence.node, fence.nonce), 0
+        return self._batch + 1
