@@ -137,11 +137,6 @@ class Handler:
             )
         if options.state is not None and self.takes_list:
             raise BadDeclaration(f"Handler {self!r} cannot have both state= and a batch of events.")
-        if options.transaction and self.is_async:
-            raise BadDeclaration(
-                f"Handler {self!r} has transaction=True: write it as a plain `def`. It runs inside "
-                f"the store's own transaction, which must not wait for anything else."
-            )
         if options.transaction and options.timeout_s is not None:
             raise BadDeclaration(
                 f"Handler {self!r} cannot have both timeout= and transaction=True: what runs "

@@ -15,16 +15,18 @@ with sqlite3.connect("shop.db") as connection:
 The event is published if and only if the transaction commits, and events of one key are handled in
 the order of commits. `publish` takes any connection; `publish_sync` is for code without `await`.
 
-Connections: `sqlite3`, `apsw`, and SQLAlchemy's `Connection`, `Session`, `AsyncConnection` and
-`AsyncSession` over them. In a process that opens the store itself (a worker, `app.connect()`) only
-`apsw`: the standard library brings another copy of SQLite, and two copies in one process do not see
-each other's locks on a file.
+Connections to Postgres: of `asyncpg` and `psycopg` (both kinds), and SQLAlchemy's `Connection`,
+`Session`, `AsyncConnection` and `AsyncSession` over any driver. To SQLite: of `sqlite3` and `apsw`,
+and SQLAlchemy's over them. In a process that opens an SQLite store itself (a worker,
+`app.connect()`) only `apsw`: the standard library brings another copy of SQLite, and two copies in
+one process do not see each other's locks on a file.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from pavane.app import checked_run_id
@@ -39,7 +41,6 @@ from pavane.service import current_step
 from pavane.stores.eventlog import EventRow
 
 SOURCE = "outbox"
-_OF_POSTGRES = {"asyncpg", "psycopg", "psycopg2", "psycopg_pool", "pg8000"}
 
 
 async def publish(
@@ -58,7 +59,11 @@ async def publish(
     BadArguments for what is no event or no connection, NotEncodable and TooLarge for the event.
     """
     row = _row(event, id, source)
-    if _is_asynchronous(connection):
+    if _is_a(connection, "asyncpg", "Connection") or _is_pooled_asyncpg(connection):
+        await _append_by_asyncpg(connection, row)
+    elif _is_a(connection, "psycopg", "AsyncConnection"):
+        await _append_by_psycopg_async(connection, row)
+    elif _is_asynchronous(connection):
         await connection.run_sync(_append, row)
     else:
         _append(connection, row)
@@ -70,7 +75,7 @@ def publish_sync(
 ) -> str:
     """Do as `publish`, for code that cannot await, on a connection that needs no await."""
     row = _row(event, id, source)
-    if _is_asynchronous(connection):
+    if _is_asynchronous(connection) or _is_async_driver(connection):
         raise BadArguments(
             f"{_spelled(connection)} is asynchronous: write `await outbox.publish(…)`."
         )
@@ -131,6 +136,18 @@ def _is_asynchronous(connection: Any) -> bool:
     )  # fmt: skip
 
 
+def _is_async_driver(connection: Any) -> bool:
+    return (
+        _is_a(connection, "asyncpg", "Connection")
+        or _is_pooled_asyncpg(connection)
+        or _is_a(connection, "psycopg", "AsyncConnection")
+    )
+
+
+def _is_pooled_asyncpg(connection: Any) -> bool:
+    return _is_a(connection, "asyncpg.pool", "PoolConnectionProxy")
+
+
 def _append(connection: Any, row: EventRow) -> None:
     if _is_a(connection, "sqlalchemy.orm", "Session", "scoped_session"):
         connection = connection.connection()
@@ -139,6 +156,8 @@ def _append(connection: Any, row: EventRow) -> None:
     elif _is_a(connection, "sqlite3", "Connection") or _is_a(connection, "apsw", "Connection"):
         _check_transaction(connection)
         _append_by_driver(connection, row)
+    elif _is_a(connection, "psycopg", "Connection"):
+        _append_by_psycopg(connection, row)
     else:
         raise _refused(connection)
 
@@ -158,9 +177,92 @@ def _append_by_driver(connection: Any, row: EventRow) -> None:
     append_event(execute, row, is_apsw=is_apsw)
 
 
+async def _append_by_asyncpg(connection: Any, row: EventRow) -> None:
+    from pavane.stores.postgres.outbox import append_event
+
+    if not connection.is_in_transaction():
+        raise _no_transaction(connection, "async with connection.transaction():")
+    appending = append_event(row)
+    sql, values = next(appending)
+    with suppress(StopIteration):
+        while True:
+            found = await connection.fetch(_numbered(sql), *values)
+            sql, values = appending.send(found)
+
+
+async def _append_by_psycopg_async(connection: Any, row: EventRow) -> None:
+    from pavane.stores.postgres.outbox import append_event
+
+    _check_psycopg(connection)
+    appending = append_event(row)
+    sql, values = next(appending)
+    with suppress(StopIteration):
+        while True:
+            cursor = await _tuples(connection).execute(_formatted(sql), values)
+            sql, values = appending.send(await cursor.fetchall())
+
+
+def _append_by_psycopg(connection: Any, row: EventRow) -> None:
+    from pavane.stores.postgres.outbox import append_event
+
+    _check_psycopg(connection)
+    appending = append_event(row)
+    sql, values = next(appending)
+    with suppress(StopIteration):
+        while True:
+            cursor = _tuples(connection).execute(_formatted(sql), values)
+            sql, values = appending.send(cursor.fetchall())
+
+
+def _append_by_sqlalchemy_postgres(connection: Any, row: EventRow) -> None:
+    from pavane.stores.postgres.outbox import append_event
+
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        raise _no_transaction(connection, "with connection.begin():")
+    text: Any = sys.modules["sqlalchemy"].text
+    appending = append_event(row)
+    sql, values = next(appending)
+    with suppress(StopIteration):
+        while True:
+            names = [f"p{at}" for at in range(len(values))]
+            filled = text(sql.format(*(f":{name}" for name in names)))
+            found = connection.execute(filled, dict(zip(names, values, strict=True)))
+            sql, values = appending.send([tuple(each) for each in found])
+
+
+def _check_psycopg(connection: Any) -> None:
+    idle = connection.info.transaction_status == 0
+    if connection.autocommit and idle:
+        raise _no_transaction(connection, "with connection.transaction():")
+
+
+def _tuples(connection: Any) -> Any:
+    """Return a cursor whose rows are tuples, whatever the user's own gives."""
+    return connection.cursor(row_factory=sys.modules["psycopg"].rows.tuple_row)
+
+
+def _numbered(sql: str) -> str:
+    return sql.format(*(f"${at}" for at in range(1, sql.count("{}") + 1)))
+
+
+def _formatted(sql: str) -> str:
+    return sql.format(*["%s"] * sql.count("{}"))
+
+
+def _no_transaction(connection: Any, begin: str) -> StoreError:
+    return StoreError(
+        f"{_spelled(connection)} has no open transaction, so the event would be published at once, "
+        f"whatever becomes of the rest. Publish inside `{begin}`, or use `await "
+        f"app.publish(event)`."
+    )
+
+
 def _append_by_sqlalchemy(connection: Any, row: EventRow) -> None:
     from pavane.stores.sqlite.outbox import append_event
 
+    if connection.dialect.name == "postgresql":
+        _append_by_sqlalchemy_postgres(connection, row)
+        return
     if connection.dialect.name != "sqlite":
         raise _refused(connection, connection.dialect.name)
     connection.exec_driver_sql("SELECT 1").close()  # now SQLAlchemy has begun what it begins
@@ -190,17 +292,10 @@ def _check_transaction(driver: Any) -> None:
 
 
 def _refused(connection: Any, dialect: str = "") -> Exception:
-    root = type(connection).__module__.partition(".")[0]
-    if dialect == "postgresql" or root in _OF_POSTGRES:
-        return StoreError(
-            f"{_spelled(connection)} is a connection to Postgres, and this version of Pavane has "
-            f"no store there: an event must be in the same database as what it is about. Use an "
-            f"SQLite store, or publish by `await app.publish(event)` after your commit."
-        )
     return BadArguments(
         f"{_spelled(connection)}{f' ({dialect})' if dialect else ''} is no connection that the "
-        f"outbox knows: one of sqlite3, of apsw, or SQLAlchemy's Connection, Session, "
-        f"AsyncConnection or AsyncSession to an SQLite file."
+        f"outbox knows: one of asyncpg, psycopg, sqlite3 or apsw, or SQLAlchemy's Connection, "
+        f"Session, AsyncConnection or AsyncSession to Postgres or SQLite."
     )
 
 

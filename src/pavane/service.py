@@ -178,12 +178,11 @@ class TransactionDecorator:
         self._name = name
         self._options = options
 
-    def __call__(self, fn: Callable[Concatenate[Any, P], R]) -> Step[P, R]:
-        if inspect.iscoroutinefunction(fn):
-            raise BadDeclaration(
-                f"{fn.__name__} cannot be a transaction: write it as a plain `def`. It runs inside "
-                f"the store's own transaction, which must not wait for anything else."
-            )
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Step[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Any, P], R]) -> Step[P, R]: ...
+    def __call__(self, fn: Callable[Concatenate[Any, P], Any]) -> Step[P, Any]:
         if not inspect.signature(fn).parameters:
             raise BadDeclaration(
                 f"Transaction {getattr(fn, '__name__', fn)} must take a connection as its first "
@@ -248,6 +247,10 @@ class Service:
         return self.add_step(fn, name, options)
 
     @overload
+    def transaction(
+        self, fn: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /
+    ) -> Step[P, R]: ...
+    @overload
     def transaction(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, R]: ...
     @overload
     def transaction(
@@ -276,12 +279,13 @@ class Service:
             connection.execute(sql, (cents, account))
         ```
 
-        Its first parameter is a connection of the store's database (SQLite: of APSW), which callers
-        leave out. What it writes there and its result are one transaction: exactly once, whatever
-        crashes. It is a plain `def` and should be short, since nothing else is written meanwhile;
-        it must not commit, use the connection later, or do anything outside of the database: it is
-        called again if its transaction cannot be written. A failure rolls back what it did and is
-        retried, or goes to the workflow, as for `step`; so do `retry` and `undo`.
+        Its first parameter is a connection of the store's database, which callers leave out: on
+        SQLite one of APSW, for a plain `def`; on Postgres one of asyncpg, for an `async def`. What
+        it writes there and its result are one transaction: exactly once, whatever crashes. It
+        should be short, since this node writes nothing else meanwhile; it must not commit, use the
+        connection later, or do anything outside of the database: it is called again if its
+        transaction cannot be written. A failure rolls back what it did and is retried, or goes to
+        the workflow, as for `step`; so do `retry` and `undo`.
         """
         _check_undo(undo)
         options = StepOptions(retry=retry, undo=undo)

@@ -24,9 +24,9 @@ LEASE_S = 0.6
 class Fleet:
     """Worker processes on one store."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: str) -> None:
         self.folder = folder
-        self.store = str(folder / "crew.db")
+        self.store = store
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def launch(self, *services: str, lease_s: float = LEASE_S) -> subprocess.Popen[bytes]:
@@ -58,7 +58,9 @@ async def start(client: Client, flow: Any, *args: Any, **options: Any) -> Run[An
 
 
 async def is_free(store: str) -> bool:
-    """Tell whether somebody can write into this SQLite file: no stopped process has its lock."""
+    """Tell whether somebody can write into this store: no stopped process has SQLite's lock."""
+    if "://" in store:
+        return True
     db = apsw.Connection(store)
     db.set_busy_timeout(BUSY_MS)
     try:

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import apsw
 import pytest
 
 from pavane import (
@@ -44,8 +43,10 @@ from tests.integration.world import (
     LAYOUTS,
     MODES,
     Layout,
+    Place,
     World,
     in_loop,
+    rows,
     until,
     until_status,
 )
@@ -84,8 +85,8 @@ def layout(request: pytest.FixtureRequest) -> Layout:
 
 
 @pytest.fixture
-def world(tmp_path: Path, mode: Mode, layout: Layout) -> World:
-    return World(tmp_path / "world.db", mode, layout)
+def world(place: Place, mode: Mode, layout: Layout) -> World:
+    return World(place, mode, layout)
 
 
 @pytest.fixture
@@ -793,13 +794,10 @@ async def test_a_corrupt_journal_stops_its_run_and_no_other(world: World) -> Non
         good = await director.start(sleeps, 0.5)
         for run in (bad, good):
             await until_status(run, "waiting", reason="timer")
-    db = apsw.Connection(str(world.path))
-    db.execute(
-        "UPDATE journal SET body = '[[\"done\"' WHERE run IN (SELECT no FROM runs WHERE id = ?)",
-        (bad.id,),
+    where = f"run IN (SELECT no FROM runs WHERE id = '{bad.id}')"
+    assert await rows(
+        world.path, f"UPDATE journal SET body = '[[\"done\"' WHERE {where} RETURNING run"
     )
-    assert db.changes()
-    db.close()
     async with world.working(*SERVICES) as director:
         assert await director.get(good.id).result(timeout=30) == "stored after"
         status = await until_status(director.get(bad.id), "stuck")
@@ -1178,14 +1176,12 @@ async def test_ended_runs_are_pruned_after_their_retention_and_live_ones_stay(
 
         await until(gone)
         assert (await live.status()).status == "waiting"
-        db = apsw.Connection(str(world.path))
-        left = [db.execute(sql, (ended.id,)).get for sql in WHAT_IS_LEFT]
-        db.close()
-        assert left == [0, 0, 0]
+        left = [await rows(world.path, f"{sql} = '{ended.id}'") for sql in WHAT_IS_LEFT]
+        assert left == [[], [], []]
 
 
 WHAT_IS_LEFT = (
-    "SELECT count(*) FROM runs WHERE id = ? AND service = home",
-    "SELECT count(*) FROM mailbox WHERE run = ?",
-    "SELECT count(*) FROM parked WHERE run = ?",
+    "SELECT no FROM runs WHERE service = home AND id",
+    "SELECT id FROM mailbox WHERE run",
+    "SELECT id FROM parked WHERE run",
 )

@@ -19,7 +19,7 @@ from pavane import (
 )
 from pavane.core.operations import Mode
 from pavane.stores.eventlog import EventFilter
-from tests.integration.world import LAYOUTS, MODES, Director, World, in_loop, until
+from tests.integration.world import LAYOUTS, MODES, Director, Place, World, in_loop, until
 
 CASES = [(mode, layout) for mode in MODES for layout in LAYOUTS]
 
@@ -43,8 +43,8 @@ class Loose(Event):
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case).replace(" ", "_"))
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
-    return World(tmp_path / "world.db", *request.param)
+def world(request: pytest.FixtureRequest, place: Place) -> World:
+    return World(place, *request.param)
 
 
 @pytest.fixture

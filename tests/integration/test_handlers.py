@@ -28,7 +28,7 @@ from pavane import (
 from pavane.core.envelope import Redo, pack
 from pavane.stores.eventlog import DeadFilter, EventFilter, EventRow
 from pavane.stores.port import LAST_US, Commit, Message
-from tests.integration.world import LAYOUTS, Director, Layout, World, in_loop, until
+from tests.integration.world import LAYOUTS, Director, Layout, Place, World, in_loop, until
 
 SOON = Retry(attempts=3, first="5ms", factor=1)
 SEEN: list[Any] = []
@@ -61,8 +61,8 @@ def nothing_seen() -> None:
 
 
 @pytest.fixture(params=LAYOUTS)
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
-    return World(tmp_path / "world.db", "orchestration", request.param)
+def world(request: pytest.FixtureRequest, place: Place) -> World:
+    return World(place, "orchestration", request.param)
 
 
 @pytest.fixture

@@ -210,6 +210,7 @@ async def test_a_node_that_is_terminated_lets_its_steps_end(fleet: Fleet, mode: 
         assert len(recorded("linger")) == 1
 
 
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 @pytest.mark.skipif(sys.platform != "linux", reason="limits another process")
 @in_loop
 async def test_a_node_whose_disk_failed_opens_its_store_anew_and_goes_on(fleet: Fleet) -> None:

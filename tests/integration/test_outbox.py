@@ -407,17 +407,6 @@ def test_an_old_sqlite_makes_no_checkpoints_any_more(world: World) -> None:
         assert (pages == 0) == (sqlite3.sqlite_version_info < (3, 51, 3))
 
 
-def test_postgres_is_refused_with_the_reason() -> None:
-    connection = type("AsyncConnection", (), {"__module__": "psycopg"})()
-    with pytest.raises(StoreError, match=r"psycopg\.AsyncConnection is a connection to Postgres"):
-        outbox.publish_sync(connection, SALE)
-    engine = sqlalchemy.create_mock_engine("postgresql://", print)
-    fake = sqlalchemy.engine.Connection.__new__(sqlalchemy.engine.Connection)
-    fake.dialect = engine.dialect
-    with pytest.raises(StoreError, match="to Postgres, and this version of Pavane has no store"):
-        outbox.publish_sync(fake, SALE)
-
-
 def test_what_is_no_connection_is_refused() -> None:
     with pytest.raises(BadArguments, match=r"builtins\.str is no connection that the outbox knows"):
         outbox.publish_sync("shop.db", SALE)

@@ -478,11 +478,6 @@ def test_a_transaction_is_called_by_its_function_in_a_test() -> None:
 
 def test_what_cannot_be_a_transaction_is_refused_when_it_is_declared() -> None:
     service = Service("s")
-    with pytest.raises(BadDeclaration, match="plain `def`"):
-
-        @service.transaction
-        async def waits(connection: Any) -> None: ...
-
     with pytest.raises(BadDeclaration, match="must take a connection"):
 
         @service.transaction()

@@ -1,4 +1,4 @@
-"""Workers in this process on one SQLite file: all services on one node, or one node per service."""
+"""Workers in this process on one store: all services on one node, or one node per service."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import apsw
+import asyncpg
 
 from pavane import App, Client, EngineConfig, Run, Service, UnknownRun
 from pavane.core.operations import Mode
@@ -35,10 +38,25 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
     return run
 
 
-class World:
-    """A store file and how its services are spread over nodes."""
+Place = Path | str
+"""A store's file, or the address of its database."""
 
-    def __init__(self, path: Path, mode: Mode, layout: Layout) -> None:
+
+async def rows(place: Place, sql: str) -> list[tuple[Any, ...]]:
+    """Execute a statement that both kinds of database understand in a store."""
+    if isinstance(place, Path):
+        return apsw.Connection(str(place)).execute(sql).fetchall()
+    connection = await asyncpg.connect(place, server_settings={"search_path": "pavane, public"})
+    try:
+        return [tuple(row) for row in await connection.fetch(sql)]
+    finally:
+        await connection.close()
+
+
+class World:
+    """A store (a file, or an address) and how its services are spread over nodes."""
+
+    def __init__(self, path: Place, mode: Mode, layout: Layout) -> None:
         self.path = path
         self.mode: Mode = mode
         self.layout: Layout = layout

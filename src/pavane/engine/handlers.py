@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +24,7 @@ from pavane.engine.handling import Handling, mark
 from pavane.engine.mailbox import Mailbox
 from pavane.engine.publishing import read_event
 from pavane.engine.subscription import Item, Lane, Progress, Subscription
+from pavane.engine.transactions import then
 from pavane.errors import (
     LeaseLost,
     NotDeclared,
@@ -402,7 +403,7 @@ class Handlers:
         """Call the handler where its commit is written, with the connection that writes it."""
         first = items[0]
 
-        def work(connection: Any, state: bytes | None) -> None:
+        def work(connection: Any, state: bytes | None) -> Coroutine[Any, Any, None] | None:
             args: list[Any] = [wanted if handler.takes_list else wanted[0]]
             value: Any = None
             if handler.state_decoder is not None:
@@ -411,11 +412,15 @@ class Handlers:
             context.restart()
             variables = copy_context()
             variables.run(current_handler.set, context)
+
+            def collect(result: Any) -> None:
+                self._collect(handler, context, result, first, value)
+                context.close()
+                commit.events, commit.messages = context.events, context.messages
+                context.reaction.members = context.members
+
             result = variables.run(handler.fn, *args, connection)
-            self._collect(handler, context, result, first, value)
-            context.close()
-            commit.events, commit.messages = context.events, context.messages
-            context.reaction.members = context.members
+            return then(result, variables, collect) if handler.is_async else collect(result)
 
         commit = self._commit_of(subscription, handler, context, lanes, items)
         commit.work = work

@@ -29,6 +29,8 @@ from pavane.engine.steps import Steps
 from pavane.engine.threads import Threads
 from pavane.engine.timers import DueQueue, Found
 from pavane.errors import CorruptJournal, LeaseLost, PavaneError, StoreError
+from pavane.handler import Handler
+from pavane.service import Step
 from pavane.stores.eventlog import EventRow, Reaction
 from pavane.stores.port import (
     Commit,
@@ -607,12 +609,7 @@ class Node:
     ) -> None:
         for service in services:
             registry.service(service)
-        declared = registry.transactions_of(services)
-        if declared and not store.features.transactions:
-            raise StoreError(
-                f"{', '.join(declared)} must run inside the store's own transaction, and a "
-                f"{type(store).__name__} gives no connection to it. Use an SQLite store."
-            )
+        _check_transactions(registry.transactions_of(services), store)
         self._store = store
         self._registry = registry
         self.services = list(services)
@@ -685,6 +682,25 @@ class Node:
         if self.session is not None:
             await self.session.drain()
             self.session = None
+
+
+def _check_transactions(declared: Sequence[Step[..., Any] | Handler], store: Store) -> None:
+    """Refuse what the store cannot run inside its own transaction."""
+    features = store.features
+    if declared and not features.transactions:
+        raise StoreError(
+            f"{', '.join(map(repr, declared))} must run inside the store's own transaction, and a "
+            f"{type(store).__name__} gives no connection to it. Use an SQLite or Postgres store."
+        )
+    unfit = [repr(it) for it in declared if it.is_async != features.awaits_work]
+    if unfit:
+        wanted = "`async def`: its connection is asyncpg's" if features.awaits_work else (
+            "a plain `def`: its connection is APSW's, on the thread that writes"
+        )  # fmt: skip
+        raise StoreError(
+            f"{', '.join(unfit)} must run inside the transaction of a {type(store).__name__}. "
+            f"Write it as {wanted}."
+        )
 
 
 def _calm_garbage_collector() -> None:

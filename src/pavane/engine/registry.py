@@ -60,12 +60,15 @@ class Registry:
     def handlers(self) -> list[Handler]:
         return [handler for handlers in self._handlers.values() for handler in handlers]
 
-    def transactions_of(self, services: Iterable[str]) -> list[str]:
+    def transactions_of(self, services: Iterable[str]) -> list[Step[..., Any] | Handler]:
         """Return what is declared to run inside the store's transaction."""
         chosen = [self.services[name] for name in services if name in self.services]
-        steps = [repr(s) for service in chosen for s in service.steps.values() if s.transaction]
-        handlers = [h for service in chosen for h in service.handlers.values()]
-        return steps + [repr(h) for h in handlers if h.options.transaction]
+        steps = [step for service in chosen for step in service.steps.values()]
+        handlers = [handler for service in chosen for handler in service.handlers.values()]
+        return [
+            *(step for step in steps if step.transaction),
+            *(handler for handler in handlers if handler.options.transaction),
+        ]
 
     def _add_event(self, event: type[Any]) -> None:
         known = self.events.setdefault(event.event_type, event)

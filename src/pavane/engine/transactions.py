@@ -8,7 +8,9 @@ A failed attempt leaves nothing and goes the way of every failed attempt.
 
 from __future__ import annotations
 
-from contextvars import copy_context
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,13 @@ from pavane.stores.port import Commit, Conflict, InboxRow, Message
 if TYPE_CHECKING:
     from pavane.engine.node import Session
     from pavane.engine.steps import Attempt, Steps
+
+
+async def then(
+    call: Coroutine[Any, Any, Any], variables: Context, use: Callable[[Any], None]
+) -> None:
+    """Await user code in its context, and use what it returns."""
+    use(await asyncio.get_running_loop().create_task(call, context=variables))
 
 
 class Transactions:
@@ -54,17 +63,23 @@ class Transactions:
         reply: Message,
         connection: Any,
         state: bytes | None,
-    ) -> None:
-        """Call the step, on the thread that writes; perhaps once more if others' commits fail."""
+    ) -> Coroutine[Any, Any, None] | None:
+        """Call the step where its commit is written; perhaps more than once before it is."""
         if attempt.revoked:
             raise PavaneError("The run gave this step up before it began.")
         args, kwargs = step.params.decode(attempt.args)
         attempt.outboxed = None
         variables = copy_context()
         variables.run(current_step.set, attempt)
+
+        def answer(result: Any) -> None:
+            raw = b"null" if step.returns_none else self._steps.encoded(step, result)
+            reply.body = pack(attempt.reply(True, raw))
+
         result = variables.run(step.fn, connection, *args, **kwargs)
-        raw = b"null" if step.returns_none else self._steps.encoded(step, result)
-        reply.body = pack(attempt.reply(True, raw))
+        if not step.is_async:
+            return answer(result)
+        return then(result, variables, answer)
 
     def _written(self, attempt: Attempt, error: PavaneError | None) -> None:
         if isinstance(error, (LeaseLost, StoreError)):

@@ -209,9 +209,10 @@ class Commit(msgspec.Struct, eq=False):
     """Published events; each gets its `pos`, or 0 if its id is in the log already."""
     reaction: Reaction | None = None
     """What handlers made of events."""
-    work: Callable[[Any, bytes | None], None] | None = None
+    work: Callable[[Any, bytes | None], Any] | None = None
     """Called inside the transaction, before this commit's rows are read, with a connection and the
-    state named by `work_state`. What it raises refuses the commit, as WorkFailed."""
+    state named by `work_state`; awaited if the store's features say so. What it raises refuses the
+    commit, as WorkFailed."""
     work_state: tuple[str, str, str] | None = None
 
 
@@ -256,6 +257,8 @@ class Features(msgspec.Struct, frozen=True):
     """Other processes may use it at the same time."""
     transactions: bool = False
     """Commits can carry `work` that is given a connection."""
+    awaits_work: bool = False
+    """`work` is a coroutine function on the event loop, not a plain one on a thread that writes."""
     nul: bool = True
     """Ids, keys and bodies may contain NUL; else they are refused, and reasons show it as "␀"."""
 

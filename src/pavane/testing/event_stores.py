@@ -579,7 +579,7 @@ async def work_that_fails_takes_the_rest_of_its_chain_along(connections: Connect
     if not store.features.transactions:
         return
 
-    def fail(connection: Any, state: bytes | None) -> None:
+    def fail(connection: Any, state: bytes | None) -> Any:
         raise KeyError("x")
 
     batch = [a_commit(events=[an_event(store, f"e{at}")]) for at in range(5)]

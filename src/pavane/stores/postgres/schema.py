@@ -29,9 +29,14 @@ def migrations() -> tuple[tuple[int, str], ...]:
     )
 
 
+def newest_schema() -> int:
+    """Return the number of the schema that this version writes."""
+    return migrations()[-1][0]
+
+
 async def prepare(connection: Connection, dsn: str, partitions: int) -> int:
     """Bring the schema up to date; return how many partitions a service has in this database."""
-    newest = migrations()[-1][0]
+    newest = newest_schema()
     version = await _version(connection)
     if version < newest:
         async with connection.transaction():

@@ -80,7 +80,7 @@ class _Reader(asyncpg.Connection):
 class PostgresStore(EventTables):
     """See the module. `dsn` is a libpq URL; the database must exist, its schema is made."""
 
-    features = Features(durable=True, shared=True, nul=False)
+    features = Features(durable=True, shared=True, transactions=True, awaits_work=True, nul=False)
 
     def __init__(self, dsn: str, *, partitions: int = 32) -> None:
         self.dsn = dsn

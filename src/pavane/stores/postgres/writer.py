@@ -12,10 +12,11 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
-from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.errors import LeaseLost, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import Commit, Conflict, Fence, broken_chain
 from pavane.stores.postgres.batch import WRITE, Batch
 from pavane.stores.postgres.connection import (
@@ -34,6 +35,8 @@ log = logging.getLogger("pavane.postgres")
 SETTLE_S = 15.0
 """How long a write is tried again when the database is gone; under a lease, for its time."""
 MERGED_MAX = 1000
+WORK_S = 8.0
+"""How long user code may take inside a transaction; the server ends an idle one after 10 s."""
 PAUSE_S = 0.05
 PAUSE_MAX_S = 1.0
 
@@ -224,6 +227,8 @@ class Writer:
     async def _results(self, commits: Sequence[Commit], fence: Fence | None) -> Results:
         if not commits:
             return []
+        if any(commit.work for commit in commits):
+            return await self._with_work(commits, fence)
         try:
             await self._write_whole(commits, fence)
             return [None] * len(commits)
@@ -245,7 +250,83 @@ class Writer:
         good = iter(await self._results([c for c in rest if c.chain not in broken], fence))
         return [*first, *(broken_chain() if c.chain in broken else next(good) for c in rest)]
 
-    async def _refusal(self, commit: Commit, error: Exception) -> PavaneError | None:
+    async def _with_work(self, commits: Sequence[Commit], fence: Fence | None) -> Results:
+        """Write each commit with work alone, and what is between them together, in order.
+
+        Nothing keeps user code from ending a transaction of Postgres's, and it must not commit what
+        belongs to others.
+        """
+        results: Results = []
+        broken: set[int] = set()
+        for part in _parts(commits):
+            good = [commit for commit in part if commit.chain not in broken]
+            if good and good[0].work:
+                written: Results = [await self._do_work(good[0], fence)]
+            else:
+                written = await self._results(good, fence)
+            if written and isinstance(written[-1], (LeaseLost, StoreError)):
+                return [*results, *[written[-1]] * (len(commits) - len(results))]
+            broken |= {c.chain for c, bad in zip(good, written, strict=True) if bad} - {0}
+            each = iter(written)
+            results += [next(each) if c in good else broken_chain() for c in part]
+        return results
+
+    async def _do_work(self, commit: Commit, fence: Fence | None) -> PavaneError | None:
+        async def ask(connection: Connection) -> PavaneError | None:
+            async def transaction() -> None:
+                async with connection.transaction():
+                    await self._work_within(connection, commit, fence)
+
+            return await answered(connection, transaction())
+
+        try:
+            await self._patiently(ask, SETTLE_S)
+        except PavaneError as error:
+            return error
+        except asyncpg.InFailedSQLTransactionError as failed:
+            failed.add_note(
+                "An earlier statement of this transaction failed, and nothing can be written in it "
+                "after that. Put what may fail into `async with connection.transaction():`."
+            )
+            return WorkFailed(failed)
+        except asyncpg.PostgresError as error:
+            if isinstance(error, OF_ONE_COMMIT):
+                return await self._refusal(commit, error)
+            return explained(self._dsn, error)
+        except Exception as error:
+            return await self._refusal(commit, error)
+        return None
+
+    async def _work_within(self, c: Connection, commit: Commit, fence: Fence | None) -> None:
+        assert commit.work is not None
+        if await _is_done(c, commit):
+            if self._repeating and fence is not None:  # it was written, and its answer was lost
+                sql = "SELECT batch FROM pavane.nodes WHERE no = $1 AND nonce = $2"
+                self._batch = await c.fetchval(sql, fence.node, fence.nonce) or self._batch
+            raise Conflict("This was done before.")
+        state: bytes | None = None
+        if commit.work_state is not None:
+            sql = "SELECT body FROM pavane.states WHERE service = $1 AND name = $2 AND key = $3"
+            body = await c.fetchval(sql, *commit.work_state)
+            state = None if body is None else body.encode()
+        try:
+            async with asyncio.timeout(WORK_S):
+                await commit.work(c, state)
+        except Exception as error:
+            if c.is_closed():
+                raise ConnectionResetError("lost while work was done") from error  # tried again
+            raise WorkFailed(error) from error
+        if not c.is_in_transaction():
+            raise WorkFailed(
+                PavaneError(
+                    "The transaction was ended by a statement in it, but it is not its own: what "
+                    "belongs to it is written in it as well. Raise an error to undo what was done."
+                )
+            )
+        batch = Batch([commit])
+        self._accept(await c.fetchrow(WRITE, *self._proof(fence), *batch.values), batch, fence)
+
+    async def _refusal(self, commit: Commit, error: BaseException) -> PavaneError | None:
         if isinstance(error, asyncpg.UniqueViolationError):
             if self._repeating and await self._is_there(commit):
                 return None  # the answer to an earlier copy of it was lost
@@ -272,13 +353,8 @@ class Writer:
 
     async def _write_whole(self, commits: Sequence[Commit], fence: Fence | None) -> None:
         batch = Batch(commits)
-        if fence is None:
-            proof: tuple[Any, ...] = (None, None, None, None)
-            within_s = SETTLE_S
-        else:
-            proof = (fence.node, fence.nonce, fence.lease_us, self._number(fence))
-            within_s = fence.lease_us / 1e6
-        values = (*proof, *batch.values)
+        within_s = SETTLE_S if fence is None else fence.lease_us / 1e6
+        values = (*self._proof(fence), *batch.values)
 
         async def ask(connection: Connection) -> Any:
             if self._write is None:
@@ -290,13 +366,27 @@ class Writer:
         except StoreError:
             self._unsettled = fence and fence.nonce
             raise
-        if row["verdict"] == "lost":
-            assert fence is not None
-            raise LeaseLost(
-                f"Node {fence.node} lost its lease (it was silent for longer than "
-                f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
-            )
+        self._accept(row, batch, fence)
+
+    def _proof(self, fence: Fence | None) -> tuple[Any, ...]:
+        """Return the lease and the number under which the next batch is written."""
+        if fence is None:
+            return (None, None, None, None)
+        if fence.nonce == self._unsettled:
+            raise StoreError("The database did not answer, and what it was told is not settled.")
+        if self._lease != (fence.node, fence.nonce):
+            self._lease, self._batch = (fence.node, fence.nonce), 0
+        return (fence.node, fence.nonce, fence.lease_us, self._batch + 1)
+
+    def _accept(self, row: Any, batch: Batch, fence: Fence | None) -> None:
         if fence is not None:
+            if row["verdict"] == "lost":
+                raise LeaseLost(
+                    f"Node {fence.node} lost its lease (it was silent for longer than "
+                    f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
+                )
+            if row["verdict"] == "repeated" and not self._repeating:
+                raise StoreError(f"Batch {self._batch + 1} of node {fence.node} is there already.")
             self._batch += 1
         appended: tuple[int, int] | None = None
         if batch.messages or batch.events:
@@ -305,9 +395,24 @@ class Writer:
             appended = (before, before + len(batch.messages))
         self._wrote(fence, appended)
 
-    def _number(self, fence: Fence) -> int:
-        if fence.nonce == self._unsettled:
-            raise StoreError("The database did not answer, and what it was told is not settled.")
-        if self._lease != (fence.node, fence.nonce):
-            self._lease, self._batch = (fence.node, fence.nonce), 0
-        return self._batch + 1
+
+def _parts(commits: Sequence[Commit]) -> Iterator[list[Commit]]:
+    """Split commits, in order, into those with work, each alone, and what is between them."""
+    for has_work, group in groupby(commits, lambda commit: commit.work is not None):
+        if has_work:
+            yield from ([commit] for commit in group)
+        else:
+            yield list(group)
+
+
+async def _is_done(c: Connection, commit: Commit) -> bool:
+    """Tell whether the commit would repeat a mark, before anything is done for it."""
+    for mark in commit.reaction.marks if commit.reaction is not None else ():
+        sql = "SELECT 1 FROM pavane.marks WHERE handler = $1 AND pos = $2"
+        if await c.fetchval(sql, mark.handler, mark.pos) is not None:
+            return True
+    for mark in commit.inbox:
+        sql = "SELECT 1 FROM pavane.inbox WHERE id = $1 AND service = $2"
+        if await c.fetchval(sql, mark.id, mark.service) is not None:
+            return True
+    return False

@@ -332,3 +332,16 @@ BEGIN
         PERFORM pavane.append_events_1(before, staged);
     END IF;
 END $$;
+
+-- Publish inside a transaction of a user's: with it or not at all. Those who listen are told at its
+-- commit; here a NOTIFY is in the transaction, since nobody of Pavane's knows when that is.
+CREATE FUNCTION pavane.publish_1(
+    slot integer, id text, type text, version integer, key text, source text, at_us bigint,
+    conversation text, cause text, trace text, data text
+) RETURNS text LANGUAGE sql VOLATILE AS $$
+    INSERT INTO pavane.outbox (
+        slot, id, type, version, key, source, at_us, conversation, cause, trace, data
+    ) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11);
+    SELECT pg_notify('pavane', 'outbox');
+    SELECT $2;
+$$;
