@@ -88,10 +88,19 @@ def sink_in_thread() -> None:
     os._exit(9)
 
 
-@galley.transaction
-def sink_in_transaction(connection: Any) -> None:
+def _sink_in_transaction(connection: Any) -> None:
     record("sink")
     os._exit(9)
+
+
+async def _sink_in_transaction_of_postgres(connection: Any) -> None:
+    _sink_in_transaction(connection)
+
+
+ON_POSTGRES = len(sys.argv) > 1 and "://" in sys.argv[1]
+sink_in_transaction = galley.transaction(name="sink_in_transaction")(
+    _sink_in_transaction_of_postgres if ON_POSTGRES else _sink_in_transaction
+)
 
 
 @deck.workflow

@@ -92,6 +92,28 @@ async def test_early_late_and_concurrent_events_all_arrive(world: World) -> None
 
 
 @in_loop
+async def test_what_a_handler_sends_to_a_run_before_it_begins_is_received(world: World) -> None:
+    """Invariant 4: its mailbox keeps the event, and the run looks there when it begins."""
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Loose])
+    async def fulfil(order: str) -> list[int]:
+        return [(await receive(Loose)).n for _ in range(2)]
+
+    @shop.on(Placed)
+    async def tell(event: Placed) -> None:
+        await fulfil.send(event.order, Loose(n=event.n))
+
+    async with world.working(shop) as director:
+        for order in ("a", "b", "c"):
+            await publish(director, Placed(order=order, n=1))
+            await until(lambda order=order: director.client.store.mail_of("shop", order), "mail")
+            run = await director.start(fulfil, order, id=order)
+            await run.send(Loose(n=2))
+            assert await run.result(timeout=20) == [1, 2]
+
+
+@in_loop
 async def test_several_receives_may_be_raced_and_the_loser_is_given_back(world: World) -> None:
     shop = Service("shop")
 

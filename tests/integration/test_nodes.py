@@ -150,6 +150,7 @@ async def test_a_node_that_joins_and_one_that_leaves_do_nothing_twice(
         assert len(recorded()) == 12 * 24
 
 
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 @in_loop
 async def test_sleepers_that_were_handed_over_wake_once(tmp_path: Path, fleet: Fleet) -> None:
     """Invariants 2, 4: their old owner has forgotten them."""

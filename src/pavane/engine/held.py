@@ -32,9 +32,9 @@ class Held(msgspec.Struct, eq=False):
     first commit takes it. `local` are operations whose step runs here. `consuming` are log
     messages to be acknowledged with the next commit. `chain` ties its commits together. `dirty`:
     the row changed since it was written. `mail` waits in the mailbox, `taken` are ids of what was
-    delivered from there. `marks`, published `events` and new `members` of its conversation go with
-    the next commit. `suspect`: it was touched after a crash, and is cleared by so many more
-    deliveries.
+    delivered from there; while `reads_mail` nothing is, since earlier events may be there. `marks`,
+    published `events` and new `members` of its conversation go with the next commit. `suspect`: it
+    was touched after a crash, and is cleared by so many more deliveries.
     """
 
     row: RunRow
@@ -52,6 +52,7 @@ class Held(msgspec.Struct, eq=False):
     local: set[int] = set()
     mail: list[MailRow] = []
     taken: set[str] = set()
+    reads_mail: bool = False
     marks: list[InboxRow] = []
     events: list[EventRow] = []
     members: list[tuple[str, str]] = []

@@ -163,12 +163,14 @@ class Holder:
             self._stick_unbegun(held, entry, message, unknown)
             return
         held.home_row = row
+        held.reads_mail = self._has_receive(held)
         if message is None:
             held.arrival = start_claim(header)
         if message is not None:
             held.consuming.append(message)
             self._add(held)
             self._feed(held, entry)
+            self._read_first_mail(held)
             return
         self._claiming.add(key)
 
@@ -178,11 +180,17 @@ class Holder:
                 self._add(held)
                 if held.row.wake_us is not None:
                     self._session.run_timers.schedule(key, held.row.wake_us)
+                self._read_first_mail(held)
             if done is not None:
                 done(error)
 
         # Another run may have this id: until the claim is durable, this one is not to be found.
         self._feed(held, entry, done=claimed)
+
+    def _read_first_mail(self, held: Held) -> None:
+        """Look for events that were sent to a run before it began."""
+        if held.reads_mail and not held.dead and held.outcome is None:
+            self._spawn(self._settle_with_mail(held))
 
     def _stick_unbegun(
         self, held: Held, entry: Entry, message: Message | None, reason: str
@@ -727,6 +735,9 @@ class Holder:
     def _deliver_kept(self, held: Held, mail: MailRow, message: Message) -> None:
         if mail.id not in held.taken and all(known.id != mail.id for known in held.mail):
             held.mail.append(mail)
+        if held.reads_mail:
+            self._session.consumed(message)
+            return
         pending = held.execution.pending.values()
         if any(op.kind == "receive" and op.name == mail.type for op in pending):
             held.consuming.append(message)
@@ -735,8 +746,12 @@ class Holder:
         self._settle(held, replayed=True)
 
     async def _read_mail(self, held: Held) -> None:
+        held.reads_mail = True
         mail = await self._store.mail_of(*held.key)
-        held.mail = [one for one in mail if one.id not in held.taken]
+        known = {one.id for one in mail} | held.taken
+        came = [one for one in held.mail if one.id not in known]  # meanwhile, so after the others
+        held.mail = [one for one in mail if one.id not in held.taken] + came
+        held.reads_mail = False
 
     def request_message(self, message: Message) -> None:
         """Cancel, kill or retry a run, wherever it is."""
@@ -1011,6 +1026,7 @@ class Holder:
             return
         self._add(held)
         if row.service == row.home and self._has_receive(held):
+            held.reads_mail = True
             self._spawn(self._settle_with_mail(held))
         else:
             self._settle(held, replayed=True)
@@ -1018,13 +1034,13 @@ class Holder:
     def _has_receive(self, held: Held) -> bool:
         return bool(getattr(held.execution.definition, "receives", ()))
 
-    async def _end_with_mail(self, held: Held) -> None:
+    async def _end_with_mail(self, held: Held, *what: Any) -> None:
         await self._read_mail(held)
-        self._end(held)
+        self._end(held, *what)
 
     async def _settle_with_mail(self, held: Held) -> None:
         await self._read_mail(held)
-        if not held.dead:
+        if not held.dead and held.outcome is None:
             self._settle(held, replayed=True)
 
     # -- progress ------------------------------------------------------------------------------
@@ -1075,7 +1091,10 @@ class Holder:
         while held.mail and execution.outcome is None and self._deliver_mail(held, taken):
             self._collect(held, messages)
         if execution.outcome is not None:
-            self._end(held, messages, unparked, taken, done)
+            if held.reads_mail and execution.outcome.status == "continued":
+                self._spawn(self._end_with_mail(held, messages, unparked, taken, done))
+            else:
+                self._end(held, messages, unparked, taken, done)
             return
         header = held.header
         decision = decide(
@@ -1185,7 +1204,7 @@ class Holder:
 
     def _deliver_mail(self, held: Held, taken: list[tuple[str, str, str]]) -> bool:
         """Deliver the first event that a `receive` waits for; tell whether there was one."""
-        if held.row.service != held.header.home:
+        if held.row.service != held.header.home or held.reads_mail:
             return False
         waiting = {
             op.name: op for op in reversed(held.execution.pending.values()) if op.kind == "receive"

@@ -486,16 +486,19 @@ class Session:
                 self.steps.resume(row)
         await self.until_calm(key)
         self.holder.acquit(key)
+        await self.committer.flush()
 
     async def until_calm(self, key: Key) -> None:
         """Return when a run or step does nothing that may end the process; after a while, anyway.
 
-        One that takes long holds up the others for that while only.
+        One that takes long holds up the others for that while only. What it made of its turn is
+        durable then: a death by the next one must not count against it.
         """
         for _ in range(ALONE_MAX_LOOKS):
             if not (self.holder.is_busy(key) or self.steps.is_running(*key)):
                 break
             await asyncio.sleep(ALONE_LOOK_S)
+        await self.committer.flush()
 
     # -- timers --------------------------------------------------------------------------------
 
