@@ -35,6 +35,7 @@ SETTINGS = {
 LOST: tuple[type[BaseException], ...] = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # it was told that the server ends, when it expected more
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
@@ -49,6 +50,7 @@ LOST: tuple[type[BaseException], ...] = (
 FAILED: tuple[type[BaseException], ...] = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     OSError,
 )
 """All errors that asking a database may raise."""

@@ -52,7 +52,7 @@ class LeaseConnection:
             self._runner = asyncio.Runner()
         try:
             return self._runner.run(self._renew(fence))
-        except FAILED as error:
+        except Exception as error:  # whatever it is, the thread that renews goes on
             raise explained(self._dsn, error) from error
 
     def _close_here(self) -> None:

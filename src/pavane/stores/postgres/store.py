@@ -126,7 +126,7 @@ class PostgresStore(EventTables):
 
     async def _connect_all(self) -> None:
         self._pool = await asyncpg.create_pool(
-            self.dsn, min_size=1, max_size=READERS_MAX, connect=self._connect_reader,
+            self.dsn, min_size=0, max_size=READERS_MAX, connect=self._connect_reader,
             connection_class=_Reader, timeout=CONNECT_S,
         )  # fmt: skip
         await self._writer.open()

@@ -1,0 +1,191 @@
+"""Connections to Postgres that are lost: nothing is lost with them, and nothing written twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from pavane.errors import LeaseLost, StoreError
+from pavane.stores.port import Commit, Fence, InboxRow
+from pavane.stores.postgres import PostgresStore
+from pavane.testing.postgres import PostgresServer
+from pavane.testing.store_check import (
+    SERVICES,
+    a_commit,
+    a_message,
+    a_run,
+    joined,
+    whole_log,
+    written,
+)
+from tests.integration import crew
+from tests.integration.wire import Wire
+from tests.integration.world import World, in_loop, until_status
+from tests.postgres import Database
+
+WAYS = ["swallow", "deafen"]
+
+
+async def result(run: Any) -> Any:
+    """Wait for a run's result, also while the database is away: then one has to ask again."""
+    while True:
+        try:
+            return await run.result(timeout=60)
+        except StoreError:
+            await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def wired(partitions: int = 8) -> AsyncIterator[tuple[PostgresStore, Wire]]:
+    """Yield a store whose connections all go over a wire."""
+    with Database() as url:
+        async with Wire(urlsplit(url).port or 0) as wire:
+            port = f":{urlsplit(url).port}/"
+            store = PostgresStore(url.replace(port, f":{wire.port}/"), partitions=partitions)
+            await store.open()
+            await store.register(SERVICES)
+            try:
+                yield store, wire
+            finally:
+                wire.watch = lambda piece: "pass"
+                wire.mute = False
+                await store.close()
+
+
+def once(wire: Wire, marker: str, way: str) -> None:
+    """Cut the connection that sends `marker` next, once."""
+
+    def watch(piece: bytes) -> str:
+        if marker.encode() in piece:
+            wire.watch = lambda piece: "pass"
+            return way
+        return "pass"
+
+    wire.watch = watch
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("fenced", [True, False], ids=["under a lease", "without"])
+@in_loop
+async def test_a_batch_whose_answer_is_lost_takes_effect_once(way: str, fenced: bool) -> None:
+    """Invariants 4, 10."""
+    async with wired() as (store, wire):
+        fence = await joined(store) if fenced else None
+        await written(store, a_commit(messages=[a_message(store, "before#1")]), fence=fence)
+        for no in range(1, 4):
+            once(wire, f"marker-{no}", way)
+            message = a_message(store, f"marker-{no}#1", run=f"r{no}")
+            commit = a_commit(
+                messages=[message], inbox=[InboxRow("shop", f"in-{no}", no)],
+                runs=[a_run(store, no, f"r{no}")],
+            )  # fmt: skip
+            assert await written(store, commit, fence=fence) == [None]
+            assert message.pos == no + 1 or not fenced, "it is told where it is"
+        after = a_message(store, "after#1")
+        assert await written(store, a_commit(messages=[after]), fence=fence) == [None]
+        ids = [message.id for message in await whole_log(store)]
+        assert ids == ["before#1", "marker-1#1", "marker-2#1", "marker-3#1", "after#1"]
+        assert after.pos == 5
+
+
+@pytest.mark.parametrize("way", WAYS)
+@in_loop
+async def test_a_refused_commit_is_still_refused_alone_after_a_loss(way: str) -> None:
+    async with wired() as (store, wire):
+        fence = await joined(store)
+        await written(store, a_commit(inbox=[InboxRow("shop", "taken", 1)]), fence=fence)
+        once(wire, "marker", way)
+        batch = [
+            a_commit(messages=[a_message(store, "marker#1")]),
+            a_commit(inbox=[InboxRow("shop", "taken", 2)]),
+            a_commit(messages=[a_message(store, "other#1")]),
+        ]
+        results = await written(store, *batch, fence=fence)
+        assert [result is None for result in results] == [True, False, True]
+        assert [message.id for message in await whole_log(store)] == ["marker#1", "other#1"]
+
+
+@in_loop
+async def test_work_whose_answer_is_lost_is_not_done_again() -> None:
+    async with wired() as (store, wire):
+        fence = await joined(store)
+        calls: list[int] = []
+
+        async def work(connection: Any, state: bytes | None) -> None:
+            calls.append(1)
+            await connection.execute("CREATE TABLE IF NOT EXISTS done (no int)")
+            await connection.execute("INSERT INTO done VALUES (1)")
+
+        for way in WAYS:
+            once(wire, "COMMIT", way)
+            commit = a_commit(inbox=[InboxRow("shop", f"work {way}", 1)])
+            commit.work = work
+            (result,) = await written(store, commit, fence=fence)
+            # Where it was written and not answered, it is told as done before.
+            assert (result is None) == (way == "swallow"), (way, result)
+            following = a_message(store, f"{way}#1")
+            assert await written(store, a_commit(messages=[following]), fence=fence) == [None]
+        assert await store._one("SELECT count(*) FROM done") == 2
+        assert len(calls) == 3
+        assert [message.id for message in await whole_log(store)] == ["swallow#1", "deafen#1"]
+
+
+@in_loop
+async def test_reads_and_waits_go_on_over_a_cut() -> None:
+    async with wired() as (store, wire):
+        for _ in range(3):
+            wire.cut()
+            assert await store.log_head() == 0
+            assert await store.take_run_numbers(1) > 0
+
+
+@in_loop
+async def test_a_zombie_behind_a_dead_wire_writes_nothing_once_it_is_back() -> None:
+    """Invariant 2."""
+    async with wired() as (store, wire):
+        other = PostgresStore(store.dsn.replace(f":{wire.port}/", f":{wire.target}/"))
+        await other.open()
+        await other.register(SERVICES)
+        row = await store.join("node", "host", 1, SERVICES, 300_000)
+        fence = Fence(row.no, row.nonce, 300_000)
+        wire.mute = True
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        late: list[Commit] = [a_commit(messages=[a_message(store, "late#1")])]
+        store.submit(late, fence, future.set_result)
+        await asyncio.sleep(0.5)
+        assert other.now_us() > row.expires_us
+        await other.expire(await other.nodes())
+        wire.mute = False
+        (result,) = await future
+        assert isinstance(result, LeaseLost)
+        assert await whole_log(other) == []
+        await other.close()
+
+
+@in_loop
+async def test_runs_go_on_after_a_restart_of_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariants 1, 4, 10."""
+    monkeypatch.setattr(crew, "RECORD", tmp_path / "record.txt")
+    with PostgresServer() as server:
+        url = server.create_database("restarted")
+        app_services = (crew.deck, crew.galley)
+        monkeypatch.delitem(crew.galley.steps, "sink_in_transaction")  # it is for SQLite
+        world = World(url, "choreography", "one node")
+        async with world.working(*app_services, lease_s=2.0) as director:
+            runs = [await director.start(crew.steady, 6, 0.05) for _ in range(10)]
+            asleep = await director.start(crew.naps, 4.0)
+            await until_status(asleep, "waiting", reason="timer")
+            await asyncio.to_thread(server.restart)
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(server.kill)
+            await asyncio.to_thread(server.start)
+            for run in [*runs, asleep]:
+                assert await result(run) == (1 if run is asleep else 30)
