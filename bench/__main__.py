@@ -27,6 +27,7 @@ BENCHES = {
     "backlog": "bench.events",
     "mailbox": "bench.events",
     "simulator": "bench.simulator",
+    "postgres": "bench.postgres",
 }
 
 

@@ -19,7 +19,7 @@ BATCH = 200
 # 5.75 tasks a step there. A step is mostly Python, so the ratio tells more than the rate elsewhere.
 
 
-async def _many(work: Callable[[], Awaitable[object]], count: int, at_once: int) -> float:
+async def many(work: Callable[[], Awaitable[object]], count: int, at_once: int) -> float:
     """Do `work` `count` times, `at_once` at a time; return the seconds."""
     left = count
 
@@ -45,15 +45,15 @@ async def steps(folder: Path) -> list[Figure]:
         async def passed() -> None:
             await (await app.start(tour, mode="choreography")).result()
 
-        await _many(orchestrated, 500, AT_ONCE)
+        await many(orchestrated, 500, AT_ONCE)
         task = [await task_us()]
-        took = min([await _many(orchestrated, 5000, AT_ONCE) for _ in range(3)])
+        took = min([await many(orchestrated, 5000, AT_ONCE) for _ in range(3)])
         figures = [against("steps, orchestrated", 25_000 / took, "steps/s", raw, "≥ 30,000")]
         task.append(await task_us())
         step_us = took / 25_000 * 1e6
         figures.append(against("one step, in asyncio tasks", step_us, "us", mean(task), "≤ 5.75 x"))
-        await _many(passed, 500, AT_ONCE)
-        took = min([await _many(passed, 3000, AT_ONCE) for _ in range(3)])
+        await many(passed, 500, AT_ONCE)
+        took = min([await many(passed, 3000, AT_ONCE) for _ in range(3)])
         figures.append(against("steps, baton passed", 15_000 / took, "hops/s", raw, "≥ 15,000"))
         task.append(await task_us())
         hop_us = took / 15_000 * 1e6
@@ -79,6 +79,6 @@ async def start(folder: Path) -> list[Figure]:
     """Durable starts per second, from 500 callers."""
     raw = rows_per_s(folder, BATCH, ROW_BYTES)
     async with make_app(str(folder / "start.db")) as app:
-        await _many(lambda: app.start(nothing), 500, AT_ONCE)
-        took = min([await _many(lambda: app.start(nothing), 8000, AT_ONCE) for _ in range(3)])
+        await many(lambda: app.start(nothing), 500, AT_ONCE)
+        took = min([await many(lambda: app.start(nothing), 8000, AT_ONCE) for _ in range(3)])
     return [against("start, durable", 8000 / took, "starts/s", raw, "≥ 10,000")]
