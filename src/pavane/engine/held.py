@@ -74,6 +74,10 @@ class Held(msgspec.Struct, eq=False):
     def outcome(self) -> Outcome | None:
         return self.execution.outcome
 
+    def knows_mail(self, id: str) -> bool:
+        """Tell whether an event of the mailbox waits here, or was delivered from here."""
+        return id in self.taken or any(known.id == id for known in self.mail)
+
     def record(self, entry: Entry, travel_max_bytes: int) -> None:
         """Append a delivered entry."""
         self.append(encode_entry(entry), travel_max_bytes)

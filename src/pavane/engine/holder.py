@@ -493,7 +493,10 @@ class Holder:
         if len(self.held) <= self._config.live_runs_max:
             return
         for held in list(islice(self.held.values(), EVICT_LOOKS)):
-            if held.row.status != "waiting" or held.commits or held.local or held is sparing:
+            if (
+                held.row.status != "waiting"
+                or held.commits or held.local or held.reads_mail or held is sparing
+            ):  # fmt: skip
                 self.held.move_to_end(held.key)
                 continue
             self._drop(held)
@@ -695,10 +698,13 @@ class Holder:
         )
 
         def kept(error: PavaneError | None) -> None:
-            if error is None:
-                self.with_run(*key, lambda held: self._got_mail(held, mail, message))
-            else:
+            if error is not None:
                 self._spawn(self._got_kept_mail(message))
+                return
+            held = self.held.get(key)
+            if held is not None and not held.knows_mail(mail.id):
+                held.mail.append(mail)  # it is the newest, and nobody can have taken it yet
+            self.with_run(*key, lambda held: self._got_mail(held, mail, message))
 
         mark = InboxRow(message.to, message.id, message.at_us)
         self._session.submit(Commit(kept, inbox=[mark], mail=[mail]))
@@ -733,8 +739,10 @@ class Holder:
             self._session.consumed(message)
 
     def _deliver_kept(self, held: Held, mail: MailRow, message: Message) -> None:
-        if mail.id not in held.taken and all(known.id != mail.id for known in held.mail):
-            held.mail.append(mail)
+        if not held.reads_mail and not held.knows_mail(mail.id):
+            # The run went away and came back since it was kept, and may have taken it before that.
+            held.reads_mail = True
+            self._spawn(self._settle_with_mail(held))
         if held.reads_mail:
             self._session.consumed(message)
             return
@@ -923,15 +931,17 @@ class Holder:
         """Go on with an execution that was handed over inside this process."""
         service, header = message.to, passed.header
         key = (service, header.run)
-        if service == header.home and passed.home_row is not None:
+        at_home = service == header.home
+        if at_home and passed.home_row is not None and key not in self._loading:
             row, exists = passed.home_row, True
         elif (
-            service == header.home
+            at_home
             or key in self.held
             or key in self._loading
             or service in [stop.service for stop in passed.trail[:-1]]
         ):
-            # There may be a row of an earlier visit, so it is taken as if it came from elsewhere.
+            # There may be a row of an earlier visit, or one is being read that may be this visit's.
+            # So it is taken as if it came from elsewhere.
             passed.execution.discard()
             self._take_written(message, False)
             return
