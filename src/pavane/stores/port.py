@@ -401,7 +401,10 @@ class Store(EventStore, Protocol):
         ...
 
     def changed(self) -> bool:
-        """Whether anyone has written since the last call; cheap."""
+        """Whether anyone has written messages, events or run rows since the last call; cheap.
+
+        It may be told late, and without a reason: nothing but how soon one looks hangs on it.
+        """
         ...
 
     # membership

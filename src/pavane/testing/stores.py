@@ -515,7 +515,7 @@ async def changes_by_others_are_noticed(connections: Connections) -> None:
     mine.changed()
     assert not mine.changed()
     assert not mine.changed()
-    await write(other, journal=[JournalRow(1, 0, b"[]")])
+    await write(other, messages=[a_message(other, "a")])
     assert mine.changed()
     assert not mine.changed()
 

@@ -82,6 +82,12 @@ class Batch:
         )  # fmt: skip
 
     @property
+    def concerns_others(self) -> bool:
+        """Whether other processes may wait for some of it; for journals and marks nobody does."""
+        runs, _, messages, *_, events, reaction = self._values
+        return bool(runs or messages or events or reaction)
+
+    @property
     def values(self) -> Row:
         """What `write_1` takes after the fence and the batch's number."""
         return self._values

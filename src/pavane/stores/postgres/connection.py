@@ -186,20 +186,11 @@ async def answered(
     If the caller is cancelled meanwhile, the connection is hung up on as well: what it was about to
     say is not known.
     """
-    task = asyncio.ensure_future(asking)
+    silent = asyncio.get_running_loop().call_later(within_s, connection.terminate)
     try:
-        await asyncio.wait([task], timeout=within_s)
+        return await asking
     except asyncio.CancelledError:
         connection.terminate()
-        await asyncio.wait([task], timeout=1)
-        if task.done() and not task.cancelled():
-            task.exception()
         raise
-    if not task.done():
-        connection.terminate()
-        await asyncio.wait([task], timeout=1)
-        if task.done() and not task.cancelled() and task.exception() is None:
-            return task.result()
-        task.cancel()
-        raise ConnectionResetError(f"no answer within {within_s:g} s")
-    return task.result()
+    finally:
+        silent.cancel()

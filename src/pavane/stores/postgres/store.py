@@ -34,7 +34,7 @@ from pavane.stores.port import (
     RunFilter,
     RunRow,
 )
-from pavane.stores.postgres.batch import parked_values
+from pavane.stores.postgres.batch import Batch, parked_values
 from pavane.stores.postgres.connection import (
     BUSY,
     CONNECT_S,
@@ -234,10 +234,15 @@ class PostgresStore(EventTables):
         else:
             self._writer.submit(batch, fence, done)
 
-    def _wrote(self, fence: Fence | None, appended: tuple[int, int] | None) -> None:
-        if fence is not None and appended is not None and self.tail == appended[0]:
-            self.tail = appended[1]  # nobody else wrote: there is nothing to read
-        self._watch.wrote()
+    def _wrote(self, fence: Fence | None, batch: Batch | None, log_before: int) -> None:
+        if batch is None or batch.concerns_others:
+            self._watch.announce()
+        if fence is None or batch is None or batch.events:
+            self._watch.wake()
+        elif batch.messages and self.tail == log_before:
+            self.tail = log_before + len(batch.messages)  # nobody else wrote: nothing is to be read
+        elif batch.messages:
+            self._watch.wake()
 
     async def _execute(self, work: Work) -> Any:
         """Do `work` in a transaction of its own, after what was submitted before."""

@@ -28,6 +28,11 @@ LOOK_DEAF_MAX_S = 0.5
 PROBE_S = 2.0
 AGAIN_MAX_S = 10.0
 
+_NOTIFY = (
+    "SELECT pg_backend_pid() FROM set_config('synchronous_commit', 'off', true), pg_notify($1, '')"
+)
+"""A hint need not outlive a crash of the server, so nobody waits for its disk."""
+
 
 class Watch:
     """Owns the connection that listens; `ask` runs a statement on some other connection."""
@@ -77,9 +82,12 @@ class Watch:
         self._look_at = now + pause_s * (0.75 + random.random() / 2)
         return True
 
-    def wrote(self) -> None:
-        """Note that this process wrote, which others may want to know."""
+    def wake(self) -> None:
+        """Note that this process wrote something that it has yet to read."""
         self._changed = True
+
+    def announce(self) -> None:
+        """Note that this process wrote something that others may want to know."""
         self._to_announce.set()
 
     # -- speaking ------------------------------------------------------------------------------
@@ -89,8 +97,7 @@ class Watch:
             await self._to_announce.wait()
             self._to_announce.clear()
             with suppress(Exception):  # those who are not told look by themselves
-                pid = await self._ask("SELECT pg_backend_pid() FROM pg_notify($1, '')", CHANNEL)
-                self._own_pids.add(pid)
+                self._own_pids.add(await self._ask(_NOTIFY, CHANNEL))
             await asyncio.sleep(ANNOUNCE_EVERY_S)
 
     # -- listening -----------------------------------------------------------------------------

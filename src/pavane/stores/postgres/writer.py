@@ -42,7 +42,7 @@ PAUSE_MAX_S = 1.0
 
 Results = list[PavaneError | None]
 Work = Callable[[Connection], Awaitable[Any]]
-Wrote = Callable[[Fence | None, tuple[int, int] | None], None]
+Wrote = Callable[[Fence | None, Batch | None, int], None]
 
 
 class _Batch:
@@ -65,7 +65,9 @@ class _Call:
 
 
 class Writer:
-    """See the module. `wrote` is called after each write with the log's range it took, or None."""
+    """See the module. `wrote` is called after each write, with the fence, the batch and where
+    its messages begin; without a batch it was something else, of a caller who knows what.
+    """
 
     def __init__(self, dsn: str, wrote: Wrote) -> None:
         self._dsn = dsn
@@ -200,7 +202,7 @@ class Writer:
         except asyncpg.PostgresError as error:
             self._fail(job, explained(self._dsn, error))
         else:
-            self._wrote(None, None)
+            self._wrote(None, None, 0)
             if not job.future.done():
                 job.future.set_result(result)
 
@@ -388,12 +390,10 @@ class Writer:
             if row["verdict"] == "repeated" and not self._repeating:
                 raise StoreError(f"Batch {self._batch + 1} of node {fence.node} is there already.")
             self._batch += 1
-        appended: tuple[int, int] | None = None
+        before: int = row["log_before"] or 0
         if batch.messages or batch.events:
-            before: int = row["log_before"]
             batch.placed(before, row["events_before"], row["new_events"] or ())
-            appended = (before, before + len(batch.messages))
-        self._wrote(fence, appended)
+        self._wrote(fence, batch, before)
 
 
 def _parts(commits: Sequence[Commit]) -> Iterator[list[Commit]]:

@@ -226,13 +226,15 @@ DECLARE
     held record;
 BEGIN
     IF node IS NOT NULL THEN
-        SELECT n.batch, n.log_before AS log, n.events_before AS events INTO held
-        FROM pavane.nodes AS n WHERE n.no = node AND n.nonce = proof FOR NO KEY UPDATE;
+        UPDATE pavane.nodes AS n SET expires_us = pavane.clock_us() + lease_us, batch = batch_no
+        WHERE n.no = node AND n.nonce = proof AND n.batch < batch_no;
         IF NOT FOUND THEN
-            verdict := 'lost';
-            RETURN;
-        END IF;
-        IF held.batch >= batch_no THEN
+            SELECT n.log_before AS log, n.events_before AS events INTO held
+            FROM pavane.nodes AS n WHERE n.no = node AND n.nonce = proof FOR NO KEY UPDATE;
+            IF NOT FOUND THEN
+                verdict := 'lost';
+                RETURN;
+            END IF;
             verdict := 'repeated';
             log_before := held.log;
             events_before := held.events;
@@ -300,11 +302,9 @@ BEGIN
     IF events_count > 0 THEN
         new_events := pavane.append_events_1(events_before, published);
     END IF;
-    IF node IS NOT NULL THEN
+    IF node IS NOT NULL AND (messages_count > 0 OR events_count > 0) THEN
         UPDATE pavane.nodes AS n
-        SET expires_us = pavane.clock_us() + lease_us, batch = batch_no,
-            log_before = coalesce(write_1.log_before, 0),
-            events_before = coalesce(write_1.events_before, 0)
+        SET log_before = write_1.log_before, events_before = write_1.events_before
         WHERE n.no = node;
     END IF;
     verdict := 'written';
