@@ -69,6 +69,7 @@ from pavane.workflow import Workflow
 
 if TYPE_CHECKING:
     from pavane.schedule import Missed, Schedule
+    from pavane.steering.nodes import Nodes
     from pavane.steering.schedules import Schedules
 
 P = ParamSpec("P")
@@ -175,7 +176,8 @@ class Run(Generic[R]):
 class Client:
     """Starts and steers runs on a store; with a node, also works for some services.
 
-    `events`, `handlers`, `dead` and `variants` are about what services react to.
+    `events`, `handlers`, `dead` and `variants` are about what services react to, `schedules` about
+    what starts by the calendar, `nodes` about the processes that work.
     """
 
     def __init__(
@@ -231,6 +233,21 @@ class Client:
                 await self.node.stop()
         finally:
             await self.store.close()
+
+    async def drained(self) -> None:
+        """Return when this client's node has drained because people asked it to, and works no more.
+
+        The client itself can be used on.
+        """
+        if self.node is None:
+            raise BadArguments("This client works for no service, so nothing of it can drain.")
+        await self.node.drained.wait()
+
+    @cached_property
+    def nodes(self) -> Nodes:
+        from pavane.steering.nodes import Nodes
+
+        return Nodes(self.store)
 
     @cached_property
     def schedules(self) -> Schedules:

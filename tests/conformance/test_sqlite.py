@@ -346,7 +346,7 @@ async def _beside(zombie: subprocess.Popen[str], work: Coroutine[Any, Any, Any])
     It may hold the writer's lock just now, which nobody can take away while it lives.
     """
     working = asyncio.ensure_future(work)
-    while not (await asyncio.wait([working], timeout=0.5))[0]:
+    while not (await asyncio.wait([working], timeout=0.15))[0]:
         zombie.send_signal(signal.SIGCONT)
         await asyncio.sleep(0.001)
         zombie.send_signal(signal.SIGSTOP)

@@ -171,8 +171,9 @@ def app_on(store: str, lease_s: float) -> App:
 async def main(store: str, lease_s: float, names: list[str]) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with app_on(store, lease_s).worker(names or None):
-        await stop.wait()
+    async with app_on(store, lease_s).worker(names or None) as client:
+        waits = [asyncio.ensure_future(wait) for wait in (stop.wait(), client.drained())]
+        await asyncio.wait(waits, return_when="FIRST_COMPLETED")
 
 
 if __name__ == "__main__":

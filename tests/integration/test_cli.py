@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -524,6 +525,25 @@ def test_a_second_signal_stops_a_worker_at_once(folder: Path) -> None:
     assert marks.read_text() == "began "
 
 
+def test_a_worker_that_is_asked_to_drain_ends(folder: Path) -> None:
+    here = ("--store", "asked.db")
+    process = worker(folder, "cli_shop.py", *here)
+    (node,) = json.loads(good("nodes", "list", "-o", "json", *here))
+    assert (node["state"], node["pid"]) == ("working", process.pid)
+    assert node["partitions"]["orders"] == 32
+    assert f"{node['name']}  working" in good("nodes", "list", *here)
+    said = refused(2, "nodes", "drain", node["name"], *here)
+    assert f"Nobody but {node['name']} works for orders" in said
+    assert "No node is called 'other'" in refused(3, "nodes", "drain", "other", *here)
+    said = pavane("nodes", "drain", node["name"], "--force", *here).stderr
+    assert f"asked {node['name']} to drain" in said
+    assert f"{node['name']} left after" in said
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 0, said
+    assert said.endswith("drained\n")
+    assert pavane("nodes", "list", *here).stderr == "no nodes\n"
+
+
 def test_dev_starts_anew_when_code_changes(folder: Path, tmp_path: Path) -> None:
     code = tmp_path / "dev_shop.py"
     code.write_text(SHOP.replace('App("cli_shop"', 'App("before"'))
@@ -551,3 +571,38 @@ def test_dev_starts_anew_when_code_changes(folder: Path, tmp_path: Path) -> None
     _, rest = process.communicate(timeout=10)
     assert process.returncode == 0
     assert rest.endswith("drained\n")
+
+
+def test_dev_brings_a_postgres_that_keeps_what_was_done() -> None:
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o755)  # a server that root starts runs as somebody else
+        (place / "dev_shop.py").write_text(SHOP)
+        address = ""
+        for turn in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pavane", "dev", "dev_shop.py", "--postgres"],
+                cwd=place, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            said: list[str] = []
+            for line in process.stderr or ():
+                said.append(line)
+                if line == "ready\n":
+                    break
+            (told,) = [line for line in said if "PAVANE_STORE=" in line]
+            found = told.split("PAVANE_STORE=")[1].strip()
+            assert found.startswith("postgresql://")
+            assert address in ("", found)
+            address, here = found, ("--store", found)
+            if turn == 0:
+                good("runs", "start", "fulfil", '"x"', "--id", "kept", "--wait", *here)
+            assert status_until("completed", "kept", *here)
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=30)
+            assert process.returncode == 0, rest
+        assert (place / ".pavane" / ".gitignore").read_text() == "*\n"
+
+
+def test_dev_takes_a_store_or_a_postgres_of_its_own() -> None:
+    said = refused(2, "dev", "cli_shop.py", "--postgres", "--store", "x.db")
+    assert "leave one of both out" in said

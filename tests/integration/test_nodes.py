@@ -15,6 +15,7 @@ import pytest
 
 from pavane import Client
 from pavane.core.operations import Mode
+from pavane.errors import BadArguments, UnknownName
 from pavane.stores.port import PartitionRow
 from tests.integration import crew
 from tests.integration.crew import most_executions, recorded
@@ -209,6 +210,78 @@ async def test_a_node_that_is_terminated_lets_its_steps_end(fleet: Fleet, mode: 
         fleet.launch(lease_s=PATIENT_S)
         assert await run.result(timeout=30) == "went"
         assert len(recorded("linger")) == 1
+
+
+@in_loop
+async def test_a_node_that_is_asked_to_drain_hands_everything_over_and_ends(
+    fleet: Fleet, mode: Mode
+) -> None:
+    """Invariants 1, 4: its steps end, and the other one goes on with its runs."""
+    first = fleet.launch(lease_s=PATIENT_S)
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        leaves = (await until_owned_by(client, 1)).pop()
+        with pytest.raises(BadArguments, match=r"Nobody but .* works for deck, galley"):
+            await client.nodes.drain(str(leaves))
+        runs = [await start(client, crew.steady, 8, 0.05, mode=mode) for _ in range(12)]
+        fleet.launch(lease_s=PATIENT_S)
+        stays = (await until_owned_by(client, 2)) - {leaves}
+        asked = await client.nodes.drain(str(leaves))
+        assert asked.state == "working"
+        await client.nodes.drain(asked.name)  # once more changes nothing
+        assert await asyncio.to_thread(first.wait, 30) == 0
+        await client.nodes.until_left(leaves)
+        assert await until_owned_by(client, 1) == stays
+        with pytest.raises(UnknownName, match=f"No node is called '{leaves}'"):
+            await client.nodes.drain(str(leaves))
+        for run in runs:
+            assert await run.result(timeout=30) == 56
+        assert most_executions() == 1
+
+
+@in_loop
+async def test_what_is_asked_of_a_node_that_is_gone_is_asked_of_nobody_else(
+    fleet: Fleet,
+) -> None:
+    """A process that dies while it drains has no successor that drains as well."""
+    first = fleet.launch(lease_s=PATIENT_S)
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        dies = (await until_owned_by(client, 1)).pop()
+        run = await start(client, crew.lingers)
+
+        async def lingering() -> bool:
+            return bool(recorded("linger"))
+
+        await until(lingering)
+        await client.nodes.drain(str(dies), force=True)
+
+        async def draining() -> bool:
+            return [node.state for node in await client.nodes.list()] == ["draining"]
+
+        await until(draining)
+        first.kill()
+        first.wait()
+        assert [node.state for node in await client.nodes.list()] == ["gone"]
+        with pytest.raises(BadArguments, match="is gone"):
+            await client.nodes.drain(str(dies))
+        (fleet.folder / "go").touch()
+        fleet.launch(lease_s=PATIENT_S)
+        assert await run.result(timeout=30) == "went"
+        assert [node.state for node in await client.nodes.list()] == ["working"]
+
+
+@in_loop
+async def test_an_app_whose_node_drained_goes_on_as_a_client(tmp_path: Path) -> None:
+    app = crew.app_on(str(tmp_path / "world.db"), PATIENT_S)
+    async with app, app.connect() as other:
+        (node,) = await other.nodes.list()
+        await other.nodes.drain(node.name, force=True)
+        await asyncio.wait_for(app.client.drained(), 30)
+        assert await other.nodes.list() == []
+        run = await app.start(crew.steady, 2, 0.0)
+        async with crew.app_on(str(tmp_path / "world.db"), PATIENT_S):
+            assert await run.result(timeout=30) == 2
 
 
 @pytest.mark.parametrize("place", ["sqlite"], indirect=True)

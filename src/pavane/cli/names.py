@@ -132,6 +132,18 @@ def complete_schedule(ctx: click.Context, incomplete: str) -> list[CompletionIte
 
 
 @_quietly
+def complete_node(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    async def look(client: Client) -> list[CompletionItem]:
+        return [
+            CompletionItem(one.name, help=f"{one.state}, pid {one.pid}")
+            for one in await client.nodes.list()
+            if one.name.startswith(incomplete)
+        ]
+
+    return _looked_up(ctx, look)
+
+
+@_quietly
 def complete_dead(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
     async def look(client: Client) -> list[CompletionItem]:
         return [

@@ -134,13 +134,21 @@ async def work(
     async with app.worker(hosted, store=store) as client:
         if not quiet:
             await _introduce(app, hosted, client)
-        await stop.asked.wait()
+        await _first(stop.asked.wait(), client.drained())
     if watch is not None:
         watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watch
     if not quiet:
         say("drained")
+
+
+async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
+    """Return when one of them does."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 async def _introduce(app: App, hosted: list[str], client: Client) -> None:

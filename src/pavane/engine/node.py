@@ -42,6 +42,7 @@ from pavane.stores.port import (
     RunRow,
     Store,
     durable,
+    submit_alone,
 )
 
 log = logging.getLogger("pavane.node")
@@ -54,6 +55,11 @@ TICK_S = 0.5
 GC_YOUNG = 50_000
 ALONE_LOOK_S = 0.01
 ALONE_MAX_LOOKS = 500
+
+DRAIN = "drain"
+"""What people ask a node for."""
+RELEASED = "released"
+"""The kind of message that tells of free partitions."""
 
 Key = tuple[str, str]
 
@@ -80,7 +86,11 @@ class Session:
         self.open = True
         self.ended = ended
         self.draining: set[int] = set()
-        self.failure: asyncio.Future[PavaneError] = asyncio.get_running_loop().create_future()
+        self.failure: asyncio.Future[PavaneError | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+        """Why it must end; None when people asked this node to drain."""
+        self._released = asyncio.Event()
         self.services = frozenset(services)
         self._shared = sorted({*services, *(duty.name for duty in duties)})
         """What nodes share the partitions of."""
@@ -178,6 +188,11 @@ class Session:
         if not self.failure.done():
             self.failure.set_result(error)
 
+    def _asked_to_drain(self) -> None:
+        if not self.failure.done():
+            log.info("node %d was asked to drain", self.fence.node)
+            self.failure.set_result(None)
+
     def _lease_lost(self) -> None:
         self.lost(LeaseLost(f"Node {self.fence.node} lost its lease."))
 
@@ -225,6 +240,8 @@ class Session:
                 self.handlers.custody.redo_message(message)
             elif kind == "revoke":
                 self.steps.revoke_message(message)
+            elif kind == RELEASED:
+                self.consumed(message)  # whoever read it looked for free partitions
             else:
                 log.error("message %s has unknown kind %r", message.id, kind)
                 self.consumed(message)
@@ -269,6 +286,8 @@ class Session:
         while self.store.tail < head:
             messages = await self.store.read_log(self.store.tail, head, None, PAGE, self.fence.node)
             for message in messages:
+                if message.kind == RELEASED:
+                    self._released.set()
                 floor = self._floors.get(message.target)
                 if floor is not None and message.pos > floor:
                     found = True
@@ -285,6 +304,8 @@ class Session:
         """Own the share of partitions that is this node's, taking over from nodes that are gone."""
         nodes = await self.store.nodes()
         now = self.store.now_us()
+        if any(n.no == self.fence.node and n.asked == DRAIN for n in nodes):
+            self._asked_to_drain()
         gone = [n for n in nodes if n.no != self.fence.node and self.process.is_gone(n, now)]
         if gone:
             log.info("taking over from %s", ", ".join(n.name for n in gone))
@@ -293,7 +314,7 @@ class Session:
         give: list[PartitionRow] = []
         want: list[int] = []
         hosts = {
-            service: sorted(n.no for n in nodes if service in n.services)
+            service: sorted(n.no for n in nodes if service in n.services and n.asked != DRAIN)
             for service in self._shared
         }
         for row in await self.store.partition_rows(self._shared):
@@ -332,11 +353,18 @@ class Session:
             (target, self._position(target)) for target in targets if target in self._flight
         ]
         await self.store.release(self.fence, positions)
+        self.submit(self._tell_released(rows[0].service, rows[0].target))
         for target in targets:
             self._floors.pop(target, None)
             self._flight.pop(target, None)
             self._written_positions.pop(target, None)
         self.draining.difference_update(targets)
+
+    def _tell_released(self, service: str, target: int) -> Commit:
+        """Return what lets others look for free partitions at once; they would soon anyway."""
+        now = self.now_us()
+        id = f"{RELEASED}-{self.fence.node}-{now}"
+        return Commit(messages=[Message(RELEASED, id, service, "", b"null", now, target)])
 
     async def _own(self, rows: Sequence[PartitionRow]) -> None:
         """Take partitions up where they were left: messages, runs, parked steps, timers."""
@@ -542,7 +570,10 @@ class Session:
         positions_due = 0.0
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(TICK_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._released.wait()
+            self._released.clear()
             await self.balance()
             await self.handlers.tick()
             self.steps.take_custody(self.now_us() - round(self.config.custody_after_s * 1e6))
@@ -580,6 +611,9 @@ class Session:
             with suppress(PavaneError):
                 await self.store.release(self.fence, positions)
                 await self.store.leave(self.fence)
+                if positions:
+                    told = self._tell_released(min(self.services), positions[0][0])
+                    await durable(told, partial(submit_alone, self.store))
 
     async def close(self) -> None:
         """Stop at once."""
@@ -623,6 +657,9 @@ class Node:
         self.session: Session | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
+        self.drained = asyncio.Event()
+        """Set when people asked this node to drain, and it did: it works no more."""
+        self._is_draining = False
 
     async def start(self) -> None:
         """Join the store's other nodes and begin to work; raise if the store cannot be used."""
@@ -661,6 +698,10 @@ class Node:
             session = self.session
             if session is not None:
                 failure = await asyncio.shield(session.failure)
+                if failure is None:
+                    self._is_draining = True
+                    await self._drain()
+                    return
                 self.session = None
                 await session.close()
             try:
@@ -679,12 +720,19 @@ class Node:
         """Drain and leave; runs go on at other nodes, or when one starts again."""
         self._stopping = True
         if self._supervisor is not None:
-            self._supervisor.cancel()
+            if not self._is_draining:
+                self._supervisor.cancel()
             with suppress(asyncio.CancelledError):
                 await self._supervisor
-        if self.session is not None:
-            await self.session.drain()
+        await self._drain()
+
+    async def _drain(self) -> None:
+        try:
+            if self.session is not None:
+                await self.session.drain()
+        finally:
             self.session = None
+            self.drained.set()
 
 
 def _check_transactions(declared: Sequence[Step[..., Any] | Handler], store: Store) -> None:

@@ -423,7 +423,9 @@ class MemoryStore(EventViews):
             no = data.nodes_ever
             expires_us = data.clock() + lease_us
             # Numbers are never used twice here, so a nonce made of one is as good as a random one.
-            node = NodeRow(no, f"{no:024x}", name, host, pid, list(services), expires_us)
+            node = NodeRow(
+                no, f"{no:024x}", name, host, pid, list(services), expires_us, data.clock()
+            )
             data.nodes[no] = node
             data.version += 1
             return _node(node)
@@ -443,6 +445,14 @@ class MemoryStore(EventViews):
     async def nodes(self) -> list[NodeRow]:
         return [_node(node) for _, node in sorted(self._open_data().nodes.items())]
 
+    async def ask_node(self, node: int, what: str) -> bool:
+        data = self._open_data()
+        with data.lock:
+            row = data.nodes.get(node)
+            if row is not None:
+                row.asked = what
+            return row is not None
+
     async def partition_rows(self, services: Sequence[str]) -> list[PartitionRow]:
         rows = sorted(self._open_data().partitions.items())
         return _copies(row for _, row in rows if row.service in services)
@@ -451,8 +461,9 @@ class MemoryStore(EventViews):
         data = self._open_data()
         with data.lock:
             for node in nodes:
-                if data.nodes.get(node.no) == node:
-                    self._remove(data, node)
+                known = data.nodes.get(node.no)
+                if known is not None and known.expires_us == node.expires_us:
+                    self._remove(data, known)
 
     def _remove(self, data: _Data, node: NodeRow) -> None:
         del data.nodes[node.no]

@@ -131,7 +131,7 @@ class ParkedRow(msgspec.Struct):
 
 
 class NodeRow(msgspec.Struct):
-    """A process that hosts services, with its lease."""
+    """A process that hosts services, with its lease, and what people ask of it: "" or "drain"."""
 
     no: int
     nonce: str
@@ -140,6 +140,8 @@ class NodeRow(msgspec.Struct):
     pid: int
     services: list[str]
     expires_us: int
+    joined_us: int = 0
+    asked: str = ""
 
 
 class PartitionRow(msgspec.Struct):
@@ -423,6 +425,10 @@ class Store(EventStore, Protocol):
         ...
 
     async def nodes(self) -> list[NodeRow]: ...
+    async def ask_node(self, node: int, what: str) -> bool:
+        """Note what a node is asked for, durably; False if there is no such node."""
+        ...
+
     async def partition_rows(self, services: Sequence[str]) -> list[PartitionRow]: ...
     async def expire(self, nodes: Sequence[NodeRow]) -> None:
         """Delete these nodes unless renewed meanwhile; their partitions become free, not clean."""

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -35,7 +36,8 @@ class PostgresServer:
     """A server with its data in `folder`, or in a temporary folder that goes with it.
 
     Use it as a context manager, or call `start` and `stop`. `settings` go to the server as given.
-    It listens on the loopback interface only, where everybody of this machine is let in.
+    It listens on the loopback interface only, where everybody of this machine is let in, on a free
+    port unless one is given; one in `folder` has the same port each time, as long as it is free.
     """
 
     def __init__(
@@ -84,12 +86,15 @@ class PostgresServer:
         self._make_folder()
         programs = self._programs()
         data = self.folder / "data"
+        self._check_unused(data)
         if not (data / "PG_VERSION").exists():
             shutil.rmtree(data, ignore_errors=True)  # half made, perhaps
             arguments = ["-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C"]
             self._run(programs / "initdb", *arguments)
         if not self.port:
-            self.port = _free_port()
+            kept = self.folder / "port"
+            self.port = _free_port(int(kept.read_text()) if kept.exists() else 0)
+            kept.write_text(str(self.port))
         settings = {
             "listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": "",
             "max_connections": "300", **self._settings,
@@ -157,6 +162,16 @@ class PostgresServer:
                 f"Postgres does not run as root, and {self.folder} is not open to the user that it "
                 f"runs as instead ({self._user.user}). Name a folder elsewhere."
             )
+
+    def _check_unused(self, data: Path) -> None:
+        """Refuse a folder whose server runs; what is left of one that was killed is no reason."""
+        with suppress(OSError, ValueError):
+            pid = int((data / "postmaster.pid").read_text().splitlines()[0])
+            os.kill(pid, 0)
+            if b"postgres" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                raise StoreError(
+                    f"A Postgres runs in {self.folder} already (pid {pid}); use or end that one."
+                )
 
     def _hand_over(self, folder: Path) -> None:
         user, group, _ = self._user
@@ -276,7 +291,12 @@ def _is_reachable(folder: Path, account: _Account) -> bool:
     return done.returncode == 0
 
 
-def _free_port() -> int:
+def _free_port(wanted: int = 0) -> int:
+    """Return `wanted` if nobody listens there, or any other port."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

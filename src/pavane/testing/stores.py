@@ -718,7 +718,11 @@ async def nodes_join_renew_and_leave(connections: Connections) -> None:
     assert (row.name, row.host, row.pid, row.services) == ("a", "host", 42, ["shop"])
     # Some databases keep time by the millisecond.
     assert before_us + LEASE_US - 1000 <= row.expires_us <= two.now_us() + LEASE_US
+    assert before_us - 1000 <= row.joined_us <= two.now_us()
     assert await two.nodes() == [row]
+    assert await two.ask_node(row.no, "drain")
+    assert not await two.ask_node(row.no + 1, "drain")
+    assert [node.asked for node in await one.nodes()] == ["drain"]
     longer = Fence(row.no, row.nonce, 2 * LEASE_US)
     assert one.renew(longer)
     (renewed,) = await two.nodes()
@@ -736,6 +740,7 @@ async def nodes_join_renew_and_leave(connections: Connections) -> None:
     again = await one.join("a", "host", 42, ["shop"], LEASE_US)
     assert again.no > row.no
     assert again.nonce != row.nonce
+    assert again.asked == "", "what was asked of one is not asked of who comes after it"
 
 
 @_check

@@ -420,11 +420,13 @@ class PostgresStore(EventTables):
 
         async def insert(c: Connection) -> NodeRow:
             sql = (
-                "INSERT INTO pavane.nodes (nonce, name, host, pid, services, expires_us)"
-                " VALUES ($1, $2, $3, $4, $5, pavane.clock_us() + $6) RETURNING no, expires_us"
+                "INSERT INTO pavane.nodes"
+                " (nonce, name, host, pid, services, joined_us, expires_us)"
+                " SELECT $1, $2, $3, $4, $5, now, now + $6 FROM pavane.clock_us() AS now"
+                " RETURNING no, expires_us, joined_us"
             )
             row = await c.fetchrow(sql, nonce, name, host, pid, list(services), lease_us)
-            return NodeRow(row[0], nonce, name, host, pid, list(services), row[1])
+            return NodeRow(row[0], nonce, name, host, pid, list(services), row[1], row[2])
 
         return await self._execute(insert)
 
@@ -448,9 +450,17 @@ class PostgresStore(EventTables):
 
     async def nodes(self) -> list[NodeRow]:
         rows = await self._rows(
-            "SELECT no, nonce, name, host, pid, services, expires_us FROM pavane.nodes ORDER BY no"
+            "SELECT no, nonce, name, host, pid, services, expires_us, joined_us, asked"
+            " FROM pavane.nodes ORDER BY no"
         )
         return [NodeRow(*row) for row in rows]
+
+    async def ask_node(self, node: int, what: str) -> bool:
+        async def ask(c: Connection) -> bool:
+            sql = "UPDATE pavane.nodes SET asked = $2 WHERE no = $1 RETURNING no"
+            return await c.fetchval(sql, node, what) is not None
+
+        return await self._execute(ask)
 
     async def partition_rows(self, services: Sequence[str]) -> list[PartitionRow]:
         rows = await self._rows(

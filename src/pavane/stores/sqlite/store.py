@@ -674,12 +674,12 @@ class SqliteStore(EventTables):
 
         def insert(c: Connection) -> NodeRow:
             sql = (
-                f"INSERT INTO nodes (nonce, name, host, pid, services, expires_us)"
-                f" VALUES (?, ?, ?, ?, ?, {NOW} + ?) RETURNING no, expires_us"
+                f"INSERT INTO nodes (nonce, name, host, pid, services, joined_us, expires_us)"
+                f" VALUES (?, ?, ?, ?, ?, {NOW}, {NOW} + ?) RETURNING no, expires_us, joined_us"
             )
-            hosted = _json(list(services))
-            no, expires = next(iter(c.execute(sql, (nonce, name, host, pid, hosted, lease_us))))
-            return NodeRow(no, nonce, name, host, pid, list(services), expires)
+            values = (nonce, name, host, pid, _json(list(services)), lease_us)
+            no, expires, joined = next(iter(c.execute(sql, values)))
+            return NodeRow(no, nonce, name, host, pid, list(services), expires, joined)
 
         return await self._execute(insert)
 
@@ -708,12 +708,20 @@ class SqliteStore(EventTables):
 
     async def nodes(self) -> list[NodeRow]:
         rows = self._rows(
-            "SELECT no, nonce, name, host, pid, services, expires_us FROM nodes ORDER BY no"
+            "SELECT no, nonce, name, host, pid, services, expires_us, joined_us, asked FROM nodes"
+            " ORDER BY no"
         )
         return [
-            NodeRow(no, nonce, name, host, pid, msgspec.json.decode(services), expires)
-            for no, nonce, name, host, pid, services, expires in rows
+            NodeRow(no, nonce, name, host, pid, msgspec.json.decode(services), *rest)
+            for no, nonce, name, host, pid, services, *rest in rows
         ]
+
+    async def ask_node(self, node: int, what: str) -> bool:
+        def ask(c: Connection) -> bool:
+            c.execute("UPDATE nodes SET asked = ? WHERE no = ?", (what, node))
+            return bool(c.changes())
+
+        return await self._execute(ask)
 
     async def partition_rows(self, services: Sequence[str]) -> list[PartitionRow]:
         rows = self._rows(

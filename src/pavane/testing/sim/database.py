@@ -42,7 +42,7 @@ LOCAL = {"open", "close", "reopen"}
 """What a view does without asking the database."""
 WRITES = {
     "register", "take_run_numbers", "register_handlers", "pause_handler", "forget_handler", "join",
-    "expire", "claim", "release", "leave", "touch", "prune", "prune_events",
+    "ask_node", "expire", "claim", "release", "leave", "touch", "prune", "prune_events",
 }  # fmt: skip
 LATENCY_US = (40, 900)
 SLOW_US = (5_000, 80_000)

@@ -23,6 +23,8 @@ CREATE TABLE pavane.nodes (
     pid bigint NOT NULL,
     services text[] NOT NULL,
     expires_us bigint NOT NULL,
+    joined_us bigint NOT NULL,
+    asked text NOT NULL DEFAULT '',
     batch bigint NOT NULL DEFAULT 0,
     log_before bigint NOT NULL DEFAULT 0,
     events_before bigint NOT NULL DEFAULT 0
