@@ -169,16 +169,25 @@ def _is_a_round(handle: Any) -> bool:
     callback = handle.callback
     if getattr(callback, "__func__", None) is _FIRE_DUE:
         return True
-    if not handle.args or not isinstance(handle.args[0], asyncio.Future):
+    owner: Any = _owner(callback)
+    if isinstance(owner, asyncio.Timeout):
+        codes = list(_codes(owner._task))  # pyright: ignore
+    elif handle.args and isinstance(handle.args[0], asyncio.Future):
+        codes = list(_awaiting(handle.args[0]))
+    else:
         return False
-    codes = list(_awaiting(handle.args[0]))
     return _DUTY in codes or (len(codes) > 1 and codes[-2] in _ROUNDS)
 
 
 def _awaiting(future: Any) -> Iterator[object]:
     """Yield the code of the coroutines that await a future, outermost first."""
     for callback, _ in future._callbacks or ():
-        coro: Any = getattr(getattr(callback, "__self__", None), "get_coro", lambda: None)()
-        while hasattr(coro, "cr_code"):
-            yield coro.cr_code
-            coro = coro.cr_await
+        yield from _codes(getattr(callback, "__self__", None))
+
+
+def _codes(task: Any) -> Iterator[object]:
+    """Yield the code of the coroutines that a task is in, outermost first."""
+    coro: Any = getattr(task, "get_coro", lambda: None)()
+    while hasattr(coro, "cr_code"):
+        yield coro.cr_code
+        coro = coro.cr_await
