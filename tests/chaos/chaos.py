@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from examples.shop.app import app
 from examples.shop.demo import form_of
 from examples.shop.fulfil import fulfil
 from examples.shop.orders import read_orders
@@ -19,19 +19,21 @@ from examples.shop.outcome import Ending, event_endings, run_ending
 from examples.shop.reactions import OrderCancelled
 from examples.shop.services import OrderPlaced, OrderShipped
 from examples.shop.world import World
-from pavane import Client
+from pavane import Client, Run, RunFailed
 from pavane.app import status_of
-from pavane.stores.eventlog import EventFilter, EventRow
+from pavane.stores.eventlog import EventRow
 from pavane.testing.sim.simulation import insist
-from tests.chaos.checks import open_work, runs, violations
-from tests.chaos.nodes import ChaosNode, pick
-from tests.integration.fleet import is_free
+from tests.chaos.checks import events, open_work, runs, violations
+from tests.chaos.faults import Fault, draw
+from tests.chaos.grounds import Ground
+from tests.chaos.nodes import ChaosNode
+from tests.chaos.shop import app
 
 LOOK_S = 0.5
 HEALED_WITHIN_S = 120.0
-FAULT_EVERY_S = (0.8, 2.5)
-LEASE_S = 1.5
 AT_ONCE = 50
+WAITS_EVERY = 20
+"""Of so many customers one waits for what becomes of the order."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,31 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """What came of it."""
+    """What came of it; printed, it is all that is needed to find out why."""
 
-    orders: int
+    plan: Plan
+    folder: Path
     took_s: float = 0.0
-    faults: dict[str, int] = field(default_factory=dict[str, int])
+    faults: list[Fault] = field(default_factory=list[Fault])
     again: int = 0
     violations: list[str] = field(default_factory=list[str])
 
     def __str__(self) -> str:
-        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
-        lines = [
-            f"{self.orders:,} orders in {self.took_s:.1f} s through {faults}; "
-            f"{self.again:,} steps done again, {len(self.violations)} violations"
+        counts = sorted(Counter(fault.kind for fault in self.faults).items())
+        faults = ", ".join(f"{count} {kind}" for kind, count in counts)
+        summary = (
+            f"Seed {self.plan.seed}: {self.plan.orders:,} orders in {self.took_s:.1f} s through "
+            f"{faults}; {self.again:,} steps done again, {len(self.violations)} violations"
+        )
+        if not self.violations:
+            return summary
+        struck = [str(fault) for fault in self.faults]
+        logs = [
+            f"-- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-30:])
+            for path in sorted(self.folder.glob("*.log"))
         ]
-        return "\n".join([*lines, *self.violations[:20]])
+        kept = f"All of it is kept in {self.folder}."
+        return "\n".join([*struck, *logs, kept, summary, *self.violations[:20]])
 
 
 def orders_of(count: int) -> list[OrderPlaced]:
@@ -73,24 +85,21 @@ def orders_of(count: int) -> list[OrderPlaced]:
 
 
 class Chaos:
-    """See `tests.chaos.__main__`; `store` is an address, or a file in `folder`."""
+    """See `tests.chaos.__main__`."""
 
     def __init__(
-        self, plan: Plan, folder: Path, store: str | None = None,
+        self, plan: Plan, folder: Path, ground: Ground,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.folder = folder
-        self.store = store or str(folder / "shop.db")
+        self.ground = ground
         self.world = World(folder / "world.db")
-        self.outcome = Outcome(plan.orders)
-        self.nodes = [
-            ChaosNode(number, self.store, self.world.path, folder) for number in range(plan.nodes)
-        ]
-        self._random = random.Random(plan.seed)
+        self.outcome = Outcome(plan, folder)
+        self.nodes: list[ChaosNode] = []
+        self.answers: dict[str, tuple[str, Any]] = {}
+        """What customers were told of their orders: status and result."""
         self._say = say
-        self._is_file = "://" not in self.store
-        self._kinds = ("kill", "freeze")
         self._placed_us: dict[str, int] = {}
         self._began_s = 0.0
 
@@ -98,50 +107,64 @@ class Chaos:
         """Perform it; violations are in the outcome, anything else is raised."""
         self.world.create()
         try:
-            asyncio.run(self._perform())
+            asyncio.run(self._on_ground())
         finally:
             for node in self.nodes:
                 node.end()
         return self.outcome
 
-    async def _perform(self) -> None:
-        async with app.connect(store=self.store) as client:
-            self._began_s = time.monotonic()
-            orders = orders_of(self.plan.orders)
-            placing = asyncio.create_task(self._place_all(client, orders))
-            await self._trouble(placing)
-            await placing
-            healed_s = time.monotonic()
-            while left := await insist(lambda: open_work(client)):
-                for node in self.nodes:
-                    node.tend()
-                if time.monotonic() - healed_s > HEALED_WITHIN_S:
-                    words = "\n".join(node.last_words() for node in self.nodes)
-                    self.outcome.violations.append(f"It does not end: {left}\n{words}")
-                    break
-                await asyncio.sleep(LOOK_S)
-            self.outcome.took_s = time.monotonic() - self._began_s
-            endings = await self._endings(client)
-            ids = [order.order_id for order in orders]
-            self.outcome.again = sum(self.world.executed_again().values())
-            self.outcome.violations += await violations(client, ids, endings, self.world)
-            codes = [node.stop() for node in self.nodes]
-            if any(codes):
-                self.outcome.violations.append(f"Nodes ended with {codes}.")
+    async def _on_ground(self) -> None:
+        async with self.ground as ground:
+            store = ground.address(self.plan.nodes)
+            async with app.connect(store=store) as client:
+                await ground.watch()
+                self.nodes += [
+                    ChaosNode(number, ground.address(number), self.world.path, self.folder)
+                    for number in range(self.plan.nodes)
+                ]
+                await self._perform(client)
+
+    async def _perform(self, client: Client) -> None:
+        self._began_s = time.monotonic()
+        orders = orders_of(self.plan.orders)
+        placing = asyncio.create_task(self._place_all(client, orders))
+        await self._trouble()
+        await placing
+        healed_s = time.monotonic()
+        while left := await insist(lambda: open_work(client)):
+            for node in self.nodes:
+                node.tend()
+            if time.monotonic() - healed_s > HEALED_WITHIN_S:
+                self.outcome.violations.append(f"It does not end: {left}")
+                break
+            await asyncio.sleep(LOOK_S)
+        self.outcome.took_s = time.monotonic() - self._began_s
+        endings = await self._endings(client)
+        ids = [order.order_id for order in orders]
+        self.outcome.again = sum(self.world.executed_again().values())
+        self.outcome.violations += await violations(client, ids, endings, self.answers, self.world)
+        self.outcome.violations += await self.ground.wrongs()
+        codes = [await asyncio.to_thread(node.stop) for node in self.nodes]
+        if any(codes):
+            self.outcome.violations.append(f"Nodes ended with {codes}.")
 
     # -- the customers -------------------------------------------------------------------------
 
     async def _place_all(self, client: Client, orders: list[OrderPlaced]) -> None:
-        """Place orders evenly over the time of trouble."""
+        """Place orders evenly over the time of trouble; return when all answers have come."""
         queue = iter(list(enumerate(orders)))
+        waiting: list[asyncio.Task[None]] = []
 
         async def customer() -> None:
             for number, order in queue:
                 due_s = self._began_s + self.plan.seconds * number / len(orders)
                 await asyncio.sleep(max(0.0, due_s - time.monotonic()))
                 await insist(lambda n=number, o=order: self._place(client, n, o))
+                if number % WAITS_EVERY == 0 and form_of(number) != "events":
+                    waiting.append(asyncio.create_task(self._wait(client, order.order_id)))
 
         await asyncio.gather(*(customer() for _ in range(AT_ONCE)))
+        await asyncio.wait_for(asyncio.gather(*waiting), HEALED_WITHIN_S)
 
     async def _place(self, client: Client, number: int, order: OrderPlaced) -> None:
         # The order's number names its run or its event: placing it twice is one order.
@@ -152,6 +175,15 @@ class Chaos:
         else:
             await client.start(fulfil, (order,), {}, id=order.order_id, mode=form)
 
+    async def _wait(self, client: Client, id: str) -> None:
+        async def ask() -> None:
+            try:
+                self.answers[id] = "completed", await Run(client, id, "orders").result()
+            except RunFailed as failed:
+                self.answers[id] = failed.status, None
+
+        await insist(ask)
+
     async def _endings(self, client: Client) -> list[Ending]:
         """Return how each order ended, by what Pavane tells."""
         found: list[Ending] = []
@@ -160,50 +192,45 @@ class Chaos:
                 number = int(row.id.removeprefix("c-"))
                 ending = run_ending(status_of(row), form_of(number))
                 found += [ending] if ending is not None else []
-        last: list[EventRow] = []
-        which = EventFilter(
-            types=(OrderShipped.event_type, OrderCancelled.event_type), limit=1_000_000
-        )
-        last += await client.events.list(which)
+        types = (OrderShipped.event_type, OrderCancelled.event_type)
+        last: list[EventRow] = await events(client, types)
         return found + event_endings(self._placed_us, last)
 
     # -- trouble -------------------------------------------------------------------------------
 
-    async def _trouble(self, placing: asyncio.Task[None]) -> None:
-        """Strike now and then until the time is over, then let everything heal."""
-        for node in self.nodes:
-            node.tend()
-        await asyncio.sleep(1.5)
-        ends_s = self._began_s + self.plan.seconds
-        next_s = time.monotonic()
-        while time.monotonic() < ends_s:
-            for node in self.nodes:
-                node.tend()
-            if time.monotonic() >= next_s:
-                await self._strike()
-                next_s = time.monotonic() + self._random.uniform(*FAULT_EVERY_S)
-            await asyncio.sleep(0.05)
+    async def _trouble(self) -> None:
+        """Have everything go wrong that was drawn, then let it heal."""
+        for fault in draw(self.ground.climate, self.plan.seed, self.plan.seconds, self.plan.nodes):
+            await self._tend_until(self._began_s + fault.at_s)
+            await self._strike(fault)
+        await self._tend_until(self._began_s + self.plan.seconds)
+        await self.ground.heal()
         for node in self.nodes:
             node.heal()
         self._say(f"{time.monotonic() - self._began_s:6.1f} s  everything heals")
 
-    async def _strike(self) -> None:
-        kind = self._random.choice(self._kinds)
-        node = pick(self._random, self.nodes)
-        if node is None:
-            return
-        if kind == "kill":
-            down_s = self._random.uniform(0.1, 2.0)
-            node.kill(down_s)
-            self._count(kind, f"node {node.number} is killed and down for {down_s:.1f} s")
-        elif kind == "freeze":
-            for_s = self._random.uniform(0.2, 3 * LEASE_S)
-            node.freeze(for_s)
-            if self._is_file and not await is_free(self.store):
-                node.heal()  # it holds the file's lock, which would stop everybody
+    async def _tend_until(self, until_s: float) -> None:
+        while True:
+            for node in self.nodes:
+                node.tend()
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
                 return
-            self._count(kind, f"node {node.number} is frozen for {for_s:.1f} s")
+            await asyncio.sleep(min(0.05, left_s))
 
-    def _count(self, kind: str, what: str) -> None:
-        self.outcome.faults[kind] = self.outcome.faults.get(kind, 0) + 1
-        self._say(f"{time.monotonic() - self._began_s:6.1f} s  {what}")
+    async def _strike(self, fault: Fault) -> None:
+        if fault.kind not in ("kill", "freeze"):
+            self.ground.strike(fault)
+        else:
+            node = self.nodes[fault.victim]
+            if not node.is_up:
+                return
+            if fault.kind == "kill":
+                node.kill(fault.for_s)
+            else:
+                node.freeze(fault.for_s)
+                if await self.ground.is_stopped():
+                    node.heal()
+                    return
+        self.outcome.faults.append(fault)
+        self._say(str(fault))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -87,16 +86,6 @@ class ChaosNode:
         if self._process is not None:
             self._process.wait()
 
-    def last_words(self) -> str:
-        said = self._log.read_text(errors="replace") if self._log.exists() else ""
-        return "\n".join(said.splitlines()[-8:])
-
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
-
-
-def pick(random_: random.Random, nodes: list[ChaosNode]) -> ChaosNode | None:
-    """Choose a node that runs, if another one runs too."""
-    running = [node for node in nodes if node.is_up and not node.is_frozen]
-    return random_.choice(running) if len(running) > 1 else None

@@ -6,11 +6,11 @@ import asyncio
 import sys
 
 from examples.shop import world
-from examples.shop.app import app
 from pavane import EngineConfig
 from pavane.cli.run import set_up_logging, work
+from tests.chaos.faults import LEASE_S
+from tests.chaos.shop import app
 
-LEASE_S = 1.5
 ANSWERS_AFTER_S = 0.001
 
 

@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import socket
+import struct
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from typing import Any
+
+ASKS, ANSWERS = "asks", "answers"
+BOTH = (ASKS, ANSWERS)
+_NO_LINGER = struct.pack("ii", 1, 0)
+
+
+class _Line:
+    """One connection: its two ends, and the directions in which bytes are lost without a word."""
+
+    def __init__(self, ends: tuple[asyncio.StreamWriter, ...], lost: Collection[str]) -> None:
+        self.ends = ends
+        self.lost = lost
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def cut(self) -> None:
+        """Reset both ends."""
+        for end in self.ends:
+            _reset(end)
+        if not self.over.done():
+            self.over.set_result(None)
 
 
 class Wire:
@@ -13,6 +36,7 @@ class Wire:
     `watch` sees each piece on its way to the database and says what to do with it: "pass" it on,
     "swallow" it (the database never gets it, and the connection is cut), or "deafen" (it gets it,
     and the connection is cut before the answer comes back). `mute` holds back all, in silence.
+    `refuses` resets whoever connects.
     """
 
     def __init__(self, port: int) -> None:
@@ -20,8 +44,10 @@ class Wire:
         self.port = 0
         self.watch: Callable[[bytes], str] = lambda piece: "pass"
         self.mute = False
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.refuses = False
+        self._lost: Collection[str] = ()
+        self._lines: set[_Line] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Wire:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -37,35 +63,62 @@ class Wire:
             await asyncio.wait(self._tasks)
 
     def cut(self) -> None:
-        """Cut all connections, without a word."""
-        for writer in list(self._writers):
-            writer.transport.abort()
+        """Reset all connections."""
+        for line in list(self._lines):
+            line.cut()
+
+    def lose(self, directions: Collection[str], *, also_new: bool = False) -> None:
+        """Swallow what goes in these directions, and tell neither end when the other has gone.
+
+        It concerns the connections that there are now; with `also_new`, those to come as well.
+        """
+        for line in self._lines:
+            line.lost = directions
+        if also_new:
+            self._lost = directions
+
+    def heal(self) -> None:
+        """Let connections be made, and reset those that lost something: it cannot come any more."""
+        self._lost = ()
+        self.refuses = self.mute = False
+        for line in list(self._lines):
+            if line.lost:
+                line.cut()
 
     async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        if self.refuses:
+            _reset(to_client)
+            return
         try:
             server, to_server = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
-            to_client.transport.abort()
+            _reset(to_client)
             return
-        ends = {to_client, to_server}
-        self._writers |= ends
-        answers = asyncio.ensure_future(self._forward(server, to_client))
-        asks = asyncio.ensure_future(self._forward(client, to_server, answers, watched=True))
-        self._tasks |= {answers, asks}
+        line = _Line((to_client, to_server), self._lost)
+        self._lines.add(line)
+        answers = asyncio.ensure_future(self._forward(line, ANSWERS, server, to_client))
+        asks = asyncio.ensure_future(self._forward(line, ASKS, client, to_server, answers))
+        forwards = {answers, asks}
+        self._tasks |= forwards
         await asyncio.wait([answers, asks], return_when=asyncio.FIRST_COMPLETED)
-        for writer in ends:
-            writer.transport.abort()
-        self._writers -= ends
+        if line.lost:
+            await line.over
+        line.cut()
+        await asyncio.wait(forwards)
+        self._tasks -= forwards
+        self._lines.discard(line)
 
     async def _forward(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter,
-        answers: asyncio.Task[None] | None = None, *, watched: bool = False,
+        self, line: _Line, direction: str, source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter, answers: asyncio.Task[None] | None = None,
     ) -> None:  # fmt: skip
         with suppress(OSError):
             while piece := await source.read(1 << 20):
                 while self.mute:
                     await asyncio.sleep(0.01)
-                what = self.watch(piece) if watched else "pass"
+                if direction in line.lost:
+                    continue
+                what = self.watch(piece) if direction == ASKS else "pass"
                 if what == "swallow":
                     return
                 if what == "deafen" and answers is not None:
@@ -75,3 +128,12 @@ class Wire:
                 if what == "deafen":
                     await asyncio.sleep(0.2)  # the database does it meanwhile
                     return
+
+
+def _reset(end: asyncio.StreamWriter) -> None:
+    """Close with a reset, as a host that crashed or a firewall answers, not with a farewell."""
+    connection: socket.socket | None = end.get_extra_info("socket")
+    if connection is not None:
+        with suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    end.transport.abort()

@@ -42,5 +42,12 @@ def check_books(sim: Simulation, service: str, event: str, keys: Iterable[str]) 
         published = [row.id for row in data.events.log if row.type == event and row.key == key]
         raw = data.events.states.get((service, Book.__name__, key))
         seen = [id for id in (decoder(Book)(raw).events if raw else []) if type_of[id] == event]
-        if seen != published:
-            raise Violation(f"{service} saw {seen} of {key}, and published were {published}.")
+        for wrong in wrong_book(service, key, seen, published):
+            raise Violation(wrong)
+
+
+def wrong_book(service: str, key: str, seen: list[str], published: list[str]) -> list[str]:
+    """Say what is wrong with what a service saw of a key."""
+    if seen == published:
+        return []
+    return [f"{service} saw {seen} of {key}, and published were {published}."]
