@@ -10,7 +10,7 @@ LEASE_S = 1.5
 BEGIN_S = 1.5
 EVERY_S = (0.8, 2.5)
 LONGEST_S: Mapping[str, float] = {
-    "kill": 2.0, "freeze": 4 * LEASE_S, "cut": 0.0, "half-open": 6 * LEASE_S,
+    "kill": 2.0, "freeze": 4 * LEASE_S, "cut": 0.0, "half-open": 0.0,
     "silence": 4 * LEASE_S, "outage": 60.0, "shutdown": 3.0, "immediate": 1.0, "crash": 1.0,
 }  # fmt: skip
 """How long each lasts at most: a node is away, a wire loses bytes, a server is down."""
@@ -21,7 +21,7 @@ class Fault:
     """Something that goes wrong `at_s` seconds after the beginning, for `for_s`.
 
     `victim` numbers a node, or the customer behind the last of them. `lost` are the directions in
-    which a wire loses what it is given.
+    which a wire loses what it is given; a silent one keeps it, and delivers it late.
     """
 
     at_s: float

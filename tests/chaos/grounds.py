@@ -155,6 +155,8 @@ class OnePostgres:
     def strike(self, fault: Fault) -> None:
         if fault.kind == "cut":
             self._wires[fault.victim].cut()
+        elif fault.kind == "half-open":
+            self._wires[fault.victim].lose(fault.lost)
         elif fault.kind in SERVER:
             self._begin(self._end_server(fault))
         else:
@@ -166,18 +168,16 @@ class OnePostgres:
         task.add_done_callback(self._under_way.discard)
 
     async def _break_wires(self, fault: Fault) -> None:
+        """Hold back what is sent, to arrive late, or refuse and reset everything, for a while."""
         wires = self._wires if fault.kind == "outage" else [self._wires[fault.victim]]
         for wire in wires:
-            if fault.lost:
-                wire.lose(fault.lost, also_new=fault.kind != "half-open")
-            else:
+            wire.held = fault.lost
+            if not fault.lost:
                 wire.refuses = True
                 wire.cut()
-        try:
-            await asyncio.sleep(fault.for_s)
-        finally:
-            for wire in wires:
-                wire.heal()
+        await asyncio.sleep(fault.for_s)
+        for wire in wires:
+            _heal(wire)
 
     async def _end_server(self, fault: Fault) -> None:
         async with self._lock:
@@ -198,15 +198,16 @@ class OnePostgres:
                 await asyncio.to_thread(server.start)
 
     async def heal(self) -> None:
-        for wire in self._wires:
-            wire.heal()
         if self._under_way:
             await asyncio.wait(self._under_way)
-        for wire in self._wires:
-            wire.heal()
 
     async def wrongs(self) -> list[str]:
         found = await asyncio.to_thread(
             self.server.execute, "SELECT at, what FROM zombies ORDER BY at", "shop"
         )
         return [f"Zombie write: {line}" for line in found.splitlines()]
+
+
+def _heal(wire: Wire) -> None:
+    wire.held = ()
+    wire.refuses = False

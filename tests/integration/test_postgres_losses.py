@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import pytest
 
 from pavane.errors import LeaseLost, StoreError
 from pavane.stores.port import Commit, Fence, InboxRow
-from pavane.stores.postgres import PostgresStore
+from pavane.stores.postgres import PostgresStore, watch, writer
+from pavane.stores.postgres import store as store_module
 from pavane.testing.postgres import PostgresServer
 from pavane.testing.store_check import (
     SERVICES,
@@ -25,11 +26,17 @@ from pavane.testing.store_check import (
     written,
 )
 from tests.integration import crew
-from tests.integration.wire import Wire
+from tests.integration.wire import ANSWERS, ASKS, BOTH, Wire
 from tests.integration.world import World, in_loop, until_status
 from tests.postgres import Database
 
 WAYS = ["swallow", "deafen"]
+
+
+async def heard(store: PostgresStore) -> None:
+    """Return when wake-ups of other processes arrive."""
+    while not store._watch.hears:
+        await asyncio.sleep(0.02)
 
 
 async def result(run: Any) -> Any:
@@ -54,7 +61,7 @@ async def wired(partitions: int = 8) -> AsyncIterator[tuple[PostgresStore, Wire]
                 yield store, wire
             finally:
                 wire.watch = lambda piece: "pass"
-                wire.mute = False
+                wire.held = ()
                 await store.close()
 
 
@@ -145,6 +152,80 @@ async def test_reads_and_waits_go_on_over_a_cut() -> None:
             assert await store.take_run_numbers(1) > 0
 
 
+LOST = [ASKS], [ANSWERS], BOTH
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give connections up as dead sooner, to save time."""
+    for module in (writer, store_module, watch):
+        monkeypatch.setattr(module, "QUICK_S", 1.0)
+    monkeypatch.setattr(writer, "CALL_S", 1.0)
+    monkeypatch.setattr(watch, "HEARTBEAT_S", 1.0)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("lost", LOST, ids="-".join)
+@in_loop
+async def test_half_open_connections_are_given_up_and_all_goes_on(lost: Sequence[str]) -> None:
+    """Nothing resets them, ever: whoever waits for an answer must stop waiting."""
+    async with wired() as (store, wire):
+        fence = await joined(store)
+        no = await store.take_run_numbers(1)
+        await written(store, a_commit(messages=[a_message(store, "before#1")]), fence=fence)
+        async with asyncio.timeout(25):
+            wire.lose(lost)
+            assert await store.log_head() == 1
+            assert await asyncio.to_thread(store.renew, fence)
+            # The lease holds, and so does the session: what it writes is written, once.
+            commit = a_commit(messages=[a_message(store, "once#1")])
+            assert await written(store, commit, fence=fence) == [None]
+        async with asyncio.timeout(25):
+            wire.lose(lost)
+            assert await store.take_run_numbers(1) > no
+        assert [message.id for message in await whole_log(store)] == ["before#1", "once#1"]
+
+
+@pytest.mark.usefixtures("impatient")
+@in_loop
+async def test_a_process_listens_again_when_it_was_deaf() -> None:
+    async with wired() as (store, wire):
+        await heard(store)
+        before = store._watch._listening
+        wire.lose(BOTH)
+        async with asyncio.timeout(30):
+            while store._watch._listening is before:
+                await asyncio.sleep(0.05)
+            await heard(store)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("marker", ["server_version_num", "pavane.heads"])
+@in_loop
+async def test_opening_anew_does_not_hang_on_a_connection_that_goes_silent(marker: str) -> None:
+    async with wired() as (store, wire):
+        once(wire, marker, "lose")
+        async with asyncio.timeout(45):
+            try:
+                await store.reopen()
+            except StoreError:
+                await store.reopen()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("marker", ["pavane.write_1", "LISTEN"])
+@in_loop
+async def test_new_connections_that_go_silent_are_given_up(marker: str) -> None:
+    async with wired() as (store, wire):
+        fence = await joined(store)
+        once(wire, marker, "lose")
+        wire.cut()
+        async with asyncio.timeout(45):
+            commit = a_commit(messages=[a_message(store, "once#1")])
+            assert await written(store, commit, fence=fence) == [None]
+            await heard(store)
+
+
 @in_loop
 async def test_a_zombie_behind_a_dead_wire_writes_nothing_once_it_is_back() -> None:
     """Invariant 2."""
@@ -154,14 +235,14 @@ async def test_a_zombie_behind_a_dead_wire_writes_nothing_once_it_is_back() -> N
         await other.register(SERVICES)
         row = await store.join("node", "host", 1, SERVICES, 300_000)
         fence = Fence(row.no, row.nonce, 300_000)
-        wire.mute = True
+        wire.held = BOTH
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         late: list[Commit] = [a_commit(messages=[a_message(store, "late#1")])]
         store.submit(late, fence, future.set_result)
         await asyncio.sleep(0.5)
         assert other.now_us() > row.expires_us
         await other.expire(await other.nodes())
-        wire.mute = False
+        wire.held = ()
         (result,) = await future
         assert isinstance(result, LeaseLost)
         assert await whole_log(other) == []

@@ -17,9 +17,9 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 class _Line:
     """One connection: its two ends, and the directions in which bytes are lost without a word."""
 
-    def __init__(self, ends: tuple[asyncio.StreamWriter, ...], lost: Collection[str]) -> None:
+    def __init__(self, ends: tuple[asyncio.StreamWriter, ...]) -> None:
         self.ends = ends
-        self.lost = lost
+        self.lost: Collection[str] = ()
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def cut(self) -> None:
@@ -34,18 +34,18 @@ class Wire:
     """Forwards to `port` from a port of its own; use it as an asynchronous context manager.
 
     `watch` sees each piece on its way to the database and says what to do with it: "pass" it on,
-    "swallow" it (the database never gets it, and the connection is cut), or "deafen" (it gets it,
-    and the connection is cut before the answer comes back). `mute` holds back all, in silence.
-    `refuses` resets whoever connects.
+    "swallow" it (the database never gets it, and the connection is cut), "deafen" (it gets it,
+    and the connection is cut before the answer comes back), or "lose" (as by `lose`, this one).
+    `held` are the directions in which all is held back in silence, to arrive late. `refuses` resets
+    whoever connects.
     """
 
     def __init__(self, port: int) -> None:
         self.target = port
         self.port = 0
         self.watch: Callable[[bytes], str] = lambda piece: "pass"
-        self.mute = False
+        self.held: Collection[str] = ()
         self.refuses = False
-        self._lost: Collection[str] = ()
         self._lines: set[_Line] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -67,23 +67,13 @@ class Wire:
         for line in list(self._lines):
             line.cut()
 
-    def lose(self, directions: Collection[str], *, also_new: bool = False) -> None:
-        """Swallow what goes in these directions, and tell neither end when the other has gone.
+    def lose(self, directions: Collection[str]) -> None:
+        """Swallow what goes in these directions on all connections that there are now, for ever.
 
-        It concerns the connections that there are now; with `also_new`, those to come as well.
+        Neither end is told when the other has gone.
         """
         for line in self._lines:
-            line.lost = directions
-        if also_new:
-            self._lost = directions
-
-    def heal(self) -> None:
-        """Let connections be made, and reset those that lost something: it cannot come any more."""
-        self._lost = ()
-        self.refuses = self.mute = False
-        for line in list(self._lines):
-            if line.lost:
-                line.cut()
+            line.lost = {*line.lost, *directions}
 
     async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         if self.refuses:
@@ -94,7 +84,7 @@ class Wire:
         except OSError:
             _reset(to_client)
             return
-        line = _Line((to_client, to_server), self._lost)
+        line = _Line((to_client, to_server))
         self._lines.add(line)
         answers = asyncio.ensure_future(self._forward(line, ANSWERS, server, to_client))
         asks = asyncio.ensure_future(self._forward(line, ASKS, client, to_server, answers))
@@ -114,13 +104,16 @@ class Wire:
     ) -> None:  # fmt: skip
         with suppress(OSError):
             while piece := await source.read(1 << 20):
-                while self.mute:
+                while direction in self.held:
                     await asyncio.sleep(0.01)
                 if direction in line.lost:
                     continue
                 what = self.watch(piece) if direction == ASKS else "pass"
                 if what == "swallow":
                     return
+                if what == "lose":
+                    line.lost = BOTH
+                    continue
                 if what == "deafen" and answers is not None:
                     answers.cancel()
                 sink.write(piece)

@@ -24,6 +24,8 @@ VERSION_MIN = 150000
 CONNECT_S = 10.0
 ANSWER_S = 30.0
 """How long a statement may take before its connection is taken for dead."""
+QUICK_S = 5.0
+"""The same for statements that take milliseconds: by those, half-open connections are found."""
 
 SETTINGS = {
     "application_name": "pavane",

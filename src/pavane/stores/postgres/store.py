@@ -36,9 +36,11 @@ from pavane.stores.port import (
 )
 from pavane.stores.postgres.batch import Batch, parked_values
 from pavane.stores.postgres.connection import (
+    ANSWER_S,
     BUSY,
     CONNECT_S,
     FAILED,
+    QUICK_S,
     Connection,
     answered,
     asyncpg,
@@ -108,12 +110,7 @@ class PostgresStore(EventTables):
         try:
             connection = await connect(self.dsn)
             try:
-                await check_server(connection, self.dsn)
-                self.partitions = await prepare(connection, self.dsn, self.partitions)
-                began = _ticks_us()
-                now = await connection.fetchval("SELECT pavane.clock_us()")
-                self._set_clock(began, now)
-                self.tail = await connection.fetchval("SELECT log FROM pavane.heads")
+                await answered(connection, self._prepare(connection))
             finally:
                 connection.terminate()
             await self._connect_all()
@@ -124,6 +121,14 @@ class PostgresStore(EventTables):
             await self._close_all()
             raise
 
+    async def _prepare(self, connection: Connection) -> None:
+        await check_server(connection, self.dsn)
+        self.partitions = await prepare(connection, self.dsn, self.partitions)
+        began = _ticks_us()
+        now = await connection.fetchval("SELECT pavane.clock_us()")
+        self._set_clock(began, now)
+        self.tail = await connection.fetchval("SELECT log FROM pavane.heads")
+
     async def _connect_all(self) -> None:
         self._pool = await asyncpg.create_pool(
             self.dsn, min_size=0, max_size=READERS_MAX, connect=self._connect_reader,
@@ -131,7 +136,7 @@ class PostgresStore(EventTables):
         )  # fmt: skip
         await self._writer.open()
         self._pid = os.getpid()
-        self._watch = Watch(self.dsn, self._ask_one)
+        self._watch = Watch(self.dsn, self._quick)
         self._watch.open()
 
     @staticmethod
@@ -147,8 +152,9 @@ class PostgresStore(EventTables):
                 await pool.expire_connections()
             connection = await connect(self.dsn)
             try:
-                await check_server(connection, self.dsn)
-                self.tail = await connection.fetchval("SELECT log FROM pavane.heads")
+                await answered(connection, check_server(connection, self.dsn), QUICK_S)
+                head = connection.fetchval("SELECT log FROM pavane.heads")
+                self.tail = await answered(connection, head, QUICK_S)
             finally:
                 connection.terminate()
         except FAILED as error:
@@ -262,7 +268,7 @@ class PostgresStore(EventTables):
 
     # -- reading -------------------------------------------------------------------------------
 
-    async def _ask(self, ask: Callable[[Connection], Any]) -> Any:
+    async def _ask(self, ask: Callable[[Connection], Any], within_s: float = ANSWER_S) -> Any:
         """Ask a reader; on new connections, for a while, if the database is gone."""
         loop = asyncio.get_running_loop()
         ends = loop.time() + READ_S
@@ -271,14 +277,13 @@ class PostgresStore(EventTables):
                 raise self._unusable()
             try:
                 async with self._pool.acquire(timeout=CONNECT_S) as connection:
-                    return await answered(connection, ask(connection))
+                    return await answered(connection, ask(connection), within_s)
             except FAILED as error:
                 if not (is_lost(error) or isinstance(error, BUSY)) or loop.time() > ends:
                     raise explained(self.dsn, error) from error
+                if is_lost(error):
+                    await self._pool.expire_connections()  # the others are lost as well, perhaps
             await asyncio.sleep(0.05 + random.random() / 4)
-
-    async def _ask_one(self, sql: str, *values: Any) -> Any:
-        return await self._ask(lambda c: c.fetchval(sql, *values))
 
     async def _rows(self, sql: str, *values: Any) -> list[Any]:
         return await self._ask(lambda c: c.fetch(sql, *values))
@@ -288,6 +293,9 @@ class PostgresStore(EventTables):
 
     async def _one(self, sql: str, *values: Any) -> Any:
         return await self._ask(lambda c: c.fetchval(sql, *values))
+
+    async def _quick(self, sql: str, *values: Any) -> Any:
+        return await self._ask(lambda c: c.fetchval(sql, *values), QUICK_S)
 
     async def _run_rows(self, where: str, *values: Any) -> list[RunRow]:
         rows = await self._rows(f"SELECT {_RUN_COLUMNS} FROM pavane.runs WHERE {where}", *values)
@@ -404,7 +412,7 @@ class PostgresStore(EventTables):
         return [_message(row) for row in rows]
 
     async def log_head(self) -> int:
-        return await self._one("SELECT log FROM pavane.heads")
+        return await self._quick("SELECT log FROM pavane.heads")
 
     def changed(self) -> bool:
         if self._pid != os.getpid():

@@ -15,7 +15,15 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from pavane.stores.postgres.connection import FAILED, Connection, connect, is_lost
+from pavane.errors import StoreError
+from pavane.stores.postgres.connection import (
+    FAILED,
+    QUICK_S,
+    Connection,
+    answered,
+    connect,
+    is_lost,
+)
 
 log = logging.getLogger("pavane.postgres")
 
@@ -26,6 +34,8 @@ LOOK_S = 1.0
 LOOK_DEAF_S = 0.05
 LOOK_DEAF_MAX_S = 0.5
 PROBE_S = 2.0
+HEARTBEAT_S = 5.0
+"""How often the connection that listens is asked whether it is there: it says nothing by itself."""
 AGAIN_MAX_S = 10.0
 
 _NOTIFY = (
@@ -110,8 +120,8 @@ class Watch:
                 if not await self._hear():
                     return
                 pause_s = 0.1
-            except FAILED as error:
-                if not is_lost(error):
+            except (*FAILED, StoreError) as error:
+                if not (is_lost(error) or isinstance(error, StoreError)):
                     log.warning("this process cannot listen: %s", error)
             finally:
                 self._drop()
@@ -128,13 +138,16 @@ class Watch:
 
         connection.add_termination_listener(lost)
         self._heard = asyncio.Event()
-        await connection.add_listener(CHANNEL, self._notified)
+        listening = connection.add_listener(CHANNEL, self._notified)
+        await answered(connection, listening, QUICK_S)
         self._changed = True  # what was announced meanwhile was not heard
         if await self._probe():
-            await gone.wait()
+            while not gone.is_set():
+                await answered(connection, connection.execute("SELECT 1"), QUICK_S)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(gone.wait(), HEARTBEAT_S)
             return True
-        if connection.is_closed():
-            return True
+        await answered(connection, connection.execute("SELECT 1"), QUICK_S)  # or was it lost?
         log.info(
             "no notifications arrive (a pooler in transaction mode?): this process looks every "
             "%g ms instead, up to %g ms when idle", LOOK_DEAF_S * 1e3, LOOK_DEAF_MAX_S * 1e3,
@@ -144,8 +157,8 @@ class Watch:
     async def _probe(self) -> bool:
         """Tell whether notifications arrive, by one of our own."""
         assert self._heard is not None
-        with suppress(Exception):
-            await self._ask("SELECT pg_notify($1, 'probe')", CHANNEL)
+        await self._ask("SELECT pg_notify($1, 'probe')", CHANNEL)
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._heard.wait(), PROBE_S)
         return self._heard.is_set()
 

@@ -22,6 +22,7 @@ from pavane.stores.postgres.batch import WRITE, Batch
 from pavane.stores.postgres.connection import (
     BUSY,
     OF_ONE_COMMIT,
+    QUICK_S,
     Connection,
     answered,
     asyncpg,
@@ -33,7 +34,9 @@ from pavane.stores.postgres.connection import (
 log = logging.getLogger("pavane.postgres")
 
 SETTLE_S = 15.0
-"""How long a write is tried again when the database is gone; under a lease, for its time."""
+"""How long a write is tried again when the database is gone; under a longer lease, for its time."""
+CALL_S = 10.0
+"""How long a transaction of several statements may take before its connection is taken for dead."""
 MERGED_MAX = 1000
 WORK_S = 8.0
 """How long user code may take inside a transaction; the server ends an idle one after 10 s."""
@@ -193,7 +196,7 @@ class Writer:
                 async with connection.transaction():
                     return await job.work(connection)
 
-            return await answered(connection, transaction())
+            return await answered(connection, transaction(), CALL_S)
 
         try:
             result = await self._patiently(ask, SETTLE_S)
@@ -340,7 +343,7 @@ class Writer:
     async def _is_there(self, commit: Commit) -> bool:
         """Tell whether the marks and runs of a commit are there as it would have written them."""
 
-        async def ask(connection: Connection) -> bool:
+        async def look(connection: Connection) -> bool:
             for run in commit.runs:
                 sql = "SELECT 1 FROM pavane.runs WHERE no = $1 AND id = $2"
                 if await connection.fetchval(sql, run.no, run.id) is None:
@@ -351,17 +354,23 @@ class Writer:
                     return False
             return bool(commit.runs or commit.inbox)
 
+        async def ask(connection: Connection) -> bool:
+            return await answered(connection, look(connection), QUICK_S)
+
         return await self._patiently(ask, SETTLE_S)
 
     async def _write_whole(self, commits: Sequence[Commit], fence: Fence | None) -> None:
         batch = Batch(commits)
-        within_s = SETTLE_S if fence is None else fence.lease_us / 1e6
+        within_s = SETTLE_S if fence is None else max(SETTLE_S, fence.lease_us / 1e6)
         values = (*self._proof(fence), *batch.values)
 
-        async def ask(connection: Connection) -> Any:
+        async def write(connection: Connection) -> Any:
             if self._write is None:
                 self._write = await connection.prepare(WRITE)
-            return await answered(connection, self._write.fetchrow(*values), max(within_s, 5.0))
+            return await self._write.fetchrow(*values)
+
+        async def ask(connection: Connection) -> Any:
+            return await answered(connection, write(connection), QUICK_S)
 
         try:
             row = await self._patiently(ask, within_s)
