@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from pavane import App, EngineConfig
 from pavane.errors import LeaseLost, StoreError
 from pavane.stores.port import Commit, Fence, InboxRow
 from pavane.stores.postgres import PostgresStore, watch, writer
@@ -270,3 +271,24 @@ async def test_runs_go_on_after_a_restart_of_the_database(
             await asyncio.to_thread(server.start)
             for run in [*runs, asleep]:
                 assert await result(run) == (1 if run is asleep else 30)
+
+
+@in_loop
+async def test_nodes_take_nothing_from_each_other_when_the_database_was_away_for_all() -> None:
+    lease_s = 1.0
+    with PostgresServer() as server:
+        app = App("world", [crew.deck], store=server.create_database("away"))
+        app.config = EngineConfig(lease_s=lease_s)
+        async with app.worker() as one, app.worker() as other:
+            nodes = await one.store.nodes()
+            assert len(nodes) == 2
+            await asyncio.to_thread(server.kill)
+            await asyncio.sleep(2.5 * lease_s)
+            await asyncio.to_thread(server.start)
+            for _ in range(6):  # whoever comes back first finds the other's lease over
+                await asyncio.sleep(lease_s / 2)
+                assert [node.no for node in await other.store.nodes()] == [n.no for n in nodes]
+            for client in (one, other):
+                assert client.node is not None
+                assert client.node.session is not None
+                assert client.node.session.open

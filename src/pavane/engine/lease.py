@@ -2,6 +2,9 @@
 
 The thread renews only if the event loop ran since the last round, so that a stuck node loses its
 partitions to others. Whether the lease is still held is decided by the store alone.
+
+A store that was away let the leases of all nodes run out. Whoever finds it first must not take over
+from the others, who are alive and about to renew: `is_steady` tells when their silence is their own.
 """
 
 from __future__ import annotations
@@ -30,6 +33,15 @@ class LeaseKeeper:
         self._loop = asyncio.get_running_loop()
         self._alive = True
         self._rounds: Rounds | None = None
+        self._renewed_us = store.now_us()
+        self._steady_from_us = 0
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the store answered this node all the time for at least a lease."""
+        now_us = self._store.now_us()
+        is_late = now_us - self._renewed_us > self._fence.lease_us
+        return not is_late and now_us >= self._steady_from_us
 
     def start(self) -> None:
         self._rounds = self._process.repeat(self._fence.lease_us / 1e6 / 4, self._renew)
@@ -48,11 +60,17 @@ class LeaseKeeper:
             if not self._store.renew(self._fence):
                 self._loop.call_soon_threadsafe(self._lost)
                 return False
+            self._renewed()
         except StoreError as error:
             log.warning("the lease could not be renewed: %s", error)
         except RuntimeError:
             return False  # the event loop was closed
         return True
+
+    def _renewed(self) -> None:
+        before_us, self._renewed_us = self._renewed_us, self._store.now_us()
+        if self._renewed_us - before_us > self._fence.lease_us:
+            self._steady_from_us = self._renewed_us + self._fence.lease_us
 
     def _beat(self) -> None:
         self._alive = True

@@ -303,7 +303,7 @@ class Session:
     async def balance(self) -> None:
         """Own the share of partitions that is this node's, taking over from nodes that are gone."""
         nodes = await self.store.nodes()
-        now = self.store.now_us()
+        now = self.store.now_us() if self.lease.is_steady else 0  # 0: no lease has run out yet
         if any(n.no == self.fence.node and n.asked == DRAIN for n in nodes):
             self._asked_to_drain()
         gone = [n for n in nodes if n.no != self.fence.node and self.process.is_gone(n, now)]
