@@ -162,6 +162,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (writer, store_module, watch):
         monkeypatch.setattr(module, "QUICK_S", 1.0)
     monkeypatch.setattr(writer, "CALL_S", 1.0)
+    monkeypatch.setattr(store_module, "READ_S", 1.0)
+    monkeypatch.setattr(store_module.PostgresStore._ask, "__defaults__", (2.0,))
     monkeypatch.setattr(watch, "HEARTBEAT_S", 1.0)
 
 
@@ -176,7 +178,10 @@ async def test_half_open_connections_are_given_up_and_all_goes_on(lost: Sequence
         await written(store, a_commit(messages=[a_message(store, "before#1")]), fence=fence)
         async with asyncio.timeout(25):
             wire.lose(lost)
+            assert await store.events_head() == 0
             assert await store.log_head() == 1
+            wire.lose(lost)
+            assert await store.nodes(), "a slow read has a second chance, too"
             assert await asyncio.to_thread(store.renew, fence)
             # The lease holds, and so does the session: what it writes is written, once.
             commit = a_commit(messages=[a_message(store, "once#1")])

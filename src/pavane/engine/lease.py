@@ -4,7 +4,7 @@ The thread renews only if the event loop ran since the last round, so that a stu
 partitions to others. Whether the lease is still held is decided by the store alone.
 
 A store that was away let the leases of all nodes run out. Whoever finds it first must not take over
-from the others, who are alive and about to renew: `is_steady` tells when their silence is their own.
+from the others, who are alive and about to renew: `is_steady` tells when they have had the time.
 """
 
 from __future__ import annotations

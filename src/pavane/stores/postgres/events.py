@@ -51,6 +51,7 @@ class EventTables:
     async def _rows(self, sql: str, *values: Any) -> list[Any]: ...
     async def _row(self, sql: str, *values: Any) -> Any: ...
     async def _one(self, sql: str, *values: Any) -> Any: ...
+    async def _quick(self, sql: str, *values: Any) -> Any: ...
     async def _execute(self, work: Callable[[Connection], Awaitable[Any]]) -> Any: ...
 
     def slot_of(self, key: str, id: str) -> int:
@@ -59,7 +60,7 @@ class EventTables:
     async def events_head(self) -> int:
         sql = "SELECT events, EXISTS (SELECT FROM pavane.outbox) FROM pavane.heads"
         while True:
-            head, staged = await self._row(sql)
+            head, staged = await self._quick(sql)
             if not staged:
                 return head
             # Transactions of users' published: whoever looks first moves that into the log.

@@ -271,7 +271,7 @@ class PostgresStore(EventTables):
     async def _ask(self, ask: Callable[[Connection], Any], within_s: float = ANSWER_S) -> Any:
         """Ask a reader; on new connections, for a while, if the database is gone."""
         loop = asyncio.get_running_loop()
-        ends = loop.time() + READ_S
+        ends = 0.0
         while True:
             if self._pid != os.getpid():
                 raise self._unusable()
@@ -279,6 +279,7 @@ class PostgresStore(EventTables):
                 async with self._pool.acquire(timeout=CONNECT_S) as connection:
                     return await answered(connection, ask(connection), within_s)
             except FAILED as error:
+                ends = ends or loop.time() + READ_S  # the first may have taken long
                 if not (is_lost(error) or isinstance(error, BUSY)) or loop.time() > ends:
                     raise explained(self.dsn, error) from error
                 if is_lost(error):
@@ -295,7 +296,7 @@ class PostgresStore(EventTables):
         return await self._ask(lambda c: c.fetchval(sql, *values))
 
     async def _quick(self, sql: str, *values: Any) -> Any:
-        return await self._ask(lambda c: c.fetchval(sql, *values), QUICK_S)
+        return await self._ask(lambda c: c.fetchrow(sql, *values), QUICK_S)
 
     async def _run_rows(self, where: str, *values: Any) -> list[RunRow]:
         rows = await self._rows(f"SELECT {_RUN_COLUMNS} FROM pavane.runs WHERE {where}", *values)
@@ -412,7 +413,7 @@ class PostgresStore(EventTables):
         return [_message(row) for row in rows]
 
     async def log_head(self) -> int:
-        return await self._quick("SELECT log FROM pavane.heads")
+        return (await self._quick("SELECT log FROM pavane.heads"))[0]
 
     def changed(self) -> bool:
         if self._pid != os.getpid():

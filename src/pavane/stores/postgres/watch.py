@@ -45,7 +45,7 @@ _NOTIFY = (
 
 
 class Watch:
-    """Owns the connection that listens; `ask` runs a statement on some other connection."""
+    """Owns the connection that listens; `ask` returns a row from some other connection."""
 
     def __init__(self, dsn: str, ask: Callable[..., Awaitable[Any]]) -> None:
         self._dsn = dsn
@@ -107,7 +107,8 @@ class Watch:
             await self._to_announce.wait()
             self._to_announce.clear()
             with suppress(Exception):  # those who are not told look by themselves
-                self._own_pids.add(await self._ask(_NOTIFY, CHANNEL))
+                (pid,) = await self._ask(_NOTIFY, CHANNEL)
+                self._own_pids.add(pid)
             await asyncio.sleep(ANNOUNCE_EVERY_S)
 
     # -- listening -----------------------------------------------------------------------------

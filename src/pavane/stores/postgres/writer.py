@@ -170,7 +170,7 @@ class Writer:
     async def _patiently(self, ask: Callable[[Connection], Awaitable[Any]], within_s: float) -> Any:
         """Ask until there is an answer, on new connections, for a while; then raise StoreError."""
         loop = asyncio.get_running_loop()
-        ends = loop.time() + within_s
+        ends = 0.0
         pause_s = PAUSE_S
         self._repeating = False
         while True:
@@ -182,6 +182,7 @@ class Writer:
                     self._repeating = True
                 elif not isinstance(error, BUSY):
                     raise
+                ends = ends or loop.time() + within_s  # the first answer may have taken long
                 if loop.time() > ends:
                     raise explained(self._dsn, error) from error
                 log.info("writing again: %s", error)
