@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from tests.chaos.shop import app
 
 LOOK_S = 0.5
 HEALED_WITHIN_S = 120.0
+ANSWERED_WITHIN_S = 60.0
 AT_ONCE = 50
 WAITS_EVERY = 20
 """Of so many customers one waits for what becomes of the order."""
@@ -104,10 +106,12 @@ class Chaos:
         self._began_s = 0.0
 
     def run(self) -> Outcome:
-        """Perform it; violations are in the outcome, anything else is raised."""
+        """Perform it; whatever went wrong is in the outcome."""
         self.world.create()
         try:
             asyncio.run(self._on_ground())
+        except Exception:
+            self.outcome.violations.append(traceback.format_exc())
         finally:
             for node in self.nodes:
                 node.end()
@@ -129,7 +133,7 @@ class Chaos:
         orders = orders_of(self.plan.orders)
         placing = asyncio.create_task(self._place_all(client, orders))
         await self._trouble()
-        await placing
+        waiting = await placing
         healed_s = time.monotonic()
         while left := await insist(lambda: open_work(client)):
             for node in self.nodes:
@@ -139,6 +143,9 @@ class Chaos:
                 break
             await asyncio.sleep(LOOK_S)
         self.outcome.took_s = time.monotonic() - self._began_s
+        _, in_vain = await asyncio.wait(waiting, timeout=ANSWERED_WITHIN_S)
+        if in_vain:
+            self.outcome.violations.append(f"{len(in_vain)} customers wait in vain.")
         endings = await self._endings(client)
         ids = [order.order_id for order in orders]
         self.outcome.again = sum(self.world.executed_again().values())
@@ -150,8 +157,10 @@ class Chaos:
 
     # -- the customers -------------------------------------------------------------------------
 
-    async def _place_all(self, client: Client, orders: list[OrderPlaced]) -> None:
-        """Place orders evenly over the time of trouble; return when all answers have come."""
+    async def _place_all(
+        self, client: Client, orders: list[OrderPlaced]
+    ) -> list[asyncio.Task[None]]:
+        """Place orders evenly over the time of trouble; return those who wait for an answer."""
         queue = iter(list(enumerate(orders)))
         waiting: list[asyncio.Task[None]] = []
 
@@ -164,7 +173,7 @@ class Chaos:
                     waiting.append(asyncio.create_task(self._wait(client, order.order_id)))
 
         await asyncio.gather(*(customer() for _ in range(AT_ONCE)))
-        await asyncio.wait_for(asyncio.gather(*waiting), HEALED_WITHIN_S)
+        return waiting
 
     async def _place(self, client: Client, number: int, order: OrderPlaced) -> None:
         # The order's number names its run or its event: placing it twice is one order.
