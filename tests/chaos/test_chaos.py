@@ -15,7 +15,7 @@ def test_nodes_on_one_file_may_be_killed_and_frozen(tmp_path: Path) -> None:
 
 
 def test_nodes_on_postgres_may_be_killed_and_frozen_and_cut_off(tmp_path: Path) -> None:
-    plan = Plan(orders=4000, seconds=105.0)
+    plan = Plan(orders=3000, seconds=90.0)
     outcome = Chaos(plan, tmp_path, OnePostgres(tmp_path, plan.nodes, outage_s=10.0)).run()
     assert not outcome.violations, str(outcome)
     assert len(outcome.faults) >= 30, "it was quiet"
