@@ -272,7 +272,10 @@ async def test_what_is_asked_of_a_node_that_is_gone_is_asked_of_nobody_else(
 
 
 @in_loop
-async def test_an_app_whose_node_drained_goes_on_as_a_client(tmp_path: Path) -> None:
+async def test_an_app_whose_node_drained_goes_on_as_a_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "RECORD", tmp_path / "record.txt")
     app = crew.app_on(str(tmp_path / "world.db"), PATIENT_S)
     async with app, app.connect() as other:
         (node,) = await other.nodes.list()

@@ -12,6 +12,7 @@ from typing import Any
 
 from pavane import (
     App,
+    BadArguments,
     Client,
     EngineConfig,
     Event,
@@ -274,8 +275,8 @@ class Shop:
             if is_forgotten or random.random() < 0.2:
                 await asyncio.sleep(random.random() * 0.2)
                 await insist(run.cancel)
-        except RunEnded:
-            pass
+        except (RunEnded, BadArguments):
+            pass  # if it is stuck, it does not end
         await sim.ended(id)
         try:
             self.answers[id] = ("completed", await insist(run.result))

@@ -121,6 +121,7 @@ def early_event_dropped() -> Iterator[None]:
         if any(operation.kind == "receive" for operation in held.execution.pending.values()):
             deliver(self, held, mail, message)
         else:
+            held.mail = [known for known in held.mail if known.id != mail.id]
             self._session.consumed(message)
 
     with patch.object(Holder, "_deliver_kept", delivered):

@@ -176,7 +176,7 @@ def status_in_another_commit() -> Iterator[None]:
         yield
 
 
-@planted("bank")
+@planted("hasty")
 def inbox_mark_in_another_commit() -> Iterator[None]:
     """Write what a message led to, and then that it came."""
 

@@ -135,18 +135,20 @@ class EventTables:
         return [rows[spec.service, spec.name] for spec in specs]
 
     async def _register(self, c: Connection, spec: HandlerSpec) -> None:
+        values = (spec.service, spec.name, sorted(spec.types))
+        update = (
+            "UPDATE pavane.handlers SET types = $3 WHERE service = $1 AND name = $2 RETURNING no"
+        )
+        if await c.fetchval(update, *values) is not None:
+            return
         no = await c.fetchval(
             "INSERT INTO pavane.handlers (service, name, types, created_us)"
             " VALUES ($1, $2, $3, pavane.clock_us()) ON CONFLICT (service, name) DO NOTHING"
             " RETURNING no",
-            spec.service, spec.name, sorted(spec.types),
+            *values,
         )  # fmt: skip
         if no is None:
-            await c.execute(
-                "UPDATE pavane.handlers SET types = $3 WHERE service = $1 AND name = $2",
-                spec.service, spec.name, sorted(spec.types),
-            )  # fmt: skip
-            return
+            return  # another node made it known at the same time
         position = await c.fetchval("SELECT events FROM pavane.heads")
         if spec.since_us is not None:
             # Times need not rise with positions, so this reads from the log's beginning.

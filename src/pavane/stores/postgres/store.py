@@ -245,10 +245,11 @@ class PostgresStore(EventTables):
             self._watch.announce()
         if fence is None or batch is None or batch.events:
             self._watch.wake()
-        elif batch.messages and self.tail == log_before:
-            self.tail = log_before + len(batch.messages)  # nobody else wrote: nothing is to be read
-        elif batch.messages:
-            self._watch.wake()
+        if fence is not None and batch is not None and batch.messages:
+            if self.tail == log_before:
+                self.tail += len(batch.messages)  # nobody else wrote: nothing is to be read
+            else:
+                self._watch.wake()
 
     async def _execute(self, work: Work) -> Any:
         """Do `work` in a transaction of its own, after what was submitted before."""
