@@ -14,7 +14,7 @@ _HOMES = {
     "pavane.engine.config": ("EngineConfig",),
     "pavane.event": ("Event", "event"),
     "pavane.handler": ("Breaker", "Delivery", "Handler", "delete_state", "delivery"),
-    "pavane.policy": ("Retry",),
+    "pavane.policy": ("Limit", "Retry"),
     "pavane.service": ("Service", "Step", "StepInfo", "heartbeat", "step_info"),
     "pavane.steering.dead": ("DeadQuery",),
     "pavane.steering.events": ("Replay",),
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from pavane.handler import Handler as Handler
     from pavane.handler import delete_state as delete_state
     from pavane.handler import delivery as delivery
+    from pavane.policy import Limit as Limit
     from pavane.policy import Retry as Retry
     from pavane.service import Service as Service
     from pavane.service import Step as Step

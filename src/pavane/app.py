@@ -266,6 +266,7 @@ class Client:
         id: str | None = None,
         mode: Mode | None = None,
         timeout: Duration | None = None,
+        priority: int = 0,
     ) -> Run[R]:
         """Start a run durably; see `App.start`."""
         known = self.registry.workflows.get((workflow.name, workflow.version))
@@ -283,7 +284,7 @@ class Client:
             run=run, workflow=workflow.name, version=workflow.version,
             home=workflow.service.name, mode=mode or workflow.mode,
             started_us=self.store.now_us(), conversation=run,
-            timeout_us=round((limit_s or 0) * 1e6),
+            timeout_us=round((limit_s or 0) * 1e6), priority=priority,
         )  # fmt: skip
         try:
             await self._begin(header, raw)
@@ -782,17 +783,22 @@ class App:
         id: str | None = None,
         mode: Mode | None = None,
         timeout: Duration | None = None,
+        priority: int = 0,
         **kwargs: Any,
     ) -> Run[R]:
         """Start a run of `workflow`; durable when this returns.
 
         `id` names it: starting an id again gives the same run, with other arguments RunConflict.
         `mode` is "orchestration" or "choreography", the workflow's own by default; `timeout` bounds
-        the whole run. Arguments are checked against the signature (BadArguments).
+        the whole run. `priority` counts where the run, its children or their steps wait for a
+        `Limit`: each step of it like having waited for a minute longer. Arguments are checked
+        against the signature (BadArguments).
         """
         if not isinstance(workflow, Workflow):  # pyright: ignore
             raise BadArguments(f"{workflow!r} is no workflow. Decorate it with @service.workflow.")
-        return await self.client.start(workflow, args, kwargs, id=id, mode=mode, timeout=timeout)
+        return await self.client.start(
+            workflow, args, kwargs, id=id, mode=mode, timeout=timeout, priority=priority
+        )
 
     def get(self, id: str) -> Run[Any]:
         """Return a handle on the run of this id, whether it exists or not."""

@@ -16,7 +16,7 @@ import msgspec
 from pavane.core.codec import decoder, resolve_hints
 from pavane.errors import BadDeclaration, OnlyInHandler
 from pavane.event import is_event_type
-from pavane.policy import Duration, Retry, seconds
+from pavane.policy import Duration, Limit, Retry, seconds
 
 if TYPE_CHECKING:
     from pavane.service import Service
@@ -55,6 +55,7 @@ BREAKER = Breaker()
 OF_BOTH = {
     "retry": "retry", "concurrency": "concurrency", "rate_per_s": "rate", "since": "since",
     "on_dead": "on_dead", "batch": "batch", "linger_s": "linger", "breaker": "breaker",
+    "limit": "limit",
 }  # fmt: skip
 """Options of a handler that the ones which take a share of its keys have in common with it, by the
 names that they are declared by: what they are about is not decided event by event."""
@@ -77,6 +78,7 @@ class HandlerOptions(msgspec.Struct, frozen=True):
     transaction: bool = False
     shadow: bool = False
     share: float | None = None
+    limit: Limit | None = None
 
 
 class Handler:
@@ -107,6 +109,7 @@ class Handler:
         self.emits = emits
         if emits is None and hints.get("return", Any) is not Any:
             self.emits = emitted(hints["return"], f"{self!r}")
+        self.limit_name = "" if options.limit is None else options.limit.name or name
         self.state_decoder = None if options.state is None else decoder(options.state)
         self._check(fn)
         self.__name__ = name

@@ -95,6 +95,40 @@ ONCE = Retry(attempts=1)
 PERSISTENT = Retry(attempts=10, first="200ms", most="1m")
 
 
+class Limit(msgspec.Struct, frozen=True):
+    """What may go on at once, or within a time, in the whole cluster.
+
+    At most `concurrency` at the same time; at most `rate` begun within any time of length `per`
+    (somewhat less at times: time is counted in tenths of it). `key` is a function of the same
+    parameters (for a handler, of the event) whose result, as text, says who shares: one limit for
+    each value. `name` lets several steps, handlers and workflows of a service share a limit; all of
+    them then declare the same. Who may not begin waits, by priority and then in order.
+
+    It holds across nodes and takeovers, except for what a node does that was taken for dead and is
+    not: a step that goes on in a process that lost its lease counts no more.
+    """
+
+    concurrency: int | None = None
+    rate: int | None = None
+    per: Duration = "1s"
+    key: Callable[..., object] | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.concurrency is None and self.rate is None:
+            raise BadDeclaration(
+                'Limit(…) limits nothing: give it concurrency=10, or rate=100, per="1m", or both.'
+            )
+        if any(number is not None and number < 1 for number in (self.concurrency, self.rate)):
+            raise BadDeclaration(f"{self!r}: concurrency and rate must be at least 1.")
+        if not seconds(self.per):
+            raise BadDeclaration(f"{self!r}: per must be longer than 0.")
+
+    def key_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Return who shares the limit with a call of these arguments; raise what `key` raises."""
+        return "" if self.key is None else str(self.key(*args, **kwargs))
+
+
 class StepOptions(msgspec.Struct, frozen=True):
     """The declared behaviour of a step. Times are seconds here; None means none.
 
@@ -105,3 +139,4 @@ class StepOptions(msgspec.Struct, frozen=True):
     timeout_s: float | None = None
     heartbeat_s: float | None = None
     undo: Any = None
+    limit: Limit | None = None

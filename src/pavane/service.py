@@ -37,7 +37,7 @@ from pavane.handler import (
     current_handler,
     per_second,
 )
-from pavane.policy import Duration, Retry, StepOptions, seconds
+from pavane.policy import Duration, Limit, Retry, StepOptions, seconds
 
 if TYPE_CHECKING:
     from pavane.workflow import Workflow
@@ -78,6 +78,7 @@ class Step(Generic[P, R]):
         self.name = name
         self.options_ = options
         self.transaction = transaction
+        self.limit_name = "" if options.limit is None else options.limit.name or name
         self.params = Params.of(fn, given=1 if transaction else 0)
         self.returns_none = self.params.returns in (None, type(None))
         _ = self.params.result  # a return type that cannot be stored is refused here
@@ -139,6 +140,7 @@ class Step(Generic[P, R]):
             timeout_s=self.options_.timeout_s if timeout is None else seconds(timeout),
             heartbeat_s=self.options_.heartbeat_s if heartbeat is None else seconds(heartbeat),
             undo=self.options_.undo,
+            limit=self.options_.limit,
         )
         return Step(self.service, self.fn, self.name, changed, self.transaction)
 
@@ -214,6 +216,7 @@ class Service:
         timeout: Duration | None = None,
         heartbeat: Duration | None = None,
         undo: Callable[..., Awaitable[Any]] | None = None,
+        limit: Limit | None = None,
     ) -> StepDecorator: ...
     def step(
         self,
@@ -225,6 +228,7 @@ class Service:
         timeout: Duration | None = None,
         heartbeat: Duration | None = None,
         undo: Callable[..., Awaitable[Any]] | None = None,
+        limit: Limit | None = None,
     ) -> Any:
         """Declare a step: an ordinary function, async or not, that may do anything.
 
@@ -233,7 +237,8 @@ class Service:
         does not call `heartbeat()` that often is given up. `undo` is a step with the same
         parameters that a surrounding `saga()` calls, with the same arguments, if its block does not
         complete; it is registered before this step starts, so it must tolerate that nothing
-        happened.
+        happened. `limit` bounds how many attempts are made at once, or within a time, in the whole
+        cluster; see `Limit`.
         """
         _check_undo(undo)
         options = StepOptions(
@@ -241,6 +246,7 @@ class Service:
             timeout_s=None if timeout is None else seconds(timeout),
             heartbeat_s=None if heartbeat is None else seconds(heartbeat),
             undo=undo,
+            limit=limit,
         )
         if fn is None:
             return StepDecorator(self, name, options)
@@ -260,6 +266,7 @@ class Service:
         name: str | None = None,
         retry: Retry | None = None,
         undo: Callable[..., Awaitable[Any]] | None = None,
+        limit: Limit | None = None,
     ) -> TransactionDecorator: ...
     def transaction(
         self,
@@ -269,6 +276,7 @@ class Service:
         name: str | None = None,
         retry: Retry | None = None,
         undo: Callable[..., Awaitable[Any]] | None = None,
+        limit: Limit | None = None,
     ) -> Any:
         """Declare a step that runs inside the store's own transaction.
 
@@ -285,10 +293,10 @@ class Service:
         should be short, since this node writes nothing else meanwhile; it must not commit, use the
         connection later, or do anything outside of the database: it is called again if its
         transaction cannot be written. A failure rolls back what it did and is retried, or goes to
-        the workflow, as for `step`; so do `retry` and `undo`.
+        the workflow, as for `step`; `retry`, `undo` and `limit` mean the same as there.
         """
         _check_undo(undo)
-        options = StepOptions(retry=retry, undo=undo)
+        options = StepOptions(retry=retry, undo=undo, limit=limit)
         decorator = TransactionDecorator(self, name, options)
         return decorator if fn is None else decorator(fn)
 
@@ -312,6 +320,7 @@ class Service:
         instead_of: Any = None,
         shadow: bool = False,
         share: float | None = None,
+        limit: Limit | None = None,
     ) -> Callable[[F], F]:
         """Declare a handler: a function, async or not, that reacts to events of these types.
 
@@ -323,7 +332,8 @@ class Service:
         What it returns (an event, a list of them, or None) or publishes with `service.publish` is
         written in one commit with the mark that it handled the event: exactly once, whatever
         crashes. Events of one key are handled one at a time and in order, different keys at once,
-        up to `concurrency`, and not faster than `rate` ("100/s"), each per node.
+        up to `concurrency`, and not faster than `rate` ("100/s"), each per node; `limit` bounds
+        both in the whole cluster, see `Limit`.
 
         `retry`: a failing event is tried again by this schedule (five attempts by default), and
         holds back only its own key; then it becomes a dead letter, and its key goes on or, with
@@ -351,7 +361,7 @@ class Service:
             timeout_s=None if timeout is None else seconds(timeout),
             concurrency=concurrency, rate_per_s=per_second(rate), where=where, state=state,
             since=since, on_dead=on_dead, batch=batch, linger_s=seconds(linger), breaker=breaker,
-            transaction=transaction, shadow=shadow, share=share,
+            transaction=transaction, shadow=shadow, share=share, limit=limit,
         )  # fmt: skip
 
         def declare(fn: F) -> F:
@@ -439,6 +449,7 @@ class Service:
         starts_on: type[Any] | None = None,
         keep: Duration = "1d",
         timeout: Duration | None = None,
+        limit: Limit | None = None,
     ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Workflow[P, R]]: ...
     def workflow(
         self,
@@ -452,6 +463,7 @@ class Service:
         starts_on: type[Any] | None = None,
         keep: Duration = "1d",
         timeout: Duration | None = None,
+        limit: Limit | None = None,
     ) -> Any:
         """Declare a workflow: a deterministic `async` function that describes a process.
 
@@ -460,7 +472,8 @@ class Service:
         for them later. Each event of type `starts_on` starts a run of the newest version, once,
         with the event as its argument, by the id "<event's id>.<workflow's name>". A run goes on
         with the `version` it started with; keep old versions declared until their runs have ended.
-        `timeout` bounds a whole run.
+        `timeout` bounds a whole run. Under a `limit` a run waits, before its code begins, until it
+        may, and counts until it has ended, also while it waits for something or is stuck.
         """
 
         def declare(function: Callable[..., Any]) -> Workflow[..., Any]:
@@ -483,7 +496,7 @@ class Service:
                 )
             workflow: Workflow[..., Any] = Workflow(
                 self, function, chosen, version, mode, tuple(receives or ()),
-                None if timeout is None else seconds(timeout), seconds(keep),
+                None if timeout is None else seconds(timeout), seconds(keep), limit,
             )  # fmt: skip
             self.workflows[chosen, version] = workflow
             if starts_on is not None:

@@ -21,6 +21,7 @@ from pavane.errors import (
 )
 from pavane.event import class_of, is_event, is_event_type
 from pavane.handler import Handler, HandlerOptions, current_handler
+from pavane.policy import Limit
 
 if TYPE_CHECKING:
     from pavane.service import Service
@@ -49,6 +50,7 @@ class Workflow(Generic[P, R]):
         receives: tuple[type[Any], ...],
         timeout_s: float | None,
         keep_s: float = 86400.0,
+        limit: Limit | None = None,
     ) -> None:
         for event in receives:
             if not is_event_type(event):
@@ -61,6 +63,8 @@ class Workflow(Generic[P, R]):
         self.receives = receives
         self.timeout_s = timeout_s
         self.keep_s = keep_s
+        self.limit = limit
+        self.limit_name = "" if limit is None else limit.name or f"{name}-runs"
         self.params = Params.of(fn)
         _ = self.params.result  # a return type that cannot be stored is refused here
         self.__name__ = name

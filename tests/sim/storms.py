@@ -15,6 +15,7 @@ from pavane.core.operations import Mode
 from pavane.testing.sim.simulation import Outcome, Scenario, Simulation
 from tests.sim.bank import Bank
 from tests.sim.calendar import Calendar
+from tests.sim.harbour import Harbour
 from tests.sim.hasty import Hasty
 from tests.sim.planted import Bug
 from tests.sim.poison import Poison
@@ -24,7 +25,7 @@ from tests.sim.shop import Shop
 MODES: tuple[Mode, ...] = ("orchestration", "choreography")
 SCENARIOS: dict[str, type[Scenario]] = {
     "bank": Bank, "hasty": Hasty, "shop": Shop, "post": Post, "poison": Poison,
-    "calendar": Calendar,
+    "calendar": Calendar, "harbour": Harbour,
 }  # fmt: skip
 PROCESSES = 2
 AT_ONCE = 20

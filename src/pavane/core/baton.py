@@ -47,6 +47,11 @@ class Header(msgspec.Struct):
     """What started it: an event, or the run that it is a child or the continuation of."""
     scheduled_us: int = 0
     """The nominal time for which a schedule started it; 0 if none did."""
+    priority: int = 0
+    """Whose turn it is where there is a limit: the higher one's."""
+    limit: str = ""
+    """The limit that its code waits for before it begins; empty if there was none then."""
+    limit_key: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True):

@@ -16,8 +16,8 @@ class Call(msgspec.Struct, array_like=True):
 
     `options` overrides the declared ones; `reply_to` is the service that holds the run. `deaths` is
     how many times the run was touched after a crash before it asked; `asked_in` the era in which it
-    first did, which is older than `era` if a person had the run go on since. The message id and the
-    idempotency key derive from run and operation.
+    first did, which is older than `era` if a person had the run go on since. `priority` is the
+    run's. The message id and the idempotency key derive from run and operation.
     """
 
     run: str
@@ -32,6 +32,7 @@ class Call(msgspec.Struct, array_like=True):
     options: Raw = Raw(b"null")
     deaths: int = 0
     asked_in: int = 0
+    priority: int = 0
 
     @property
     def id(self) -> str:
@@ -101,6 +102,29 @@ class Await(msgspec.Struct, array_like=True):
     @property
     def id(self) -> str:
         return operation_id(self.run, self.op, self.era)
+
+
+class Permit(msgspec.Struct, array_like=True):
+    """What is said of a permit of `limit` of `service`, for those that share `key`.
+
+    `work` is what it is for, `nonce` tells one asking from another; `to` and `target` are where its
+    answers go. For a run (`op` is not negative) the answer is a reply to that operation. `pos` is
+    where in the log it was asked for last: at a takeover what is older may be read later.
+    """
+
+    work: str
+    nonce: str
+    service: str
+    limit: str
+    key: str
+    to: str
+    target: int
+    priority: int = 0
+    given_us: int = 0
+    pos: int = 0
+    op: int = -1
+    era: int = 0
+    fingerprint: str = ""
 
 
 class Redo(msgspec.Struct, array_like=True):

@@ -22,7 +22,7 @@ from pavane.core.baton import Header, Outcome
 from pavane.core.codec import Params, decode_error, encode, encode_error
 from pavane.core.journal import Entry
 from pavane.core.loop import DurableTimer, Runaway, WorkflowFuture, WorkflowLoop
-from pavane.core.operations import EXPIRY, Kind, Mode, Operation
+from pavane.core.operations import BEGIN, EXPIRY, Kind, Mode, Operation
 from pavane.errors import (
     ContinueAsNew,
     Discarded,
@@ -240,6 +240,10 @@ class Execution:
     async def _body(self, raw: bytes) -> Any:
         if self.header.timeout_us:
             self.loop.call_at((self.header.started_us + self.header.timeout_us) / 1e6, self._expire)
+        if self.header.limit:
+            await self.issue(
+                "receive", f"limit {self.header.limit}", self.header.home, detail=BEGIN
+            )
         args, kwargs = self.definition.params.decode(raw)
         try:
             return await self.definition.fn(*args, **kwargs)

@@ -14,6 +14,8 @@ from pavane.core.loop import DurableTimer
 Kind = Literal["step", "child", "spawn", "timer", "receive", "publish", "attributes"]
 Mode = Literal["orchestration", "choreography"]
 
+BEGIN = "begin"
+"""The detail of the "receive" by which a run waits for the permit to begin."""
 EXPIRY = "expiry"
 """The name of the timer behind a run's own timeout."""
 

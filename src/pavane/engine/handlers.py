@@ -35,6 +35,7 @@ from pavane.errors import (
 )
 from pavane.event import class_of, is_event
 from pavane.handler import BEGINNING, Handler, current_handler
+from pavane.policy import Limit
 from pavane.stores.eventlog import (
     HandlerSpec,
     Outcome,
@@ -42,7 +43,7 @@ from pavane.stores.eventlog import (
     ShadowRow,
     StateRow,
 )
-from pavane.stores.port import Commit, Conflict
+from pavane.stores.port import Commit, Conflict, Message
 
 if TYPE_CHECKING:
     from pavane.engine.node import Session
@@ -65,6 +66,8 @@ class Handlers:
         self._by_service: dict[str, list[Subscription]] = {}
         self.by_no: dict[int, Subscription] = {}
         self._calls: dict[Item, asyncio.Task[None]] = {}
+        self._queued: dict[Lane, tuple[Subscription, list[Lane], list[Item]]] = {}
+        """Calls that wait for a permit, by their first lane."""
         self._gates: dict[tuple[str, str, str], deque[tuple[Subscription, Lane, Item]]] = {}
         self._cursors_due_s = 0.0
         self.consumer = Consumer(self.store, session.spawn, 0)
@@ -138,6 +141,7 @@ class Handlers:
         ends = self._loop.time() + grace_s
         mine = self._by_service.get(service, ())
         busy = [lane for s in mine for lane in s.leave(slots, self.consumer.tail)]
+        self._unqueue(busy)
         await asyncio.sleep(0)  # a call must begin, or it cannot tidy up when it is cancelled
         while self._loop.time() < ends and any(lane.busy for lane in busy):
             await asyncio.sleep(0.002)
@@ -210,6 +214,9 @@ class Handlers:
             self._call_soon(subscription, lanes, items)
 
     def _call_soon(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
+        if subscription.options.limit is not None and not items[0].permit:
+            self._queue(subscription, lanes, items, subscription.options.limit)
+            return
         # A task made directly, and no callback when it is done, save a tenth of an event's cost.
         task = asyncio.Task(
             self._handle(subscription, lanes, items), loop=self._loop,
@@ -218,6 +225,42 @@ class Handlers:
         for lane in lanes:
             lane.call = task
         self._calls[items[0]] = task
+
+    def _queue(
+        self, subscription: Subscription, lanes: list[Lane], items: list[Item], limit: Limit
+    ) -> None:
+        """Make the call when there is a permit for it."""
+        handler, first = subscription.handler, items[0]
+        service, row = handler.service.name, first.row
+        try:
+            event = read_event(handler.events[row.type], row, first.data)
+            share = limit.key_of((event,), {})
+        except Exception as error:  # of the user's function, too
+            subscription.ended()
+            self.custody.failed(subscription, lanes, items, error)
+            return
+        work = f"{handler!r}@{row.pos}.{first.attempt}{first.again}"
+        first.permit = work
+        self._queued[lanes[0]] = (subscription, lanes, items)
+
+        def begin(message: Message) -> None:
+            self._session.consumed(message)
+            if self._queued.pop(lanes[0], None) is not None:
+                self._call_soon(subscription, lanes, items)
+
+        place = (service, handler.limit_name, share)
+        target = self.store.target_of(service, row.key or row.id)
+        self._session.limits.ask(place, work, service, target, begin)
+
+    def _unqueue(self, stopped: Iterable[Lane]) -> None:
+        """Make no call for which there is no permit yet: the next owner asks for it again."""
+        for lane in stopped:
+            queued = self._queued.pop(lane, None)
+            if queued is not None:
+                subscription, lanes, items = queued
+                self._session.limits.forget(items[0].permit)
+                self._leave(lane)
+                self._put_off(subscription, lanes)
 
     def _enter(self, subscription: Subscription, lane: Lane, item: Item) -> bool:
         """Let one handler at a time at the state of a key; the others wait for their turn."""
@@ -279,6 +322,8 @@ class Handlers:
         if len(subscription.variants) > 1:  # all of a batch are for the same
             handler = subscription.variant(first.row.key, first.row.id)
         context = Handling(self._session, handler, first, now)
+        if first.permit:
+            context.settled.append(partial(self._session.limits.give_back, first.permit))
         current_handler.set(context)
         for item in items:
             item.began_us = item.began_us or now
@@ -432,6 +477,8 @@ class Handlers:
 
     def _skipped(self, subscription: Subscription, lanes: list[Lane], items: list[Item]) -> None:
         """None of these events is for the handler: nothing is written, unless they were parked."""
+        if items[0].permit:
+            self._session.limits.give_back(items[0].permit)
         parked = [item for item in items if item.parked is not None]
         if parked:
             self._finish(subscription, lanes, items, "expired")
@@ -549,6 +596,8 @@ class Handlers:
         """Let what is under way end within the grace period, and write how far everything is."""
         for subscription in self.consumer.subscriptions:
             subscription.hold()
+        while self._queued:  # who waited behind one at the state of a key may be next
+            self._unqueue(list(self._queued))
         ends = self._loop.time() + grace_s
         while self._loop.time() < ends and any(s.running for s in self.consumer.subscriptions):
             await asyncio.sleep(0.002)

@@ -29,7 +29,8 @@ class Held(msgspec.Struct, eq=False):
 
     `entries` are all encoded journal entries while the baton may still be passed, else None;
     `unwritten` those that no commit carries yet. `arrival` is the baton's inbox mark until the
-    first commit takes it. `local` are operations whose step runs here. `consuming` are log
+    first commit takes it. `local` are operations whose step runs here, `queued` those
+    of them that are in custody and wait for a permit. `consuming` are log
     messages to be acknowledged with the next commit. `chain` ties its commits together. `dirty`:
     the row changed since it was written. `mail` waits in the mailbox, `taken` are ids of what was
     delivered from there; while `reads_mail` nothing is, since earlier events may be there. `marks`,
@@ -50,6 +51,7 @@ class Held(msgspec.Struct, eq=False):
     arrival: InboxRow | None = None
     consuming: list[Message] = []
     local: set[int] = set()
+    queued: set[int] = set()
     mail: list[MailRow] = []
     taken: set[str] = set()
     reads_mail: bool = False
@@ -73,6 +75,11 @@ class Held(msgspec.Struct, eq=False):
     @property
     def outcome(self) -> Outcome | None:
         return self.execution.outcome
+
+    @property
+    def at_work(self) -> set[int]:
+        """The operations whose step is not just waiting for a permit."""
+        return self.local - self.queued
 
     def knows_mail(self, id: str) -> bool:
         """Tell whether an event of the mailbox waits here, or was delivered from here."""

@@ -36,6 +36,7 @@ from pavane.core.envelope import (
     Await,
     Call,
     Note,
+    Permit,
     Reply,
     Request,
     Signal,
@@ -54,7 +55,7 @@ from pavane.core.journal import (
     eras,
     issue_eras,
 )
-from pavane.core.operations import EXPIRY, Operation, Planned
+from pavane.core.operations import BEGIN, EXPIRY, Operation, Planned
 from pavane.core.policy import Pass, decide
 from pavane.engine.config import SUSPECT_DEATHS
 from pavane.engine.held import (
@@ -145,12 +146,13 @@ class Holder:
         if key in self.held or key in self._claiming:
             self._refuse_start(message, done)
             return
+        execution, unknown = self._new_execution(header)
+        unknown = unknown or _limit(header, execution, args)
         row = blank_row(
             self._session.take_run_number(), service,
             self._store.target_of(service, header.run), header,
         )  # fmt: skip
         entry = Entry("start", header.started_us, value=Raw(args), service=service)
-        execution, unknown = self._new_execution(header)
         held = Held(row, header, execution, exists=False)
         held.trail.append(Stop(service, header.started_us, 0))
         if header.workflow in self._registry.announced:
@@ -450,14 +452,21 @@ class Holder:
             elif op.kind != "step":
                 anew = entries[-1].what in ("fork", "rewind")
                 op.sent = op.kind != "receive" or (op.detail is not None and not anew)
-            elif operation_id(row.id, op.ordinal, header.era) in parked:
+            elif (waits := parked.get(operation_id(row.id, op.ordinal, header.era))) is not None:
                 op.sent = True  # its next attempt is due in the store's time
                 held.local.add(op.ordinal)
+                if waits.error == b"null" and waits.due_us > self._session.now_us():
+                    held.queued.add(op.ordinal)
         self._settle(held, replayed=True, recovered=True)
         return held
 
     def _begin(self, held: Held, start: Entry) -> None:
         """Begin a run that was stuck before its code ever ran; a rewind voids that entry."""
+        unknown = _limit(held.header, held.execution, bytes(start.value))
+        if unknown:
+            self._stick(held, unknown)
+            return
+        held.row.header, held.dirty = encode_plain(held.header), True
         held.header.era += 1
         held.record(Entry("rewind", self._session.now_us(), 0), self._config.journal_max_bytes)
         self._feed(held, Entry("start", start.at_us, value=start.value, service=start.service))
@@ -478,11 +487,11 @@ class Holder:
             ]
             self._session.submit(Commit(messages=messages))
 
-    async def _parked_steps(self, held: Held) -> set[str]:
+    async def _parked_steps(self, held: Held) -> dict[str, ParkedRow]:
         if not any(op.kind == "step" for op in held.execution.pending.values()):
-            return set()
+            return {}
         rows = await self._store.parked_of(*held.key)
-        return {row.id for row in rows}
+        return {row.id: row for row in rows}
 
     def _add(self, held: Held) -> None:
         self.held[held.key] = held
@@ -1178,6 +1187,8 @@ class Holder:
                 messages.append(
                     self._message("cancel", f"{child}#cancel", op.service, child, body, now)
                 )
+            elif op.detail is BEGIN:
+                messages.append(self._permit(held, "permit-back", now))
             elif op.kind == "receive" and op.detail is not None:
                 messages.append(self._await(held, op, "unawait", now))
         execution.new, execution.given_up = [], []
@@ -1205,6 +1216,7 @@ class Holder:
             conversation=held.header.conversation, parent=parent,
             timeout_us=round((workflow.timeout_s or 0) * 1e6), cause=held.row.id,
         )  # fmt: skip
+        header.priority = held.header.priority
         if planned is not None:
             child = header.run = header.conversation = planned.run
             header.mode, header.scheduled_us = workflow.mode, planned.at_us
@@ -1269,9 +1281,21 @@ class Holder:
                 messages.append(self._start_child(held, op, parent, now))
             else:
                 op.sent = op.kind != "receive" or row.service == row.home
-                if op.sent and op.kind == "receive" and op.detail is not None:
+                if op.detail is BEGIN:
+                    messages.append(self._permit(held, "permit-ask", now, op))
+                elif op.sent and op.kind == "receive" and op.detail is not None:
                     messages.append(self._await(held, op, "await", now))
         return launch
+
+    def _permit(self, held: Held, kind: str, now: int, op: Operation | None = None) -> Message:
+        """Return what asks for the permit to begin a run, or gives it back."""
+        header = held.header
+        target = self._store.target_of(header.home, header.run)
+        permit = Permit(
+            header.run, "", header.home, header.limit, header.limit_key, header.home, target,
+            header.priority, 0, 0, op.ordinal if op else 0, header.era, op.fingerprint if op else "",
+        )  # fmt: skip
+        return self._session.limits.of_run(kind, permit, now)
 
     def _await(self, held: Held, op: Operation, kind: str, now: int) -> Message:
         """Return what tells the mailbox that the run waits for a published event, or does no more.
@@ -1293,7 +1317,7 @@ class Holder:
             held.row.service, header.conversation, op.undo,
             self._session.steps.encode_options(op.service, op.name, op.detail),
             held.row.deaths if held.suspect == CLEARED_BY else 0,
-            held.execution.asked_in(op.ordinal),
+            held.execution.asked_in(op.ordinal), header.priority,
         )  # fmt: skip
 
     def _launch(self, held: Held, operations: Sequence[Operation]) -> None:
@@ -1310,16 +1334,18 @@ class Holder:
         row, before = held.row, held.dirty
         deadlines: list[int] = []
         passive: list[str] = []
-        busy = bool(launch) or bool(held.local)
+        busy = bool(launch) or bool(held.at_work)
         for op in held.execution.pending.values():
             if op.kind == "timer":
                 deadlines.append(op.deadline_us)
                 if op.name != EXPIRY:
                     passive.append("timer")
             elif op.kind == "receive":
-                passive.append(f"event {op.name}")
+                passive.append(op.name if op.detail is BEGIN else f"event {op.name}")
             elif op.kind == "child":
                 passive.append(f"run {child_id(row.id, op.ordinal)}")
+            elif op.ordinal in held.queued and op.ordinal in held.local:
+                passive.append(f"limit of {op.service}.{op.name}")
             else:
                 busy = True
         changed = before
@@ -1561,6 +1587,8 @@ class Holder:
             )
             self._leave(held, messages, unparked, taken, done, header.home)
             return
+        if header.limit:
+            messages.append(self._permit(held, "permit-back", now))
         row.status, row.reason, row.ended_us = outcome.status, "", now
         row.result, row.wake_us, row.deaths = bytes(outcome.value), None, 0
         row.holder = row.service
@@ -1593,7 +1621,7 @@ class Holder:
             run=successor, workflow=header.workflow, version=definition.version,
             home=header.home, mode=header.mode, started_us=now, conversation=header.conversation,
             timeout_us=header.timeout_us, parent=header.parent, cause=header.run,
-            scheduled_us=header.scheduled_us,
+            scheduled_us=header.scheduled_us, priority=header.priority,
         )  # fmt: skip
         held.members.append((header.conversation, successor))
         held.row.result = encode_plain(successor)
@@ -1689,7 +1717,7 @@ class Holder:
         held = self.held.get(key)
         if held is None:
             return key in self._leaving
-        return held.commits > 0 or (held.suspect > 0 and bool(held.local))
+        return held.commits > 0 or (held.suspect > 0 and bool(held.at_work))
 
     # -- housekeeping --------------------------------------------------------------------------
 
@@ -1744,6 +1772,23 @@ def _step_alone(held: Held) -> Operation | None:
     if held.undone != row.undone or held.arrival or held.consuming or held.marks or held.events:
         return None
     return step
+
+
+def _limit(header: Header, execution: Execution, args: bytes) -> str:
+    """Note what limit a run is under, for all its time; or say why that cannot be known."""
+    definition: Any = execution.definition
+    limit = definition.limit
+    if limit is None:
+        return ""
+    try:
+        header.limit_key = limit.key_of(*definition.params.decode(args))
+    except Exception as error:  # of the user's function, too
+        return (
+            f"The key of the limit of workflow {header.workflow} cannot be told: {error!r}. Repair "
+            f"it, then `pavane runs retry {header.run}`."
+        )
+    header.limit = definition.limit_name
+    return ""
 
 
 def start_claim(header: Header) -> InboxRow:

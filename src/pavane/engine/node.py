@@ -22,6 +22,7 @@ from pavane.engine.handlers import Handlers
 from pavane.engine.held import Held
 from pavane.engine.holder import Holder
 from pavane.engine.lease import LeaseKeeper
+from pavane.engine.limits import Limits
 from pavane.engine.process import Process
 from pavane.engine.pruner import Pruner
 from pavane.engine.registry import Registry
@@ -116,6 +117,7 @@ class Session:
         """What steps and handlers begin with; else they would inherit from whoever came before."""
         self.threads = Threads(config.step_threads)
         self.holder = Holder(self)
+        self.limits = Limits(self)
         self.steps = Steps(self)
         self.handlers = Handlers(self)
         self._duties = Duties(self, duties)
@@ -240,6 +242,14 @@ class Session:
                 self.handlers.custody.redo_message(message)
             elif kind == "revoke":
                 self.steps.revoke_message(message)
+            elif kind == "permit-ask":
+                self.limits.ask_message(message)
+            elif kind == "permit-given":
+                self.limits.given_message(message)
+            elif kind == "permit-back":
+                self.limits.back_message(message)
+            elif kind == "permit-probe":
+                self.limits.probe_message(message)
             elif kind == RELEASED:
                 self.consumed(message)  # whoever read it looked for free partitions
             else:
@@ -348,6 +358,7 @@ class Session:
         await self.committer.flush()
         self.holder.release(leaving)
         self.steps.release(leaving)
+        self.limits.release(leaving)
         self._aside = {key: row for key, row in self._aside.items() if row.target not in leaving}
         positions = [
             (target, self._position(target)) for target in targets if target in self._flight
@@ -400,6 +411,7 @@ class Session:
                 service, [row.partition for row in own],
                 {row.partition for row in own if not row.clean},
             )  # fmt: skip
+            await self.limits.own(service, [row.target for row in own])
         self._duties.own(targets)
         for row in suspects:
             self.suspect(partial(self._try, row))
@@ -465,7 +477,9 @@ class Session:
         while messages := await self.store.read_log(at, head, targets, PAGE, None):
             told = {(m.to, m.run) for m in messages if m.pos > positions[m.target]}
             found = [await self.store.run_row(*key) for key in sorted(told)]
-            rows = [row for row in found if row is not None and row.no not in woken]
+            # What a run asked for may be in other partitions than the run.
+            here = [row for row in found if row is not None and row.target in positions]
+            rows = [row for row in here if row.no not in woken]
             yield [row for row in rows if row.status == "waiting" and row.holder == row.service]
             woken.update(row.no for row in rows)
             at = messages[-1].pos
@@ -576,6 +590,7 @@ class Session:
             self._released.clear()
             await self.balance()
             await self.handlers.tick()
+            self.limits.tick()
             self.steps.take_custody(self.now_us() - round(self.config.custody_after_s * 1e6))
             if loop.time() >= positions_due:
                 positions_due = loop.time() + POSITIONS_EVERY_S
@@ -627,6 +642,7 @@ class Session:
         await self.steps.close()
         await self.handlers.close()
         await self._duties.close()
+        self.limits.close()
         self.holder.close()
         await self.committer.flush()
 

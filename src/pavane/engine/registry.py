@@ -10,6 +10,7 @@ from pavane.contract import INTERNAL, Contract
 from pavane.engine.mailbox import mailbox_of
 from pavane.errors import BadDeclaration, UnknownName
 from pavane.handler import Handler
+from pavane.policy import Limit
 from pavane.service import Service, Step
 from pavane.workflow import KEEPER, Workflow
 
@@ -26,6 +27,8 @@ class Registry:
         self.events: dict[str, type[Any]] = {}
         self.contracts: dict[str, Contract] = {}
         self.schedules: dict[str, Schedule] = {}
+        self.limits: dict[tuple[str, str], Limit] = {}
+        """By service and name."""
         self.announced: set[str] = set()
         """Workflows whose runs tell in the log of events that they began."""
         self._handlers: dict[str, list[Handler]] = {}
@@ -46,6 +49,16 @@ class Registry:
                 self.workflows[name, version] = workflow
                 for event in workflow.receives:
                     self._add_event(event)
+            for step in service.steps.values():
+                self._add_limit(service, step.options_.limit, step.limit_name, f"Step {step}")
+            for workflow in service.workflows.values():
+                self._add_limit(
+                    service, workflow.limit, workflow.limit_name, f"Workflow {workflow}"
+                )
+            for handler in service.handlers.values():
+                self._add_limit(
+                    service, handler.options.limit, handler.limit_name, f"Handler {handler}"
+                )
             handlers = list(service.handlers.values())
             mailbox = mailbox_of(service)
             self._handlers[service.name] = [*handlers, mailbox] if mailbox else handlers
@@ -76,6 +89,17 @@ class Registry:
             raise BadDeclaration(
                 f"Two event classes are called {event.event_type!r}: {known.__module__} and "
                 f"{event.__module__}. Rename one, or give it type_name=."
+            )
+
+    def _add_limit(self, service: Service, limit: Limit | None, name: str, whose: str) -> None:
+        if limit is None:
+            return
+        known = self.limits.setdefault((service.name, name), limit)
+        if known is not limit and (known != limit or limit.name is None):
+            raise BadDeclaration(
+                f"{whose} has a limit called {name!r}, and so has something else of service "
+                f"{service.name!r}. Give one another name, Limit(…, name=…), or, if they share it, "
+                f"use one Limit(…, name={name!r}) for both."
             )
 
     def add_contract(self, contract: Contract) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Raw
 
 from pavane.core.codec import decoder, encode, encode_error, error_summary, loaded_class
-from pavane.core.envelope import Call, Reply, Request, operation_id, pack, unpack
+from pavane.core.envelope import Call, Permit, Reply, Request, operation_id, pack, unpack
 from pavane.core.operations import Operation
 from pavane.engine.held import Held
 from pavane.engine.publishing import origin
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pavane.steps")
 
 BEAT_EVERY_S = 1.0
+QUEUED_US = 3600_000_000
+"""A step in custody that waits for a permit asks again after so long; it should never have to."""
 FINAL = (BadArguments, NotEncodable, TooLarge, NotDecodable)
 """Errors that another attempt would meet again."""
 _decode_any = decoder(Any)
@@ -117,6 +119,8 @@ class Attempt(msgspec.Struct, eq=False):
     task: asyncio.Task[None] | None = None
     revoked: bool = False
     abandoned: bool = False
+    permit: str = ""
+    """The work that it has a permit for, where there is a limit."""
     outboxed: Counter[str] | None = None
     """How often it published the same through a connection."""
 
@@ -185,6 +189,8 @@ class Steps:
         self._transactions = Transactions(session, self)
         self._loop = asyncio.get_running_loop()
         self._running: dict[tuple[str, str], Attempt] = {}
+        self._queued: dict[tuple[str, str], Attempt] = {}
+        """Those that wait for a permit."""
         self._commands: dict[tuple[str, str], Message] = {}
         """Commands whose effect is not durable yet."""
         self._revoked: set[tuple[str, str]] = set()
@@ -281,18 +287,21 @@ class Steps:
     def resume(self, parked: ParkedRow) -> None:
         """Run the next attempt of a parked step, which is due."""
         key = (parked.service, parked.id)
-        running = self._running.get(key)
+        running = self._running.get(key) or self._queued.get(key)
         if running is not None:
             # The run came itself, with a step that it had sent a command for: one end for both.
             running.parked = running.parked or parked
             return
         if key in self._revoked or not self._session.owns(parked.target):
             return
+        self._begin(self._parked_attempt(parked))
+
+    def _parked_attempt(self, parked: ParkedRow) -> Attempt:
         attempt = self._attempt(unpack(Call, parked.call), parked.service)
         attempt.parked = parked
         attempt.number, attempt.began_us = parked.attempt, parked.began_us
         attempt.details = parked.beat
-        self._begin(attempt)
+        return attempt
 
     def due(self, due: Sequence[tuple[tuple[str, str], None]]) -> None:
         """Resume parked steps by their keys, reading what is parked now."""
@@ -300,7 +309,7 @@ class Steps:
             self._session.spawn(self._resume_from_store(key))
 
     async def _resume_from_store(self, key: tuple[str, str]) -> None:
-        running = self._running.get(key)
+        running = self._running.get(key) or self._queued.get(key)
         if running is not None and running.parked is not None:
             return
         service, id = key
@@ -313,11 +322,14 @@ class Steps:
 
     def revoke(self, service: str, id: str) -> None:
         """Stop a step whose result nobody waits for any more."""
-        attempt = self._running.get((service, id))
+        attempt = self._running.get((service, id)) or self._queued.pop((service, id), None)
         if attempt is not None:
             attempt.revoked = True
             if attempt.task is not None:
                 attempt.task.cancel()
+            elif attempt.permit and (service, id) not in self._running:
+                self._session.limits.give_back(attempt.permit)
+                self._drop(attempt)
         self._session.parked_timers.forget((service, id))
         if attempt is None or attempt.parked is not None:
             self._revoked.add((service, id))
@@ -333,7 +345,7 @@ class Steps:
         seen = await self._store.seen(message.to, [id])
         if not self._session.owns(message.target):
             return
-        if seen or (message.to, id) in self._running:
+        if seen or (message.to, id) in self._running or (message.to, id) in self._queued:
             self.revoke(message.to, id)
             self._session.consumed(message)
             return
@@ -345,7 +357,7 @@ class Steps:
 
     def _begin(self, attempt: Attempt) -> None:
         key = attempt.key
-        if self.draining or key in self._running:
+        if self.draining or key in self._running or key in self._queued:
             return
         now = self._session.now_us()
         attempt.began_us = attempt.began_us or now
@@ -357,6 +369,9 @@ class Steps:
             )
             self._failed(attempt, error, final=True)
             return
+        if attempt.step.options_.limit is not None and not attempt.permit:
+            self._queue(attempt, attempt.step)
+            return
         self._running[key] = attempt
         if attempt.is_transaction:
             self._transactions.begin(attempt, attempt.step)
@@ -365,6 +380,78 @@ class Steps:
             self._run(attempt, attempt.step), loop=self._loop, name=key[1],
             context=self._session.context.copy(),
         )  # fmt: skip
+
+    def _queue(self, attempt: Attempt, step: Step[..., Any]) -> None:
+        """Ask for a permit to make an attempt."""
+        limit = step.options_.limit
+        assert limit is not None
+        try:
+            args, kwargs = step.params.decode(attempt.args)
+            share = limit.key_of(args, kwargs)
+        except Exception as error:  # of the user's function, too
+            self._failed(attempt, error, final=True)
+            return
+        call = attempt.call
+        attempt.permit = f"{call.id}!{attempt.number}"
+        self._queued[attempt.key] = attempt
+        self._session.limits.ask(
+            (step.service.name, step.limit_name, share), attempt.permit, attempt.owner,
+            self._target(attempt), lambda message: self._permitted(attempt, message),
+            call.priority,
+        )  # fmt: skip
+
+    def _permitted(self, attempt: Attempt, message: Message) -> None:
+        """Make the attempt that a permit came for; one in custody first leaves the line, durably.
+
+        From then on it counts as under way, so that a process may be found to die of it.
+        """
+        if attempt.parked is None:
+            self._session.consumed(message)
+            self._permitted_now(attempt)
+            return
+
+        def written(error: PavaneError | None) -> None:
+            if error is None:
+                self._session.consumed(message)
+                self._permitted_now(attempt)
+
+        parked = msgspec.structs.replace(attempt.parked, due_us=self._session.now_us())
+        attempt.parked = parked
+        held, operation = attempt.held, attempt.operation
+        if held is not None and operation is not None and not held.dead:
+            held.queued.discard(operation.ordinal)
+            self._session.holder.custody(held, parked, written)
+        else:
+            self._session.submit(Commit(written, parked=[parked]))
+
+    def _permitted_now(self, attempt: Attempt) -> None:
+        if self._queued.pop(attempt.key, None) is not attempt:
+            return
+        if self._session.owns(self._target(attempt)):
+            self._begin(attempt)
+        else:
+            self._session.limits.forget(attempt.permit)
+
+    def permitted_message(self, message: Message, permit: Permit) -> None:
+        """Take up a step that waited in custody for the permit which came; or give that back."""
+        self._session.spawn(self._take_up(message, permit))
+
+    async def _take_up(self, message: Message, permit: Permit) -> None:
+        id, _, number = permit.work.rpartition("!")
+        rows = await self._store.parked_of(permit.to, id.rpartition("#")[0]) if id else []
+        row = next((row for row in rows if row.id == id and str(row.attempt) == number), None)
+        if not self._session.owns(message.target):
+            return
+        waits = row is not None and row.due_us > self._session.now_us()
+        key = (permit.to, id)
+        if not waits or key in self._revoked or not self._session.limits.hold(permit):
+            self._session.limits.refuse(permit)
+            self._session.consumed(message)
+            return
+        assert row is not None
+        attempt = self._queued[key] = self._parked_attempt(row)
+        attempt.permit = permit.work
+        self._permitted(attempt, message)
 
     async def _run(self, attempt: Attempt, step: Step[..., Any]) -> None:
         """Make one attempt and hand on what became of it."""
@@ -389,16 +476,22 @@ class Steps:
             raise
         except BaseException as failure:  # a step that exits has failed; its node goes on
             error = failure
-        del self._running[attempt.key]
+        self._ran(attempt)
         attempt.task = None  # breaks the cycle, to spare the garbage collector
-        if not self._running:
-            self._done.set()
         if attempt.revoked:
             self._drop(attempt)
         elif error is None:
             self._answer(attempt, True, raw)
         elif not (isinstance(error, asyncio.CancelledError) and self._is_stopped(attempt)):
             self._failed(attempt, error, final)
+
+    def _ran(self, attempt: Attempt) -> None:
+        del self._running[attempt.key]
+        if not self._running:
+            self._done.set()
+        if attempt.permit:
+            self._session.limits.give_back(attempt.permit)
+            attempt.permit = ""
 
     def _is_stopped(self, attempt: Attempt) -> bool:
         return attempt.abandoned or self.draining or not self._session.open
@@ -415,9 +508,7 @@ class Steps:
 
     def transacted(self, attempt: Attempt, error: BaseException | None) -> None:
         """Go on after a transaction, which has answered already unless it failed."""
-        del self._running[attempt.key]
-        if not self._running:
-            self._done.set()
+        self._ran(attempt)
         if error is None:
             if attempt.message is not None:
                 self._consumed(attempt.message)
@@ -506,6 +597,16 @@ class Steps:
                 held = attempt.held
                 if attempt.message is not None or (held is not None and held.arrival is not None):
                     self._park(attempt, attempt.started_us)
+        for attempt in list(self._queued.values()):
+            if attempt.started_us < before_us and attempt.parked is None:
+                self._park_queued(attempt)
+
+    def _park_queued(self, attempt: Attempt) -> None:
+        """Take a step into custody that waits for a permit: no death of a process is its doing."""
+        held, operation = attempt.held, attempt.operation
+        if held is not None and operation is not None and not held.dead:
+            held.queued.add(operation.ordinal)
+        self._park(attempt, self._session.now_us() + QUEUED_US)
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -548,7 +649,7 @@ class Steps:
                 then()
 
         held = attempt.held
-        if held is not None and (held.arrival is not None or not held.exists):
+        if held is not None and (held.arrival is not None or not held.exists or held.queued):
             self._session.holder.custody(held, parked, written)
             return
         self._session.submit(Commit(written, parked=[parked]))
@@ -626,6 +727,10 @@ class Steps:
         for key, message in list(self._commands.items()):
             if message.target in targets:
                 del self._commands[key]
+        for key, attempt in list(self._queued.items()):
+            if self._target(attempt) in targets:
+                del self._queued[key]
+                self._session.limits.forget(attempt.permit)
 
     def _target(self, attempt: Attempt) -> int:
         return self._store.target_of(attempt.owner, attempt.call.run)
@@ -644,6 +749,7 @@ class Steps:
 
     async def close(self) -> None:
         self.draining = True
+        self._queued.clear()
         tasks = [a.task for a in self._running.values() if a.task is not None]
         for task in tasks:
             task.cancel()

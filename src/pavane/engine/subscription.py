@@ -25,7 +25,7 @@ LaneKey = str | int
 class Item:
     """One event on its way through a handler; `parked` is its row if it is in custody."""
 
-    __slots__ = ("attempt", "began_us", "data", "parked", "row")
+    __slots__ = ("attempt", "began_us", "data", "parked", "permit", "row")
 
     def __init__(self, row: EventRow, parked: ParkedEvent | None = None) -> None:
         self.row = row
@@ -33,6 +33,8 @@ class Item:
         self.attempt = 1 if parked is None else parked.attempt
         self.began_us = 0 if parked is None else parked.began_us
         self.data = None if parked is None else parked.data
+        self.permit = ""
+        """The work that its call has a permit for, where there is a limit."""
 
     @property
     def again(self) -> str:

@@ -353,6 +353,10 @@ class EventStore(Protocol):
         """Who waits for such an event, or was given one, in order of time."""
         ...
 
+    async def awaits_like(self, service: str, types: str) -> list[AwaitRow]:
+        """Who waits at `service` for what has a type that begins with `types`, in order of time."""
+        ...
+
     async def awaits_of(self, run: str) -> list[AwaitRow]: ...
     async def kept_events(self, service: str, type: str, key: str) -> list[KeptRow]:
         """Events that are kept, in log order."""

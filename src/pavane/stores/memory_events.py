@@ -374,6 +374,14 @@ class EventViews:
         ]
         return _copies(sorted(rows, key=attrgetter("at_us", "run", "id")))
 
+    async def awaits_like(self, service: str, types: str) -> list[AwaitRow]:
+        rows = [
+            row
+            for row in self._open_data().events.awaits.values()
+            if row.service == service and row.type.startswith(types)
+        ]
+        return _copies(sorted(rows, key=attrgetter("at_us", "run", "id")))
+
     async def awaits_of(self, run: str) -> list[AwaitRow]:
         rows = [row for row in self._open_data().events.awaits.values() if row.run == run]
         return _copies(sorted(rows, key=attrgetter("at_us", "id")))

@@ -300,6 +300,13 @@ class EventTables:
         )
         return [_await(row) for row in await self._rows(sql, service, type, key)]
 
+    async def awaits_like(self, service: str, types: str) -> list[AwaitRow]:
+        sql = (
+            f"SELECT {_AWAIT} FROM pavane.awaits WHERE service = $1 AND starts_with(type, $2)"
+            f" ORDER BY at_us, run, id"
+        )
+        return [_await(row) for row in await self._rows(sql, service, types)]
+
     async def awaits_of(self, run: str) -> list[AwaitRow]:
         sql = f"SELECT {_AWAIT} FROM pavane.awaits WHERE run = $1 ORDER BY at_us, id"
         return [_await(row) for row in await self._rows(sql, run)]

@@ -430,6 +430,13 @@ class EventTables:
         )
         return [_await(row) for row in self._rows(sql, (service, type, key))]
 
+    async def awaits_like(self, service: str, types: str) -> list[AwaitRow]:
+        sql = (
+            f"SELECT {_AWAIT} FROM awaits WHERE service = ? AND type >= ? AND type < ?"
+            f" ORDER BY at_us, run, id"
+        )
+        return [_await(row) for row in self._rows(sql, (service, types, f"{types}\U0010ffff"))]
+
     async def awaits_of(self, run: str) -> list[AwaitRow]:
         sql = f"SELECT {_AWAIT} FROM awaits WHERE run = ? ORDER BY at_us, id"
         return [_await(row) for row in self._rows(sql, (run,))]
