@@ -69,6 +69,7 @@ from pavane.workflow import Workflow
 
 if TYPE_CHECKING:
     from pavane.schedule import Missed, Schedule
+    from pavane.steering.limits import Limits
     from pavane.steering.nodes import Nodes
     from pavane.steering.schedules import Schedules
 
@@ -177,7 +178,8 @@ class Client:
     """Starts and steers runs on a store; with a node, also works for some services.
 
     `events`, `handlers`, `dead` and `variants` are about what services react to, `schedules` about
-    what starts by the calendar, `nodes` about the processes that work.
+    what starts by the calendar, `limits` about what may go on at once, `nodes` about the processes
+    that work.
     """
 
     def __init__(
@@ -242,6 +244,12 @@ class Client:
         if self.node is None:
             raise BadArguments("This client works for no service, so nothing of it can drain.")
         await self.node.drained.wait()
+
+    @cached_property
+    def limits(self) -> Limits:
+        from pavane.steering.limits import Limits
+
+        return Limits(self.store, self.registry)
 
     @cached_property
     def nodes(self) -> Nodes:

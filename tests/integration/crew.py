@@ -15,9 +15,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pavane import App, EngineConfig, Event, Retry, Service, heartbeat, receive, step_info
+from pavane import App, EngineConfig, Event, Limit, Retry, Service, heartbeat, receive, step_info
 
 RECORD = Path("record.txt")
+NARROW = 2
 deck, galley = Service("deck"), Service("galley")
 SERVICES = [deck, galley]
 
@@ -55,6 +56,27 @@ async def tick(number: int) -> int:
 async def cook(number: int) -> int:
     record("cook")
     return number
+
+
+@galley.step(limit=Limit(concurrency=NARROW))
+async def squeeze(number: int, for_s: float) -> int:
+    record("in")
+    await asyncio.sleep(for_s)
+    record("out")
+    return number
+
+
+def most_squeezed() -> int:
+    """How many were in the narrow at once; one that was killed there is, until it comes again."""
+    inside: set[str] = set()
+    most = 0
+    for what, key, _ in recorded():
+        if what == "in":
+            inside.add(key)
+            most = max(most, len(inside))
+        elif what == "out":
+            inside.discard(key)
+    return most
 
 
 @galley.step
@@ -111,6 +133,11 @@ async def steady(count: int, pause_s: float) -> int:
         total += await cook(number)
         await asyncio.sleep(pause_s)
     return total
+
+
+@deck.workflow
+async def narrow(number: int, for_s: float) -> int:
+    return await squeeze(number, for_s)
 
 
 @deck.workflow

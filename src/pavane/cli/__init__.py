@@ -96,6 +96,10 @@ def _set_up_streams(ctx: click.Context) -> None:
             "pavane.cli.replay_check:replay_check",
             "Replay exported runs against the code as it is now.",
         ),
+        "limits": (
+            "pavane.cli.limits:limits",
+            "Show what is limited in the cluster, and who waits.",
+        ),
         "nodes": ("pavane.cli.nodes:nodes", "List nodes, and let one drain."),
         "services": ("pavane.cli.services:services", "Show services, and which nodes host them."),
         "doctor": ("pavane.cli.doctor:doctor", "Check this machine, the store and its runs."),

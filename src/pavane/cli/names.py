@@ -144,6 +144,18 @@ def complete_node(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
 
 
 @_quietly
+def complete_limit(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    async def look(client: Client) -> list[CompletionItem]:
+        return [
+            CompletionItem(one.limit, help=f"of {one.service}, {len(one.waiting)} waiting")
+            for one in await client.limits.list()
+            if one.limit.startswith(incomplete)
+        ]
+
+    return _looked_up(ctx, look)
+
+
+@_quietly
 def complete_dead(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
     async def look(client: Client) -> list[CompletionItem]:
         return [

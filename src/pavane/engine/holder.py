@@ -1291,9 +1291,10 @@ class Holder:
         """Return what asks for the permit to begin a run, or gives it back."""
         header = held.header
         target = self._store.target_of(header.home, header.run)
+        ordinal, fingerprint = (op.ordinal, op.fingerprint) if op else (0, "")
         permit = Permit(
             header.run, "", header.home, header.limit, header.limit_key, header.home, target,
-            header.priority, 0, 0, op.ordinal if op else 0, header.era, op.fingerprint if op else "",
+            header.priority, 0, 0, ordinal, header.era, fingerprint,
         )  # fmt: skip
         return self._session.limits.of_run(kind, permit, now)
 

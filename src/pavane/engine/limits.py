@@ -46,6 +46,7 @@ SLOTS = 10
 PROBE_US = 1_000_000
 """Who has a permit that others wait for is asked after so long, then after twice that, …"""
 PROBE_MAX_US = 60_000_000
+STRAY_US = 2_000_000
 PROBES_MAX = 200
 
 Place = tuple[str, str, str]
@@ -55,6 +56,11 @@ Place = tuple[str, str, str]
 def target_of(store: Store, service: str, limit: str, key: str) -> int:
     """Return the partition where a limit is decided for those who share `key`."""
     return store.target_of(service, f"{LIMIT}{limit}/{key}")
+
+
+def line_key(at_us: int, priority: int) -> int:
+    """Return what those who wait are ordered by."""
+    return at_us - priority * AGE_US
 
 
 class _Asked:
@@ -90,13 +96,13 @@ class _Table:
     def wait(self, permit: Permit, at_us: int) -> None:
         self.asked_us[permit.work] = at_us
         self.permits[permit.work] = permit
-        insort(self.waiting, (at_us - permit.priority * AGE_US, permit.work))
+        insort(self.waiting, (line_key(at_us, permit.priority), permit.work))
 
     def drop(self, work: str) -> None:
         at_us = self.asked_us.pop(work, 0)
         waiting = self.permits.pop(work, None)
         if waiting is not None:
-            self.waiting.remove((at_us - waiting.priority * AGE_US, work))
+            self.waiting.remove((line_key(at_us, waiting.priority), work))
         self.given.pop(work, None)
         self.probes.pop(work, None)
 
@@ -120,6 +126,8 @@ class Limits:
         self._store = session.store
         self._loop = asyncio.get_running_loop()
         self._asked: dict[str, _Asked] = {}
+        self._strays: dict[str, tuple[Permit, int]] = {}
+        """Permits that nobody knows of, and when they are given back."""
         self._tables: dict[Place, _Table] = {}
         self._numbers = count()
 
@@ -179,9 +187,13 @@ class Limits:
         return True
 
     def refuse(self, permit: Permit) -> None:
-        """Give back what nobody here knows of; should it be needed, it is asked for again."""
+        """Give back, soon, what nobody here knows of.
+
+        Not at once: what it is for was under way in a process that died, perhaps, and is about to
+        be taken up here.
+        """
         if permit.work not in self._asked:
-            self._say("permit-back", permit)
+            self._strays.setdefault(permit.work, (permit, self._session.now_us() + STRAY_US))
 
     def probe_message(self, message: Message) -> None:
         """Say so if a permit is not needed any more."""
@@ -191,7 +203,9 @@ class Limits:
             return
         self._session.consumed(message)
         asked = self._asked.get(permit.work)
-        if asked is None or _place(asked.permit) != _place(permit):
+        if asked is None:
+            self.refuse(permit)
+        elif _place(asked.permit) != _place(permit):
             self._say("permit-back", permit)
 
     async def _probe_run(self, message: Message, permit: Permit) -> None:
@@ -419,6 +433,11 @@ class Limits:
     def tick(self) -> None:
         """Ask some of those who have had a permit for long whether it is needed."""
         now = self._session.now_us()
+        for work, (permit, due_us) in list(self._strays.items()):
+            if due_us <= now:
+                del self._strays[work]
+                if work not in self._asked and self._session.owns(permit.target):
+                    self._say("permit-back", permit)
         probed: list[Message] = []
         for table in self._tables.values():
             if not table.waiting or not self._session.owns(table.target):

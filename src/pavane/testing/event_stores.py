@@ -961,6 +961,10 @@ async def waits_are_found_by_event_and_by_run(connections: Connections) -> None:
     await react(writer, awaited=[*waits, *others])
     assert await store.awaits("shop", "Paid", "k") == [waits[3], waits[2], waits[1], waits[0]]
     assert await store.awaits_of("r") == [others[2], waits[1], waits[0], *others[:2]]
+    assert await store.awaits_like("shop", "Sen") == [others[1]]
+    assert len(await store.awaits_like("shop", "")) == len(waits) + 2
+    assert await store.awaits_like("bank", "Paid") == [others[2]]
+    assert await store.awaits_like("bank", "Sent") == []
     given = a_wait("r", "r#2", at_us=30, pos=7, reply=b"2")
     moved = a_wait("r", "r#3", key="k", at_us=40)
     await react(writer, awaited=[given, moved])

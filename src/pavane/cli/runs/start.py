@@ -44,11 +44,12 @@ an id again with the same arguments is the same run.
     help="Default: what the workflow declares.",
 )
 @click.option("--timeout", metavar="TIME", help='Bound the whole run, such as "30s" or "2h".')
+@click.option("--priority", type=int, default=0, help="Where it waits for a limit. Default: 0.")
 @click.option("--wait", is_flag=True, help="Wait for the end.")
 @output_option
 def start(
     where: Where, workflow: str, args: tuple[str, ...], named: tuple[str, ...], id: str | None,
-    mode: str | None, timeout: str | None, wait: bool, output: Format,
+    mode: str | None, timeout: str | None, priority: int, wait: bool, output: Format,
 ) -> None:  # fmt: skip
     """Start a run of WORKFLOW; durable when this returns."""
     app = where.app()
@@ -59,7 +60,13 @@ def start(
     async def work() -> None:
         async with connected(app, where.store, create=True) as client:
             run = await client.start(
-                definition, values, keywords, id=id, mode=cast("Mode | None", mode), timeout=timeout
+                definition,
+                values,
+                keywords,
+                id=id,
+                mode=cast("Mode | None", mode),
+                timeout=timeout,
+                priority=priority,
             )
             if await idle_services(client, {definition.service.name}):
                 name = definition.service.name

@@ -37,11 +37,14 @@ class Customer(Client):
     async def start(
         self, workflow: Workflow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *,
         id: str | None = None, mode: Mode | None = None, timeout: Duration | None = None,
+        priority: int = 0,
     ) -> Run[Any]:  # fmt: skip
         chosen = id or self._process.new_id()
         start = super().start
         return await self._insist(
-            lambda: start(workflow, args, kwargs, id=chosen, mode=mode, timeout=timeout)
+            lambda: start(
+                workflow, args, kwargs, id=chosen, mode=mode, timeout=timeout, priority=priority
+            )
         )
 
     async def send(self, run: str, event: Any, id: str | None) -> None:
