@@ -955,6 +955,28 @@ async def test_events_follow_a_run_that_goes_on_as_a_new_one(world: World) -> No
         assert sorted(await run.result(timeout=30)) == list("0123456789")
 
 
+@in_loop
+async def test_an_event_that_comes_while_a_mailbox_is_read_for_the_last_time_is_not_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 4: also if reads are slow, and answer with what was there when they were asked."""
+    async with world.working(*SERVICES) as director:
+        kind: Any = type(director.client.store)
+        read = kind.mail_of
+
+        async def slowly(*key: Any) -> Any:
+            mail = await read(*key)
+            await asyncio.sleep(0.02)
+            return mail
+
+        monkeypatch.setattr(kind, "mail_of", slowly)
+        run = await director.start(hears_in_parts, 9, [])
+        for number in range(10):
+            await run.send(Told(text=str(number)))
+            await asyncio.sleep(0.015)
+        assert sorted(await run.result(timeout=30)) == list("0123456789")
+
+
 @desk.workflow
 async def labelled() -> None:
     set_attributes(customer="ann", cents=5)

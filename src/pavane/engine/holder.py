@@ -1041,6 +1041,7 @@ class Holder:
             self._end(held)
             return
         if held.outcome is not None:
+            self._leave_soon(held.key)  # what comes while its mail is read goes to its successor
             self._spawn(self._end_with_mail(held))
             return
         self._add(held)
