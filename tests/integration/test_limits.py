@@ -31,7 +31,7 @@ class Gauge:
         self.most: Counter[str] = Counter()
         self.began: list[tuple[float, Any]] = []
 
-    async def pass_through(self, what: str, who: Any = None, for_s: float = 0.005) -> None:
+    async def pass_through(self, what: str, who: Any = None, for_s: float = 0.02) -> None:
         self.began.append((asyncio.get_running_loop().time(), who))
         self.now[what] += 1
         self.most[what] = max(self.most[what], self.now[what])
@@ -154,7 +154,7 @@ async def test_steps_of_all_nodes_together_keep_to_their_limit(place: Place, mod
         client = await three_nodes(stack, place)
         runs = [await client.start(pay, (n,), {}, mode=mode) for n in range(40)]
         assert [await run.result(timeout=60) for run in runs] == list(range(40))
-        assert gauge.most["transfer"] == 3
+        assert 1 < gauge.most["transfer"] <= 3
         runs = [
             await client.start(book_to, (f"account {n % 3}", n), {}, mode=mode) for n in range(24)
         ]
