@@ -262,6 +262,7 @@ async def test_what_is_asked_of_a_node_that_is_gone_is_asked_of_nobody_else(
         await until(draining)
         first.kill()
         first.wait()
+        await asyncio.wait_for(client.nodes.until_left(dies), 30)  # though nobody takes over
         assert [node.state for node in await client.nodes.list()] == ["gone"]
         with pytest.raises(BadArguments, match="is gone"):
             await client.nodes.drain(str(dies))

@@ -81,8 +81,12 @@ class Nodes:
         return chosen
 
     async def until_left(self, no: int) -> None:
-        """Return when a node is no more: it handed everything over, or others took it over."""
-        while any(row.no == no for row in await self._store.nodes()):
+        """Return when a node is no more: it handed everything over, or it is gone.
+
+        What one that is gone had not handed over is taken over by those who work for the same
+        services, if there are any.
+        """
+        while any(one.no == no and one.state != "gone" for one in await self.list()):
             await asyncio.sleep(LOOK_S)
 
 

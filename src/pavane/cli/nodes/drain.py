@@ -20,9 +20,9 @@ Examples:
   pavane nodes drain 12 --store postgresql://localhost/shop --no-wait
 
 \b
-The node takes nothing new, lets its running steps end (for up to ten seconds), hands its partitions
-over and ends with exit code 0, as on SIGTERM; an app that opened it in its own process goes on as a
-client. It may be asked from any machine.
+The node takes nothing new, lets its running steps end (for its grace period, ten seconds if unset),
+hands its partitions over and ends with exit code 0, as on SIGTERM; an app that opened it in its own
+process goes on as a client. It may be asked from any machine.
 """
 )
 @click.argument("node", shell_complete=complete_node)
