@@ -15,6 +15,7 @@ from pavane.stores.postgres import PostgresStore
 from pavane.stores.sqlite import SqliteStore
 from pavane.testing.store_check import StoreCheck
 from pavane.testing.stores import STORE_CHECKS
+from tests.bouncer import bounced_database
 from tests.postgres import Database
 
 Place = Callable[[Path], AbstractContextManager[Callable[[], Store]]]
@@ -36,8 +37,14 @@ def postgres(tmp_path: Path) -> Iterator[Callable[[], Store]]:
         yield lambda: PostgresStore(url, partitions=8)
 
 
+@contextmanager
+def bouncer(tmp_path: Path) -> Iterator[Callable[[], Store]]:
+    with bounced_database() as url:
+        yield lambda: PostgresStore(url, partitions=8)
+
+
 @pytest.mark.parametrize("check", STORE_CHECKS, ids=str)
-@pytest.mark.parametrize("place", [memory, sqlite, postgres])
+@pytest.mark.parametrize("place", [memory, sqlite, postgres, bouncer])
 def test_a_store_conforms(place: Place, check: StoreCheck, tmp_path: Path) -> None:
     with place(tmp_path) as make:
 
