@@ -16,6 +16,7 @@ BENCHES = {
     "steps": "bench.steps",
     "latency": "bench.steps",
     "start": "bench.steps",
+    "limits": "bench.steps",
     "sleepers": "bench.scale",
     "recovery": "bench.scale",
     "long": "bench.scale",

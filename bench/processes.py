@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from pavane import App, EngineConfig, Event, Service, receive
+from pavane import App, EngineConfig, Event, Limit, Service, receive
 
 PAYLOAD = "x" * 100
 RECOVERED = "PAVANE_BENCH_RECOVERED"
@@ -31,6 +31,19 @@ async def five() -> str:
     """Five steps of the home service."""
     for _ in range(5):
         result = await step()
+    return result
+
+
+@home.step(limit=Limit(concurrency=100))
+async def limited_step() -> str:
+    return PAYLOAD
+
+
+@home.workflow
+async def limited() -> str:
+    """Five steps of the home service under a limit."""
+    for _ in range(5):
+        result = await limited_step()
     return result
 
 

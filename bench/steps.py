@@ -1,4 +1,4 @@
-"""Throughput and latency of runs: `steps`, `latency`, `start`."""
+"""Throughput and latency of runs: `steps`, `latency`, `start`, `limits`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import mean
 
 from bench.figures import Figure, against, p50
-from bench.processes import five, make_app, nothing, tour
+from bench.processes import five, limited, make_app, nothing, tour
 from bench.raw import commit_s, rows_per_s, task_us
+from pavane import Workflow
 
 AT_ONCE = 500
 ROW_BYTES = 190
@@ -73,6 +74,33 @@ async def latency(folder: Path) -> list[Figure]:
             await (await app.start(five)).result()
             times.append((time.perf_counter() - began) * 1e3)
     return [against("latency, five steps p50", p50(times[50:]), "ms", raw_ms, "ratio ≤ 2.5")]
+
+
+async def limits(folder: Path) -> list[Figure]:
+    """Steps under a limit of the cluster, against the same without one."""
+    async with make_app(str(folder / "limits.db")) as app:
+
+        async def rate(flow: Workflow[[], str]) -> float:
+            async def one() -> None:
+                await (await app.start(flow)).result()
+
+            await many(one, 200, AT_ONCE)
+            return 5 * 1000 / await many(one, 1000, AT_ONCE)
+
+        async def at_a_time_ms(flow: Workflow[[], str]) -> float:
+            times: list[float] = []
+            for _ in range(100):
+                began = time.perf_counter()
+                await (await app.start(flow)).result()
+                times.append((time.perf_counter() - began) * 1e3)
+            return p50(times[10:])
+
+        free, bound = await rate(five), await rate(limited)
+        free_ms, bound_ms = await at_a_time_ms(five), await at_a_time_ms(limited)
+    return [
+        against("limits, steps under a limit", bound, "steps/s", free),
+        against("limits, five steps p50", bound_ms, "ms", free_ms),
+    ]
 
 
 async def start(folder: Path) -> list[Figure]:
