@@ -39,6 +39,8 @@ class DueQueue:
         self._due: dict[Key, tuple[int, Any]] = {}
         self._serial = 0
         self._cursor: tuple[int, Any] = (0, first_tie)
+        self._until = 0
+        """Up to when it was read ahead, or is being read, in the partitions owned by then."""
         self._handle: asyncio.TimerHandle | None = None
         self._handle_at = 0
         self._loop = asyncio.get_running_loop()
@@ -90,12 +92,12 @@ class DueQueue:
 
     async def poll(self, targets: Sequence[int]) -> None:
         """Read ahead what becomes due within the horizon, in all owned partitions."""
-        until = self._now_us() + HORIZON_US
-        self._cursor = await self._read_up(targets, self._cursor, until)
+        self._until = self._now_us() + HORIZON_US
+        self._cursor = await self._read_up(targets, self._cursor, self._until)
 
     async def catch_up(self, targets: Sequence[int]) -> None:
-        """Read everything that was due before the cursor, in newly owned partitions."""
-        await self._read_up(targets, (0, self._first_tie), self._cursor[0])
+        """Read in newly owned partitions what `poll` has passed by, or is about to."""
+        await self._read_up(targets, (0, self._first_tie), self._until)
 
     async def _read_up(
         self, targets: Sequence[int], after: tuple[int, Any], until: int
