@@ -108,8 +108,9 @@ class Permit(msgspec.Struct, array_like=True):
     """What is said of a permit of `limit` of `service`, for those that share `key`.
 
     `work` is what it is for, `nonce` tells one asking from another; `to` and `target` are where its
-    answers go. For a run (`op` is not negative) the answer is a reply to that operation. `pos` is
-    where in the log it was asked for last: at a takeover what is older may be read later.
+    answers go. For a run (`op` is not negative) the answer is a reply to that operation. The limit
+    notes when it was asked for first, when it was given (0: not yet), and at which position of the
+    log it was asked for last: at a takeover what is older may be read later.
     """
 
     work: str
@@ -120,6 +121,7 @@ class Permit(msgspec.Struct, array_like=True):
     to: str
     target: int
     priority: int = 0
+    asked_us: int = 0
     given_us: int = 0
     pos: int = 0
     op: int = -1

@@ -1189,7 +1189,7 @@ class Holder:
                     self._message("cancel", f"{child}#cancel", op.service, child, body, now)
                 )
             elif op.detail is BEGIN:
-                messages.append(self._permit(held, "permit-back", now))
+                messages.append(self._permit(held, "permit-back"))
             elif op.kind == "receive" and op.detail is not None:
                 messages.append(self._await(held, op, "unawait", now))
         execution.new, execution.given_up = [], []
@@ -1283,21 +1283,21 @@ class Holder:
             else:
                 op.sent = op.kind != "receive" or row.service == row.home
                 if op.detail is BEGIN:
-                    messages.append(self._permit(held, "permit-ask", now, op))
+                    messages.append(self._permit(held, "permit-ask", op))
                 elif op.sent and op.kind == "receive" and op.detail is not None:
                     messages.append(self._await(held, op, "await", now))
         return launch
 
-    def _permit(self, held: Held, kind: str, now: int, op: Operation | None = None) -> Message:
+    def _permit(self, held: Held, kind: str, op: Operation | None = None) -> Message:
         """Return what asks for the permit to begin a run, or gives it back."""
         header = held.header
         target = self._store.target_of(header.home, header.run)
         ordinal, fingerprint = (op.ordinal, op.fingerprint) if op else (0, "")
         permit = Permit(
             header.run, "", header.home, header.limit, header.limit_key, header.home, target,
-            header.priority, 0, 0, ordinal, header.era, fingerprint,
+            header.priority, op=ordinal, era=header.era, fingerprint=fingerprint,
         )  # fmt: skip
-        return self._session.limits.of_run(kind, permit, now)
+        return self._session.limits.message(kind, permit)
 
     def _await(self, held: Held, op: Operation, kind: str, now: int) -> Message:
         """Return what tells the mailbox that the run waits for a published event, or does no more.
@@ -1590,7 +1590,7 @@ class Holder:
             self._leave(held, messages, unparked, taken, done, header.home)
             return
         if header.limit:
-            messages.append(self._permit(held, "permit-back", now))
+            messages.append(self._permit(held, "permit-back"))
         row.status, row.reason, row.ended_us = outcome.status, "", now
         row.result, row.wake_us, row.deaths = bytes(outcome.value), None, 0
         row.holder = row.service

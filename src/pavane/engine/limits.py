@@ -33,7 +33,6 @@ from pavane.stores.port import Commit, Message
 
 if TYPE_CHECKING:
     from pavane.engine.node import Session
-    from pavane.stores.port import Store
 
 log = logging.getLogger("pavane.limits")
 
@@ -53,14 +52,9 @@ Place = tuple[str, str, str]
 """The service that declares a limit, the limit's name, and the key of those who share it."""
 
 
-def target_of(store: Store, service: str, limit: str, key: str) -> int:
-    """Return the partition where a limit is decided for those who share `key`."""
-    return store.target_of(service, f"{LIMIT}{limit}/{key}")
-
-
-def line_key(at_us: int, priority: int) -> int:
+def line_key(asked_us: int, priority: int) -> int:
     """Return what those who wait are ordered by."""
-    return at_us - priority * AGE_US
+    return asked_us - priority * AGE_US
 
 
 class _Asked:
@@ -79,12 +73,10 @@ class _Table:
     def __init__(self, place: Place, target: int) -> None:
         self.place = place
         self.target = target
-        self.given: dict[str, Permit] = {}
-        self.asked_us: dict[str, int] = {}
-        self.waiting: list[tuple[int, str]] = []
-        """Whose turn it is first, first."""
         self.permits: dict[str, Permit] = {}
-        """Of those who wait."""
+        """Those that are given and those that are waited for, by work."""
+        self.waiting: list[tuple[int, str]] = []
+        """The work that waits, first whose turn is first."""
         self.slots: dict[int, int] = {}
         """How many were given in each part of the rate's time, of late."""
         self.probes: dict[str, tuple[int, int]] = {}
@@ -93,25 +85,31 @@ class _Table:
         self.unsettled = 0
         self.timer: asyncio.TimerHandle | None = None
 
-    def wait(self, permit: Permit, at_us: int) -> None:
-        self.asked_us[permit.work] = at_us
-        self.permits[permit.work] = permit
-        insort(self.waiting, (line_key(at_us, permit.priority), permit.work))
+    @property
+    def given(self) -> int:
+        """How many permits are given."""
+        return len(self.permits) - len(self.waiting)
 
-    def drop(self, work: str) -> None:
-        at_us = self.asked_us.pop(work, 0)
-        waiting = self.permits.pop(work, None)
-        if waiting is not None:
-            self.waiting.remove((line_key(at_us, waiting.priority), work))
-        self.given.pop(work, None)
-        self.probes.pop(work, None)
+    def wait(self, permit: Permit) -> None:
+        self.permits[permit.work] = permit
+        insort(self.waiting, (line_key(permit.asked_us, permit.priority), permit.work))
+
+    def give(self, permit: Permit, probed_us: int) -> None:
+        """Have a permit given, and its owner asked at a time whether it is needed."""
+        self.permits[permit.work] = permit
+        self.probes[permit.work] = (probed_us, PROBE_US)
+
+    def drop(self, permit: Permit) -> None:
+        del self.permits[permit.work]
+        if permit.given_us:
+            del self.probes[permit.work]
+        else:
+            self.waiting.remove((line_key(permit.asked_us, permit.priority), permit.work))
 
     def row(self, permit: Permit) -> AwaitRow:
         service, limit, key = self.place
-        at_us = self.asked_us[permit.work]
-        return AwaitRow(
-            service, LIMIT + limit, key, "", self.row_id(permit.work), at_us, pack(permit)
-        )
+        id = self.row_id(permit.work)
+        return AwaitRow(service, LIMIT + limit, key, "", id, permit.asked_us, pack(permit))
 
     def row_id(self, work: str) -> str:
         _, limit, key = self.place
@@ -161,11 +159,11 @@ class Limits:
         """Leave what was asked for to the next owner of its partition, who asks again."""
         self._asked.pop(work, None)
 
-    def of_run(self, kind: str, permit: Permit, now_us: int) -> Message:
-        """Return the message by which a run asks for the permit to begin, or gives it back."""
-        target = target_of(self._store, permit.service, permit.limit, permit.key)
-        id = f"{permit.work}#{kind}{permit.era}"
-        return Message(kind, id, permit.service, permit.work, pack(permit), now_us, target)
+    def message(self, kind: str, permit: Permit) -> Message:
+        """Return what asks a limit for a permit, or gives it back."""
+        id = f"{permit.work}#{kind}{permit.era}~{permit.nonce}"
+        now, target = self._session.now_us(), self._target_of(_place(permit))
+        return Message(kind, id, permit.service, permit.work, pack(permit), now, target)
 
     def given_message(self, message: Message) -> None:
         """Begin what a permit came for."""
@@ -217,11 +215,12 @@ class Limits:
             self._say("permit-back", permit)
 
     def _say(self, kind: str, permit: Permit) -> None:
-        now = self._session.now_us()
-        target = target_of(self._store, permit.service, permit.limit, permit.key)
-        id = f"{permit.work}#{kind}~{permit.nonce}"
-        message = Message(kind, id, permit.service, permit.work, pack(permit), now, target)
-        self._session.submit(Commit(messages=[message]))
+        self._session.submit(Commit(messages=[self.message(kind, permit)]))
+
+    def _target_of(self, place: Place) -> int:
+        """Return the partition where the limit of a place is decided."""
+        service, limit, key = place
+        return self._store.target_of(service, f"{LIMIT}{limit}/{key}")
 
     # -- deciding ------------------------------------------------------------------------------
 
@@ -233,8 +232,7 @@ class Limits:
 
     def _at_table(self, message: Message, work: Callable[[_Table, Permit, Message], None]) -> None:
         permit = unpack(Permit, message.body)
-        place = _place(permit)
-        table = self._table(place, message.target)
+        table = self._table(_place(permit), message.target)
         if table.loading is not None:
             table.loading.append(partial(work, table, permit, message))
         else:
@@ -257,11 +255,9 @@ class Limits:
         for row in rows:
             permit = unpack(Permit, row.reply)
             if permit.given_us:
-                table.asked_us[permit.work] = row.at_us
-                table.given[permit.work] = permit
-                table.probes[permit.work] = (now, PROBE_US)
+                table.give(permit, now)
             else:
-                table.wait(permit, row.at_us)
+                table.wait(permit)
         if state is not None:
             table.slots = dict(msgspec.json.decode(state, type=list[tuple[int, int]]))
         came, table.loading = table.loading or [], None
@@ -272,32 +268,32 @@ class Limits:
         self._serve_now(table)
 
     def _asks(self, table: _Table, permit: Permit, message: Message) -> None:
-        given = table.given.get(permit.work)
+        known = table.permits.get(permit.work)
         permit.pos = message.pos
-        if (given or table.permits.get(permit.work) or permit).pos > message.pos:
+        if known is None:
+            permit.asked_us = message.at_us
+            table.wait(permit)
+        elif known.pos > message.pos:
             self._session.consumed(message)
             return
-        if given is not None:
-            permit.given_us = given.given_us
-            table.given[permit.work] = permit
+        else:
+            # Its place in the line, which is made of these, and its permit stay.
+            permit.asked_us, permit.priority = known.asked_us, known.priority
+            permit.given_us = known.given_us
+            table.permits[permit.work] = permit
+        if permit.given_us:
             self._write(table, [permit], message, [permit])
             return
-        known = table.permits.get(permit.work)
-        if known is not None:
-            permit.priority = known.priority  # which its place in the line is made of
-            table.permits[permit.work] = permit
-        else:
-            table.wait(permit, message.at_us)
         served = self._serve(table)
         self._write(table, served if permit in served else [permit, *served], message, served)
 
     def _gives_back(self, table: _Table, permit: Permit, message: Message) -> None:
-        known = table.given.get(permit.work) or table.permits.get(permit.work)
+        known = table.permits.get(permit.work)
         if known is None or known.nonce != permit.nonce:
             self._session.consumed(message)
             self._forget_idle(table)
             return
-        table.drop(permit.work)
+        table.drop(known)
         served = self._serve(table)
         self._write(table, served, message, served, gone=[permit.work])
 
@@ -312,7 +308,7 @@ class Limits:
         now = self._session.now_us()
         while table.waiting:
             most = None if limit is None else limit.concurrency
-            if most is not None and len(table.given) >= most:
+            if most is not None and table.given >= most:
                 break
             if limit is not None and limit.rate is not None:
                 free_us = _counted(table.slots, limit, now)
@@ -320,10 +316,9 @@ class Limits:
                     self._serve_at(table, free_us)
                     break
             _, work = table.waiting.pop(0)
-            permit = table.permits.pop(work)
+            permit = table.permits[work]
             permit.given_us = now
-            table.given[work] = permit
-            table.probes[work] = (now + PROBE_US, PROBE_US)
+            table.give(permit, now + PROBE_US)
             served.append(permit)
         return served
 
@@ -397,7 +392,7 @@ class Limits:
 
     def _forget_idle(self, table: _Table) -> None:
         """Put away what is in the store as well, or of no use any more."""
-        if table.given or table.waiting or table.unsettled or table.loading is not None:
+        if table.permits or table.unsettled or table.loading is not None:
             return
         limit = self._limit_of(table)
         if table.slots and limit is not None and limit.rate is not None:
@@ -426,9 +421,10 @@ class Limits:
             return
         rows = await self._store.awaits_like(service, LIMIT)
         for limit, key in dict.fromkeys((row.type.removeprefix(LIMIT), row.key) for row in rows):
-            target = target_of(self._store, service, limit, key)
+            place = (service, limit, key)
+            target = self._target_of(place)
             if target in targets:
-                self._table((service, limit, key), target)
+                self._table(place, target)
 
     def tick(self) -> None:
         """Ask some of those who have had a permit for long whether it is needed."""
@@ -447,7 +443,7 @@ class Limits:
                     continue
                 after_us = min(2 * after_us, PROBE_MAX_US)
                 table.probes[work] = (now + after_us, after_us)
-                permit = table.given[work]
+                permit = table.permits[work]
                 id = f"{work}#permit-probe~{permit.nonce}.{now}"
                 probed.append(
                     Message(

@@ -287,10 +287,10 @@ class Steps:
     def resume(self, parked: ParkedRow) -> None:
         """Run the next attempt of a parked step, which is due."""
         key = (parked.service, parked.id)
-        running = self._running.get(key) or self._queued.get(key)
-        if running is not None:
+        begun = self._begun(key)
+        if begun is not None:
             # The run came itself, with a step that it had sent a command for: one end for both.
-            running.parked = running.parked or parked
+            begun.parked = begun.parked or parked
             return
         if key in self._revoked or not self._session.owns(parked.target):
             return
@@ -309,8 +309,8 @@ class Steps:
             self._session.spawn(self._resume_from_store(key))
 
     async def _resume_from_store(self, key: tuple[str, str]) -> None:
-        running = self._running.get(key) or self._queued.get(key)
-        if running is not None and running.parked is not None:
+        begun = self._begun(key)
+        if begun is not None and begun.parked is not None:
             return
         service, id = key
         rows = await self._store.parked_of(service, id.rpartition("#")[0])
@@ -322,14 +322,14 @@ class Steps:
 
     def revoke(self, service: str, id: str) -> None:
         """Stop a step whose result nobody waits for any more."""
-        attempt = self._running.get((service, id)) or self._queued.pop((service, id), None)
+        attempt = self._begun((service, id))
         if attempt is not None:
             attempt.revoked = True
-            if attempt.task is not None:
-                attempt.task.cancel()
-            elif attempt.permit and (service, id) not in self._running:
+            if self._queued.pop(attempt.key, None) is not None:
                 self._session.limits.give_back(attempt.permit)
                 self._drop(attempt)
+            elif attempt.task is not None:
+                attempt.task.cancel()
         self._session.parked_timers.forget((service, id))
         if attempt is None or attempt.parked is not None:
             self._revoked.add((service, id))
@@ -345,7 +345,7 @@ class Steps:
         seen = await self._store.seen(message.to, [id])
         if not self._session.owns(message.target):
             return
-        if seen or (message.to, id) in self._running or (message.to, id) in self._queued:
+        if seen or self._begun((message.to, id)) is not None:
             self.revoke(message.to, id)
             self._session.consumed(message)
             return
@@ -355,9 +355,13 @@ class Steps:
 
     # -- doing ---------------------------------------------------------------------------------
 
+    def _begun(self, key: tuple[str, str]) -> Attempt | None:
+        """Return the attempt at a step that runs, or waits for its permit, if there is one."""
+        return self._running.get(key) or self._queued.get(key)
+
     def _begin(self, attempt: Attempt) -> None:
         key = attempt.key
-        if self.draining or key in self._running or key in self._queued:
+        if self.draining or self._begun(key) is not None:
             return
         now = self._session.now_us()
         attempt.began_us = attempt.began_us or now
