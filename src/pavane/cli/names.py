@@ -67,9 +67,12 @@ complete_contract = _declared(lambda registry: registry.contracts)
 
 
 def _looked_up(
-    ctx: click.Context, look: Callable[[Client], Awaitable[list[CompletionItem]]], given: str = ""
+    ctx: click.Context,
+    incomplete: str,
+    look: Callable[[Client], Awaitable[list[CompletionItem]]],
+    given: str = "",
 ) -> list[CompletionItem]:
-    """Return what is found in the store, without what the argument `given` holds already."""
+    """Return what in the store begins like that, without what argument `given` holds already."""
     import asyncio
 
     app = _app(ctx)
@@ -81,7 +84,11 @@ def _looked_up(
             return await look(client)
 
     taken: Any = ctx.params.get(given) or ()
-    return [item for item in asyncio.run(connect()) if item.value not in map(str, taken)]
+    return [
+        item
+        for item in asyncio.run(connect())
+        if item.value.startswith(incomplete) and item.value not in map(str, taken)
+    ]
 
 
 @_quietly
@@ -92,7 +99,7 @@ def complete_run(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         found = await client.list(RunFilter(id_prefix=incomplete, limit=IDS_MAX))
         return [CompletionItem(s.id, help=f"{s.workflow}, {s.status}") for s in found]
 
-    return _looked_up(ctx, look, "ids")
+    return _looked_up(ctx, incomplete, look, "ids")
 
 
 @_quietly
@@ -101,12 +108,9 @@ def complete_logged_event(ctx: click.Context, incomplete: str) -> list[Completio
         from pavane.stores.eventlog import EventFilter
 
         found = await client.events.list(EventFilter(limit=IDS_MAX * 10))
-        return [
-            CompletionItem(row.id, help=f"{row.type} {row.key}")
-            for row in found if row.id.startswith(incomplete)
-        ][:IDS_MAX]  # fmt: skip
+        return [CompletionItem(row.id, help=f"{row.type} {row.key}") for row in found]
 
-    return _looked_up(ctx, look)
+    return _looked_up(ctx, incomplete, look)[:IDS_MAX]
 
 
 @_quietly
@@ -114,9 +118,9 @@ def complete_handler(ctx: click.Context, incomplete: str) -> list[CompletionItem
     async def look(client: Client) -> list[CompletionItem]:
         names = [f"{row.service}.{row.name}" for row in await client.store.handler_rows()]
         names += [repr(h) for h in client.registry.handlers() if h.options.share is not None]
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in names]
 
-    return _looked_up(ctx, look, "names")
+    return _looked_up(ctx, incomplete, look, "names")
 
 
 @_quietly
@@ -125,10 +129,9 @@ def complete_schedule(ctx: click.Context, incomplete: str) -> list[CompletionIte
         return [
             CompletionItem(one.name, help=f"{one.cron}, {one.state}")
             for one in await client.schedules.list()
-            if one.name.startswith(incomplete)
         ]
 
-    return _looked_up(ctx, look, "names")
+    return _looked_up(ctx, incomplete, look, "names")
 
 
 @_quietly
@@ -137,10 +140,9 @@ def complete_node(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [
             CompletionItem(one.name, help=f"{one.state}, pid {one.pid}")
             for one in await client.nodes.list()
-            if one.name.startswith(incomplete)
         ]
 
-    return _looked_up(ctx, look)
+    return _looked_up(ctx, incomplete, look)
 
 
 @_quietly
@@ -149,10 +151,9 @@ def complete_limit(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [
             CompletionItem(one.limit, help=f"of {one.service}, {len(one.waiting)} waiting")
             for one in await client.limits.list()
-            if one.limit.startswith(incomplete)
         ]
 
-    return _looked_up(ctx, look)
+    return _looked_up(ctx, incomplete, look)
 
 
 @_quietly
@@ -161,10 +162,9 @@ def complete_dead(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [
             CompletionItem(str(row.no), help=f"{row.type} {row.key}: {row.cause}")
             for row in await client.dead.list(limit=IDS_MAX)
-            if str(row.no).startswith(incomplete)
         ]
 
-    return _looked_up(ctx, look, "numbers")
+    return _looked_up(ctx, incomplete, look, "numbers")
 
 
 @_quietly
@@ -173,7 +173,6 @@ def complete_conversation(ctx: click.Context, incomplete: str) -> list[Completio
         return [
             CompletionItem(row.id, help=f"{row.contract} {row.key}, {row.state}")
             for row in await client.conversations.list(limit=IDS_MAX)
-            if row.id.startswith(incomplete)
         ]
 
-    return _looked_up(ctx, look)
+    return _looked_up(ctx, incomplete, look)
