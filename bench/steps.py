@@ -11,7 +11,7 @@ from statistics import mean
 from bench.figures import Figure, against, p50
 from bench.processes import five, limited, make_app, nothing, tour
 from bench.raw import commit_s, rows_per_s, task_us
-from pavane import Workflow
+from pavane import App, Workflow
 
 AT_ONCE = 500
 ROW_BYTES = 190
@@ -33,6 +33,16 @@ async def many(work: Callable[[], Awaitable[object]], count: int, at_once: int) 
     began = time.perf_counter()
     await asyncio.gather(*(one() for _ in range(at_once)))
     return time.perf_counter() - began
+
+
+async def one_at_a_time_ms(app: App, flow: Workflow[[], str], count: int) -> float:
+    """Return the p50 of a run, `count` of them one after the other; the first tenth warms up."""
+    times: list[float] = []
+    for _ in range(count):
+        began = time.perf_counter()
+        await (await app.start(flow)).result()
+        times.append((time.perf_counter() - began) * 1e3)
+    return p50(times[count // 10 :])
 
 
 async def steps(folder: Path) -> list[Figure]:
@@ -68,12 +78,8 @@ async def latency(folder: Path) -> list[Figure]:
     """p50 of one run of five steps at a time, against five raw one-row commits."""
     raw_ms = commit_s(folder, ROW_BYTES) * 5e3
     async with make_app(str(folder / "latency.db")) as app:
-        times: list[float] = []
-        for _ in range(500):
-            began = time.perf_counter()
-            await (await app.start(five)).result()
-            times.append((time.perf_counter() - began) * 1e3)
-    return [against("latency, five steps p50", p50(times[50:]), "ms", raw_ms, "ratio ≤ 2.5")]
+        five_ms = await one_at_a_time_ms(app, five, 500)
+    return [against("latency, five steps p50", five_ms, "ms", raw_ms, "ratio ≤ 2.5")]
 
 
 async def limits(folder: Path) -> list[Figure]:
@@ -87,16 +93,9 @@ async def limits(folder: Path) -> list[Figure]:
             await many(one, 200, AT_ONCE)
             return 5 * 1000 / await many(one, 1000, AT_ONCE)
 
-        async def at_a_time_ms(flow: Workflow[[], str]) -> float:
-            times: list[float] = []
-            for _ in range(100):
-                began = time.perf_counter()
-                await (await app.start(flow)).result()
-                times.append((time.perf_counter() - began) * 1e3)
-            return p50(times[10:])
-
         free, bound = await rate(five), await rate(limited)
-        free_ms, bound_ms = await at_a_time_ms(five), await at_a_time_ms(limited)
+        free_ms = await one_at_a_time_ms(app, five, 100)
+        bound_ms = await one_at_a_time_ms(app, limited, 100)
     return [
         against("limits, steps under a limit", bound, "steps/s", free),
         against("limits, five steps p50", bound_ms, "ms", free_ms),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,38 +137,42 @@ def app_on(store: Place, **config: Any) -> App:
     return App("limits", [shop, bank], store=str(store), config=EngineConfig(**config))
 
 
-async def three_nodes(stack: AsyncExitStack, store: Place) -> Client:
-    apps = [await stack.enter_async_context(app_on(store)) for _ in range(3)]
-    client = apps[0].client
+@asynccontextmanager
+async def three_nodes(store: Place) -> AsyncGenerator[Client]:
+    async with AsyncExitStack() as stack:
+        apps = [await stack.enter_async_context(app_on(store)) for _ in range(3)]
+        client = apps[0].client
 
-    async def shared() -> bool:
-        rows = await client.store.partition_rows(["shop", "bank"])
-        return len({row.owner for row in rows}) == 3
+        async def shared() -> bool:
+            rows = await client.store.partition_rows(["shop", "bank"])
+            return len({row.owner for row in rows}) == 3
 
-    await until(shared)
-    return client
+        await until(shared)
+        yield client
+
+
+async def results(client: Client, flow: Any, mode: Mode, *calls: tuple[Any, ...]) -> list[Any]:
+    """Start a run for each call, all at once, and return what they give."""
+    runs = [await client.start(flow, call, {}, mode=mode) for call in calls]
+    return [await run.result(timeout=60) for run in runs]
 
 
 @in_loop
 async def test_steps_of_all_nodes_together_keep_to_their_limit(place: Place, mode: Mode) -> None:
-    async with AsyncExitStack() as stack:
-        client = await three_nodes(stack, place)
-        runs = [await client.start(pay, (n,), {}, mode=mode) for n in range(40)]
-        assert [await run.result(timeout=60) for run in runs] == list(range(40))
+    async with three_nodes(place) as client:
+        paid = await results(client, pay, mode, *((n,) for n in range(40)))
+        assert paid == list(range(40))
         assert 1 < gauge.most["transfer"] <= 3
-        runs = [
-            await client.start(book_to, (f"account {n % 3}", n), {}, mode=mode) for n in range(24)
-        ]
-        assert [await run.result(timeout=60) for run in runs] == list(range(24))
+        calls = [(f"account {n % 3}", n) for n in range(24)]
+        assert await results(client, book_to, mode, *calls) == list(range(24))
         assert {gauge.most[f"account {number}"] for number in range(3)} == {1}
 
 
 @in_loop
 async def test_no_more_begin_within_a_time_than_the_rate_says(place: Place, mode: Mode) -> None:
-    async with AsyncExitStack() as stack:
-        client = await three_nodes(stack, place)
-        runs = [await client.start(call, (n,), {}, mode=mode) for n in range(14)]
-        assert [await run.result(timeout=60) for run in runs] == list(range(14))
+    async with three_nodes(place) as client:
+        called = await results(client, call, mode, *((n,) for n in range(14)))
+        assert called == list(range(14))
         times = sorted(time for time, _ in gauge.began)
         # A permit is on its way for a while, so what is begun may be closer together than permits.
         assert times[-1] - times[0] >= 3 * 0.4 * 0.9
@@ -175,10 +180,9 @@ async def test_no_more_begin_within_a_time_than_the_rate_says(place: Place, mode
 
 @in_loop
 async def test_runs_wait_for_their_turn_before_their_code_begins(place: Place, mode: Mode) -> None:
-    async with AsyncExitStack() as stack:
-        client = await three_nodes(stack, place)
-        runs = [await client.start(few, (n,), {}, mode=mode) for n in range(12)]
-        assert [await run.result(timeout=60) for run in runs] == list(range(12))
+    async with three_nodes(place) as client:
+        passed = await results(client, few, mode, *((n,) for n in range(12)))
+        assert passed == list(range(12))
         assert gauge.most["runs"] <= 2
 
 
@@ -222,8 +226,7 @@ async def ended(run: Run[Any]) -> str:
 
 @in_loop
 async def test_handlers_of_all_nodes_together_keep_to_their_limit(place: Place) -> None:
-    async with AsyncExitStack() as stack:
-        client = await three_nodes(stack, place)
+    async with three_nodes(place) as client:
         for number in range(20):
             await client.publish(Paid(order=f"o{number}", account=f"account {number % 2}"))
 
