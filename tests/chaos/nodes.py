@@ -12,6 +12,7 @@ from pathlib import Path
 from examples.shop.world import PLACE
 
 ROOT = Path(__file__).resolve().parents[2]
+READY_WITHIN_S = 30.0
 
 
 class ChaosNode:
@@ -24,6 +25,7 @@ class ChaosNode:
         self._world = world
         self._log = logs / f"node{number}.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._said = 0
         self._frozen_until_s = 0.0
         self._down_until_s = 0.0
 
@@ -46,6 +48,7 @@ class ChaosNode:
 
     def _start(self) -> None:
         with self._log.open("ab") as log:
+            self._said = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.chaos.worker", self.address],
                 cwd=ROOT, env=os.environ | {PLACE: str(self._world)}, start_new_session=True,
@@ -73,10 +76,18 @@ class ChaosNode:
         self.tend()
 
     def stop(self) -> int:
-        """Let it drain; return its exit code."""
-        self._signal(signal.SIGCONT)
-        self._signal(signal.SIGTERM)
+        """Let it drain; return its exit code.
+
+        One that was just started is waited for: until it listens, a signal simply ends it.
+        """
         assert self._process is not None
+        self._signal(signal.SIGCONT)
+        give_up_s = time.monotonic() + READY_WITHIN_S
+        while b"\n  ready" not in self._log.read_bytes()[self._said :]:
+            if not self.is_up or time.monotonic() > give_up_s:
+                break
+            time.sleep(0.05)
+        self._signal(signal.SIGTERM)
         return self._process.wait(30)
 
     def end(self) -> None:
