@@ -83,7 +83,7 @@ class ChaosNode:
         assert self._process is not None
         self._signal(signal.SIGCONT)
         give_up_s = time.monotonic() + READY_WITHIN_S
-        while b"\n  ready" not in self._log.read_bytes()[self._said :]:
+        while b"ready\n" not in self._log.read_bytes()[self._said :]:
             if not self.is_up or time.monotonic() > give_up_s:
                 break
             time.sleep(0.05)
