@@ -297,3 +297,20 @@ async def test_nodes_take_nothing_from_each_other_when_the_database_was_away_for
                 assert client.node is not None
                 assert client.node.session is not None
                 assert client.node.session.open
+
+
+@in_loop
+async def test_a_store_that_is_closed_while_it_loses_its_connection_is_closed() -> None:
+    """The loss and the closing may come in any order, also in one round of the loop."""
+    with Database() as url:
+        for rounds in range(8):
+            store = PostgresStore(url, partitions=8)
+            await store.open()
+            await heard(store)
+            connection = store._watch._listening
+            assert connection is not None
+            connection.terminate()
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            async with asyncio.timeout(10):
+                await store.close()

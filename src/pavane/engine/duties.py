@@ -12,6 +12,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from pavane.core.tasks import stop_all
+
 if TYPE_CHECKING:
     from pavane.engine.node import Session
     from pavane.stores.port import Store
@@ -56,11 +58,7 @@ class Duties:
 
     async def give(self, targets: set[int]) -> None:
         """Stop the duties of these partitions."""
-        stopped = [self._running.pop(target) for target in targets & self._running.keys()]
-        for task in stopped:
-            task.cancel()
-        if stopped:
-            await asyncio.wait(stopped)
+        await stop_all([self._running.pop(t) for t in targets & self._running.keys()])
 
     async def close(self) -> None:
         await self.give(set(self._running))

@@ -15,6 +15,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any
 
+from pavane.core.tasks import stop_all
 from pavane.engine.committer import Committer
 from pavane.engine.config import SUSPECT_DEATHS, EngineConfig
 from pavane.engine.duties import Duties, Duty
@@ -609,8 +610,7 @@ class Session:
     async def drain(self) -> None:
         """Stop in order: let steps end, write everything, release the partitions."""
         if self._ticking is not None:
-            self._ticking.cancel()  # it would take up more
-            await asyncio.wait([self._ticking])
+            await stop_all([self._ticking])  # it would take up more
         self.draining.update(self._floors)
         await self.steps.drain(self.config.grace_s)
         await self.handlers.drain(self.config.grace_s)

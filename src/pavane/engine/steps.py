@@ -746,7 +746,8 @@ class Steps:
         while self._running and self._loop.time() < ends:
             self._done.clear()
             try:
-                await asyncio.wait_for(self._done.wait(), max(0.01, ends - self._loop.time()))
+                async with asyncio.timeout_at(max(ends, self._loop.time() + 0.01)):
+                    await self._done.wait()
             except TimeoutError:
                 break
         await self.close()

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+from pavane.core.tasks import stop_all
 from pavane.errors import StoreError
 from pavane.stores.postgres.connection import (
     FAILED,
@@ -65,10 +66,7 @@ class Watch:
         self._tasks = [loop.create_task(self._announce()), loop.create_task(self._listen())]
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await stop_all(self._tasks)
         self._tasks.clear()
         self._drop()
 
@@ -146,7 +144,8 @@ class Watch:
             while not gone.is_set():
                 await answered(connection, connection.execute("SELECT 1"), QUICK_S)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(gone.wait(), HEARTBEAT_S)
+                    async with asyncio.timeout(HEARTBEAT_S):
+                        await gone.wait()
             return True
         await answered(connection, connection.execute("SELECT 1"), QUICK_S)  # or was it lost?
         log.info(
@@ -160,7 +159,8 @@ class Watch:
         assert self._heard is not None
         await self._ask("SELECT pg_notify($1, 'probe')", CHANNEL)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._heard.wait(), PROBE_S)
+            async with asyncio.timeout(PROBE_S):
+                await self._heard.wait()
         return self._heard.is_set()
 
     def _notified(self, _: Any, pid: int, __: str, payload: str) -> None:
