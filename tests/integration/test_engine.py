@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import time
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from pavane import (
 )
 from pavane.core.execution import Execution
 from pavane.core.operations import Mode
+from pavane.engine.steps import Steps
 from tests.integration.world import (
     LAYOUTS,
     MODES,
@@ -1077,6 +1079,34 @@ async def test_a_step_is_retried_with_one_key_and_knows_its_attempt(world: World
         with pytest.raises(RunFailed, match="again"):
             await director.result(calls, "flaky", 9)
         assert len(DONE) == 7
+
+
+@in_loop
+async def test_a_step_whose_row_is_read_while_its_attempt_ends_is_not_done_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 1: a takeover reads what is due, and resumes what it counted; both may be slow."""
+    due = Steps.due
+
+    def twice(self: Steps, found: Any) -> None:
+        due(self, found)
+        due(self, found)
+
+    monkeypatch.setattr(Steps, "due", twice)
+    async with world.working(*SERVICES) as director:
+        kind: Any = type(director.client.store)
+        read, pauses = kind.parked_of, cycle((0.0, 0.05))
+
+        async def slowly(*key: Any) -> Any:
+            pause_s = next(pauses)
+            rows = await read(*key)
+            await asyncio.sleep(pause_s)
+            return rows
+
+        monkeypatch.setattr(kind, "parked_of", slowly)
+        assert await director.result(calls, "flaky", 3) == ["shop", "flaky", 3, "0"]
+        await asyncio.sleep(0.1)
+        assert DONE == [("flaky", 1), ("flaky", 2), ("flaky", 3)]
 
 
 @in_loop

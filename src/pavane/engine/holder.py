@@ -1711,7 +1711,9 @@ class Holder:
         self, held: Held, parked: ParkedRow, done: Callable[[PavaneError | None], None]
     ) -> None:
         """Write a run together with a step of it that takes long or waits for its next attempt."""
-        if not held.dead:
+        if held.dead:
+            done(None)  # nobody waits for it any more
+        else:
             self._commit(held, [], parked=[parked], done=done)
 
     def is_busy(self, key: Key) -> bool:

@@ -113,7 +113,6 @@ class Session:
         self._ticking: asyncio.Task[None] | None = None
         self.now_us = store.now_us
         self.committer = Committer(store, fence, self._route, self._published, self.lost)
-        self.submit = self.committer.submit
         self.context = copy_context()
         """What steps and handlers begin with; else they would inherit from whoever came before."""
         self.threads = Threads(config.step_threads)
@@ -128,6 +127,12 @@ class Session:
         self._pruner = Pruner(store, config.retention_s)
 
     # -- what the duties ask -------------------------------------------------------------------
+
+    def submit(self, commit: Commit) -> None:
+        """Queue a commit; see `Committer`."""
+        if commit.unparked:
+            self.steps.leaves_custody(commit)
+        self.committer.submit(commit)
 
     def hosts(self, service: str) -> bool:
         return service in self.services

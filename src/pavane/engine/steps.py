@@ -12,7 +12,9 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Raw
@@ -178,6 +180,10 @@ class Attempt(msgspec.Struct, eq=False):
         )  # fmt: skip
 
 
+class _Read:
+    """One or more reads of a step's row in custody, under way; a change of the row voids them."""
+
+
 class Steps:
     """Owns the attempts of one session; see the module."""
 
@@ -193,8 +199,9 @@ class Steps:
         """Those that wait for a permit."""
         self._commands: dict[tuple[str, str], Message] = {}
         """Commands whose effect is not durable yet."""
-        self._revoked: set[tuple[str, str]] = set()
-        """Steps whose row was read, perhaps, before it was durable that it is gone."""
+        self._changing: Counter[tuple[str, str]] = Counter()
+        """Steps whose row in custody is about to go, or to be written for their next attempt."""
+        self._reads: WeakValueDictionary[tuple[str, str], _Read] = WeakValueDictionary()
         self._done: asyncio.Event = asyncio.Event()
         self.draining = False
 
@@ -254,15 +261,18 @@ class Steps:
             message.to, call.run, message.id, message.target, message.body, 1, now, now, b"null",
             b"null", max(1, call.deaths),
         )  # fmt: skip
-        self._park_command(message, parked, lambda: self.resume(parked))
+        self._park_command(message, parked, partial(self._counted, parked))
+
+    def _counted(self, parked: ParkedRow, error: PavaneError | None) -> None:
+        if error is None:
+            self.resume(parked)
 
     def _park_command(
-        self, message: Message, parked: ParkedRow, then: Callable[[], None] | None
+        self, message: Message, parked: ParkedRow, done: Callable[[PavaneError | None], None]
     ) -> None:
         def written(error: PavaneError | None) -> None:
             self._consumed(message)
-            if error is None and then is not None:
-                then()
+            done(error)
 
         mark = InboxRow(message.to, message.id, self._session.now_us())
         self._session.submit(Commit(written, inbox=[mark], parked=[parked]))
@@ -292,7 +302,7 @@ class Steps:
             # The run came itself, with a step that it had sent a command for: one end for both.
             begun.parked = begun.parked or parked
             return
-        if key in self._revoked or not self._session.owns(parked.target):
+        if key in self._changing or not self._session.owns(parked.target):
             return
         self._begin(self._parked_attempt(parked))
 
@@ -312,13 +322,40 @@ class Steps:
         begun = self._begun(key)
         if begun is not None and begun.parked is not None:
             return
+        row = await self._in_custody(key)
+        if row is not None and row.due_us <= self._session.now_us():
+            self.resume(row)
+        elif row is not None:
+            self._session.parked_timers.schedule(key, row.due_us)
+
+    async def _in_custody(self, key: tuple[str, str]) -> ParkedRow | None:
+        """Read the row of a step, unless it changes meanwhile: what was read may then be old."""
         service, id = key
+        read = self._reads.setdefault(key, _Read())
         rows = await self._store.parked_of(service, id.rpartition("#")[0])
-        for row in rows:
-            if row.id == id and row.due_us <= self._session.now_us():
-                self.resume(row)
-            elif row.id == id:
-                self._session.parked_timers.schedule(key, row.due_us)
+        if self._reads.get(key) is not read or key in self._changing:
+            return None
+        return next((row for row in rows if row.id == id), None)
+
+    def leaves_custody(self, commit: Commit) -> None:
+        """Take rows that a commit takes out of custody for what they are only until it is done."""
+        done, keys = commit.done, commit.unparked
+        self._changing.update(keys)
+
+        def written(error: PavaneError | None) -> None:
+            for key in keys:
+                self._changed(key)
+                if error is not None:  # what was read in vain is read again
+                    self._session.parked_timers.schedule(key, self._session.now_us())
+            done(error)
+
+        commit.done = written
+
+    def _changed(self, key: tuple[str, str]) -> None:
+        self._changing[key] -= 1
+        if not self._changing[key]:
+            del self._changing[key]
+        self._reads.pop(key, None)
 
     def revoke(self, service: str, id: str) -> None:
         """Stop a step whose result nobody waits for any more."""
@@ -332,10 +369,7 @@ class Steps:
                 attempt.task.cancel()
         self._session.parked_timers.forget((service, id))
         if attempt is None or attempt.parked is not None:
-            self._revoked.add((service, id))
-            self._session.submit(
-                Commit(lambda _: self._revoked.discard((service, id)), unparked=[(service, id)])
-            )
+            self._session.submit(Commit(unparked=[(service, id)]))
 
     def revoke_message(self, message: Message) -> None:
         self._session.spawn(self._revoke(message))
@@ -442,13 +476,15 @@ class Steps:
 
     async def _take_up(self, message: Message, permit: Permit) -> None:
         id, _, number = permit.work.rpartition("!")
-        rows = await self._store.parked_of(permit.to, id.rpartition("#")[0]) if id else []
-        row = next((row for row in rows if row.id == id and str(row.attempt) == number), None)
+        key = (permit.to, id)
+        row = await self._in_custody(key) if id else None
         if not self._session.owns(message.target):
             return
-        waits = row is not None and row.due_us > self._session.now_us()
-        key = (permit.to, id)
-        if not waits or key in self._revoked or not self._session.limits.hold(permit):
+        waits = (
+            row is not None and str(row.attempt) == number
+            and row.due_us > self._session.now_us()
+        )  # fmt: skip
+        if not waits or not self._session.limits.hold(permit):
             self._session.limits.refuse(permit)
             self._session.consumed(message)
             return
@@ -641,22 +677,23 @@ class Steps:
         attempt.parked = parked
         key = (parked.service, parked.id)
         again = error != b"null"
-        then = (lambda: self._session.parked_timers.schedule(key, due_us)) if again else None
-        if attempt.message is not None:
-            message, attempt.message = attempt.message, None
-            self._park_command(message, parked, then)
-            return
+        if again:
+            self._changing[key] += 1
 
         def written(failure: PavaneError | None) -> None:
             # Not before: a timer that fires while the row is being written would not find it.
-            if failure is None and then is not None:
-                then()
+            if again:
+                self._changed(key)
+                self._session.parked_timers.schedule(key, due_us)
 
-        held = attempt.held
-        if held is not None and (held.arrival is not None or not held.exists or held.queued):
+        held, message = attempt.held, attempt.message
+        if message is not None:
+            attempt.message = None
+            self._park_command(message, parked, written)
+        elif held is not None and (held.arrival is not None or not held.exists or held.queued):
             self._session.holder.custody(held, parked, written)
-            return
-        self._session.submit(Commit(written, parked=[parked]))
+        else:
+            self._session.submit(Commit(written, parked=[parked]))
 
     def _answer(self, attempt: Attempt, ok: bool, raw: bytes) -> None:
         held, operation = attempt.held, attempt.operation
