@@ -254,7 +254,7 @@ def test_a_dict_keeps_its_order() -> None:
             '[{"number":"1","expires":"2030-01-01","limit":"1","tags":["a","b"]}]',
         ),
     ],
-    ids=repr,
+    ids=lambda given: given if isinstance(given, str) else "",  # a set's repr is in no order
 )
 def test_sets_are_written_sorted_wherever_they_are(value: Any, raw: str) -> None:
     assert encode(value).decode() == raw
