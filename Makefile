@@ -24,7 +24,7 @@ test: $(VENV)/.dev ## lint, format check, types, tests: what CI runs
 	@echo "== basedpyright"
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 storm: $(VENV)/.dev ## run many storms: make storm SEEDS=10000 [FIRST=…] [SCENARIOS="bank shop"]
 	@$(BIN)/python -m tests.sim --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),0) $(SCENARIOS)

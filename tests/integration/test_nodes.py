@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import signal
 import subprocess
 import sys
@@ -49,6 +50,7 @@ async def until_owned_by(client: Client, count: int, without: int | None = None)
 async def stop_between_transactions(process: subprocess.Popen[bytes], store: str) -> bool:
     """Stop a process unless it is writing: SQLite's lock would be stopped with it, for all."""
     process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # its threads run on until then
     free = await is_free(store)
     if not free:
         process.send_signal(signal.SIGCONT)
