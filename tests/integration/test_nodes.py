@@ -50,7 +50,8 @@ async def until_owned_by(client: Client, count: int, without: int | None = None)
 async def stop_between_transactions(process: subprocess.Popen[bytes], store: str) -> bool:
     """Stop a process unless it is writing: SQLite's lock would be stopped with it, for all."""
     process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # its threads run on until then
+    # Its threads run on until this is told.
+    await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
     free = await is_free(store)
     if not free:
         process.send_signal(signal.SIGCONT)
