@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from pavane.schedule import Missed, Schedule
     from pavane.steering.limits import Limits
     from pavane.steering.nodes import Nodes
+    from pavane.steering.restored import Restored
     from pavane.steering.schedules import Schedules
 
 P = ParamSpec("P")
@@ -179,7 +180,7 @@ class Client:
 
     `events`, `handlers`, `dead` and `variants` are about what services react to, `schedules` about
     what starts by the calendar, `limits` about what may go on at once, `nodes` about the processes
-    that work.
+    that work, `restored` about a database that was put back.
     """
 
     def __init__(
@@ -256,6 +257,12 @@ class Client:
         from pavane.steering.nodes import Nodes
 
         return Nodes(self.store)
+
+    @cached_property
+    def restored(self) -> Restored:
+        from pavane.steering.restored import Restored
+
+        return Restored(self.store)
 
     @cached_property
     def schedules(self) -> Schedules:

@@ -101,6 +101,10 @@ def _set_up_streams(ctx: click.Context) -> None:
             "Show what is limited in the cluster, and who waits.",
         ),
         "nodes": ("pavane.cli.nodes:nodes", "List nodes, and let one drain."),
+        "restored": (
+            "pavane.cli.restored:restored",
+            "See what a backup that was put back has forgotten.",
+        ),
         "services": ("pavane.cli.services:services", "Show services, and which nodes host them."),
         "doctor": ("pavane.cli.doctor:doctor", "Check this machine, the store and its runs."),
         "completion": ("pavane.cli.completion:completion", "Print a shell's completion script."),

@@ -52,6 +52,7 @@ from pavane.stores.postgres.connection import (
 )
 from pavane.stores.postgres.events import EventTables
 from pavane.stores.postgres.lease import RENEW, LeaseConnection
+from pavane.stores.postgres.past import Beat, Found, Past
 from pavane.stores.postgres.schema import prepare
 from pavane.stores.postgres.watch import Watch
 from pavane.stores.postgres.writer import Work, Writer
@@ -92,7 +93,9 @@ class PostgresStore(EventTables):
         self._clock_offset_us = 0
         self._pool: Any = None
         self._pid = 0
+        self._works = False
         self._lease = LeaseConnection(dsn)
+        self.past = Past(dsn)
         self._writer = Writer(dsn, self._wrote)
 
     # -- opening -------------------------------------------------------------------------------
@@ -155,6 +158,8 @@ class PostgresStore(EventTables):
                 await answered(connection, check_server(connection, self.dsn), QUICK_S)
                 head = connection.fetchval("SELECT log FROM pavane.heads")
                 self.tail = await answered(connection, head, QUICK_S)
+                if self._works:
+                    await answered(connection, self.past.check(connection), QUICK_S)
             finally:
                 connection.terminate()
         except FAILED as error:
@@ -167,6 +172,8 @@ class PostgresStore(EventTables):
 
     async def _close_all(self) -> None:
         was_open, self._pid = self._pid, 0
+        self._works = False
+        await self.past.stop()
         if was_open:
             await self._watch.close()
         await self._writer.close()
@@ -428,7 +435,8 @@ class PostgresStore(EventTables):
     ) -> NodeRow:
         nonce = os.urandom(12).hex()
 
-        async def insert(c: Connection) -> NodeRow:
+        async def insert(c: Connection) -> tuple[NodeRow, Beat]:
+            beat = await self.past.beat(c, nonce)
             sql = (
                 "INSERT INTO pavane.nodes"
                 " (nonce, name, host, pid, services, joined_us, expires_us)"
@@ -436,9 +444,14 @@ class PostgresStore(EventTables):
                 " RETURNING no, expires_us, joined_us"
             )
             row = await c.fetchrow(sql, nonce, name, host, pid, list(services), lease_us)
-            return NodeRow(row[0], nonce, name, host, pid, list(services), row[1], row[2])
+            node = NodeRow(row[0], nonce, name, host, pid, list(services), row[1], row[2])
+            return node, beat
 
-        return await self._execute(insert)
+        node, beat = await self._execute(insert)
+        self._works = True
+        await asyncio.to_thread(self.past.note, beat)
+        self.past.keep(nonce, self._execute)
+        return node
 
     def renew(self, fence: Fence) -> bool:
         if self._pid != os.getpid():
@@ -449,6 +462,14 @@ class PostgresStore(EventTables):
             return False
         self._set_clock(began, now)
         return True
+
+    async def look_at_past(self) -> Found:
+        """Tell whether the database was put back, by what is noted on this machine."""
+        return await self._ask(self.past.look, QUICK_S)
+
+    async def accept_past(self) -> None:
+        """Let nodes work here again, as in a new generation of the database."""
+        await self._execute(self.past.accept)
 
     async def leave(self, fence: Fence) -> None:
         async def delete(c: Connection) -> None:

@@ -195,7 +195,8 @@ END $$;
 
 -- Write one batch. With `node`, only under its lease, which this prolongs, and once for each
 -- number of a batch, which grow by one. The verdict is 'written', 'repeated' (an earlier call, whose
--- answer was lost, wrote it) or 'lost' (the lease; nothing was written). The lock of the node's row is
+-- answer was lost, wrote it) or 'lost' (the lease, or batches before this one, by a database that was
+-- put back under the node; nothing was written). The lock of the node's row is
 -- the fence: it conflicts with the DELETE by which others take over. The head's lock comes last, since
 -- everybody who appends waits for it. Rows must be folded: none twice for one key.
 CREATE FUNCTION pavane.write_1(
@@ -227,10 +228,11 @@ DECLARE
 BEGIN
     IF node IS NOT NULL THEN
         UPDATE pavane.nodes AS n SET expires_us = pavane.clock_us() + lease_us, batch = batch_no
-        WHERE n.no = node AND n.nonce = proof AND n.batch < batch_no;
+        WHERE n.no = node AND n.nonce = proof AND n.batch = batch_no - 1;
         IF NOT FOUND THEN
             SELECT n.log_before AS log, n.events_before AS events INTO held
-            FROM pavane.nodes AS n WHERE n.no = node AND n.nonce = proof FOR NO KEY UPDATE;
+            FROM pavane.nodes AS n WHERE n.no = node AND n.nonce = proof AND n.batch >= batch_no
+            FOR NO KEY UPDATE;
             IF NOT FOUND THEN
                 verdict := 'lost';
                 RETURN;

@@ -1,0 +1,201 @@
+"""A backup that is put back while the world has gone on: refused, listed, and accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pavane import App, EngineConfig, Event, Run, Service, receive, step_info
+from pavane.errors import BadArguments, StoreError
+from pavane.steering.restored import Restored
+from pavane.stores.memory import MemoryStore
+from pavane.stores.postgres import past
+from pavane.testing.postgres import PostgresServer
+from tests.integration.command_line import pavane
+from tests.integration.world import in_loop, until, until_status
+from tests.postgres import server
+
+bank = Service("bank")
+PAID: list[tuple[str, str]] = []
+
+
+class Go(Event):
+    pass
+
+
+@bank.step
+async def pay(what: str) -> str:
+    PAID.append((what, step_info().idempotency_key))
+    return what
+
+
+@bank.workflow(receives=[Go])
+async def in_parts() -> list[str]:
+    first = await pay("first")
+    await receive(Go)
+    return [first, await pay("second")]
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    PAID.clear()
+    monkeypatch.setattr(past, "BEAT_S", 0.05)
+    monkeypatch.setenv("PAVANE_STATE", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def postgres() -> Iterator[PostgresServer]:
+    """A server of its own, since all of it is put back."""
+    with PostgresServer() as own:
+        yield own
+
+
+def app_on(url: str) -> App:
+    return App("bank", [bank], store=url, config=EngineConfig(lease_s=1.0))
+
+
+async def in_vain(app: App) -> str:
+    """Return why nobody may work there."""
+    with pytest.raises(StoreError) as refusal:
+        async with app.worker():
+            pass
+    return str(refusal.value)
+
+
+@in_loop
+async def test_a_backup_that_was_put_back_is_refused_listed_and_accepted(
+    postgres: PostgresServer,
+) -> None:
+    """What was done since is done again under the same keys, and not before a person says so."""
+    url = postgres.create_database("bank")
+    app = app_on(url)
+    async with app.worker() as client:
+        run = await client.start(in_parts, (), {}, id="before")
+        await until_status(run, "waiting")
+        await asyncio.to_thread(postgres.back_up, "monday")
+        await run.send(Go())
+        assert await run.result(timeout=30) == ["first", "second"]
+        late = await client.start(in_parts, (), {}, id="since")
+        await until_status(late, "waiting")
+        await asyncio.sleep(0.3)  # for a beat
+    first, second, _ = PAID
+    await asyncio.to_thread(postgres.put_back, "monday")
+
+    assert "was put back: it knows nothing of what was done after" in await in_vain(app)
+    assert "pavane restored --accept" in await in_vain(app)
+    listed = await asyncio.to_thread(pavane, "restored", "--store", url)
+    assert listed.exit_code == 1
+    assert "before  in_parts  waiting  bank" in listed.stdout
+    assert "since" not in listed.stdout.replace("since then", "")
+    assert "1 run had not ended" in listed.stderr
+    told = await asyncio.to_thread(pavane, "restored", "--store", url, "-o", "json")
+    found = json.loads(told.stdout)
+    assert [one["id"] for one in found["runs"]] == ["before"]
+    assert 0 < found["lost"]["from_us"] < found["lost"]["until_us"]
+    accepted = await asyncio.to_thread(pavane, "restored", "--store", url, "--accept")
+    assert accepted.exit_code == 0
+    assert "accepted" in accepted.stderr
+
+    async with app.worker() as client:
+        run = Run(client, "before")
+        await run.send(Go())
+        assert await run.result(timeout=30) == ["first", "second"]
+        assert PAID[3:] == [second], "the same key, so that the payment counts once"
+        again = await client.start(in_parts, (), {}, id="since")
+        await until_status(again, "waiting")
+        assert PAID[4:] == [PAID[2]]
+        assert await client.restored.lost() is None
+    assert first in PAID
+
+
+@in_loop
+async def test_nobody_works_on_after_a_backup_was_put_back_under_him(
+    postgres: PostgresServer,
+) -> None:
+    """Also when the backup knows the node, and its lease."""
+    url = postgres.create_database("bank")
+    app = app_on(url)
+    async with app.worker() as client:
+        run = await client.start(in_parts, (), {}, id="before")
+        await until_status(run, "waiting")
+        await asyncio.to_thread(postgres.back_up, "monday")
+        await asyncio.sleep(0.3)
+        await run.send(Go())
+        assert await run.result(timeout=30) == ["first", "second"]
+        node: Any = client.node
+        session = node.session
+        await asyncio.to_thread(postgres.put_back, "monday")
+
+        async def stopped() -> bool:
+            return not session.open
+
+        await until(stopped)
+        async with app.connect() as other:
+            run = Run(other, "before")
+            assert (await run.status()).status == "waiting"
+            await run.send(Go())
+            await asyncio.sleep(2)
+            assert len(PAID) == 2, "it worked on"
+            await other.restored.accept()
+            assert await run.result(timeout=30) == ["first", "second"]
+        assert PAID[2] == PAID[1]
+
+
+@in_loop
+async def test_another_database_at_the_same_address_is_refused_unless_it_is_blank() -> None:
+    url = server().create_database("moved")
+    try:
+        app = app_on(url)
+        async with app.worker() as client:
+            run = await client.start(in_parts, (), {}, id="here")
+            await until_status(run, "waiting")
+        server().drop_database("moved")
+        server().create_database("moved")
+        async with app.worker():
+            pass
+        (noted,) = past._folder().glob("*.json")
+        told = noted.read_text()
+        server().drop_database("moved")
+        server().create_database("moved")
+        async with app.connect() as client:
+            await client.start(in_parts, (), {}, id="there")
+        assert "is another database" in await in_vain(app)
+        noted.write_text("{")
+        assert "cannot be read" in await in_vain(app)
+        noted.unlink()
+        async with app.worker():
+            assert noted.read_text() != told
+    finally:
+        server().drop_database("moved")
+
+
+@in_loop
+async def test_a_machine_that_was_away_for_long_is_let_in() -> None:
+    """Beats of nodes that left are kept for a while only; a missing one tells nothing then."""
+    url = server().create_database("aged")
+    try:
+        app = app_on(url)
+        async with app.worker() as client:
+            run = await client.start(in_parts, (), {}, id="here")
+            await until_status(run, "waiting")
+        server().execute("DELETE FROM pavane.beats", "aged")
+        assert "was put back" in await in_vain(app)
+        (noted,) = past._folder().glob("*.json")
+        held = json.loads(noted.read_text())
+        held["beat"]["beaten_us"] -= past.KEPT_US + 1_000_000
+        noted.write_text(json.dumps(held))
+        async with app.worker():
+            pass
+    finally:
+        server().drop_database("aged")
+
+
+@in_loop
+async def test_other_stores_say_that_they_cannot_tell() -> None:
+    with pytest.raises(BadArguments, match="Only a Postgres store"):
+        await Restored(MemoryStore()).lost()
