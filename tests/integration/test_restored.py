@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from pavane import App, EngineConfig, Event, Run, Service, receive, step_info
-from pavane.errors import BadArguments, StoreError
+from pavane.errors import BadArguments, LeaseLost, StoreError
 from pavane.steering.restored import Restored
 from pavane.stores.memory import MemoryStore
-from pavane.stores.postgres import past
+from pavane.stores.postgres import PostgresStore, past
 from pavane.testing.postgres import PostgresServer
+from pavane.testing.store_check import SERVICES, a_commit, a_run, joined, written
 from tests.integration.command_line import pavane
-from tests.integration.world import in_loop, until, until_status
-from tests.postgres import server
+from tests.integration.world import in_loop, rows, until, until_status
+from tests.postgres import Database, server
 
 bank = Service("bank")
 PAID: list[tuple[str, str]] = []
@@ -144,6 +145,25 @@ async def test_nobody_works_on_after_a_backup_was_put_back_under_him(
             await other.restored.accept()
             assert await run.result(timeout=30) == ["first", "second"]
         assert PAID[2] == PAID[1]
+
+
+@in_loop
+async def test_a_node_stops_whose_newest_batches_are_forgotten() -> None:
+    """As by a standby that was behind when it was promoted: there would be a gap."""
+    with Database() as url:
+        store = PostgresStore(url, partitions=8)
+        await store.open()
+        await store.register(SERVICES)
+        fence = await joined(store)
+        for no in range(1, 4):
+            assert await written(
+                store, a_commit(runs=[a_run(store, no, f"r{no}")]), fence=fence
+            ) == [None]
+        await rows(url, "UPDATE nodes SET batch = batch - 1")
+        (refusal,) = await written(store, a_commit(runs=[a_run(store, 4, "r4")]), fence=fence)
+        assert isinstance(refusal, LeaseLost)
+        assert await store.rows_of([4]) == []
+        await store.close()
 
 
 @in_loop

@@ -38,6 +38,7 @@ Exit codes:
 Environment:
   PAVANE_APP     the app, where --app or TARGET is not given
   PAVANE_STORE   the store, where neither --store nor the app names one
+  PAVANE_STATE   the folder in which this machine notes how far databases had come
   NO_COLOR       no colours
 """
 
