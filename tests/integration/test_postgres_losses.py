@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from pavane import App, EngineConfig
+from pavane.core.operations import Mode
 from pavane.errors import LeaseLost, StoreError
 from pavane.stores.port import Commit, Fence, InboxRow
 from pavane.stores.postgres import PostgresStore, watch, writer
@@ -27,8 +28,9 @@ from pavane.testing.store_check import (
     written,
 )
 from tests.integration import crew
+from tests.integration.fleet import Fleet, start
 from tests.integration.wire import ANSWERS, ASKS, BOTH, Wire
-from tests.integration.world import World, in_loop, until_status
+from tests.integration.world import MODES, World, in_loop, until, until_status
 from tests.postgres import Database
 
 WAYS = ["swallow", "deafen"]
@@ -314,3 +316,43 @@ async def test_a_store_that_is_closed_while_it_loses_its_connection_is_closed() 
                 await asyncio.sleep(0)
             async with asyncio.timeout(10):
                 await store.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@in_loop
+async def test_runs_go_on_after_a_failover_to_a_standby(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Invariants 1, 4, 9: with synchronous replication nothing that was acknowledged is lost."""
+    monkeypatch.setattr(crew, "RECORD", tmp_path / "record.txt")
+    with PostgresServer() as primary, ExitStack() as stack:
+        primary.create_database("crew")
+        with primary.follower() as standby:
+            primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            primary.execute("SELECT pg_reload_conf()")
+
+            async def follows() -> bool:
+                states = "SELECT sync_state FROM pg_stat_replication"
+                return await asyncio.to_thread(primary.execute, states) == "sync"
+
+            await until(follows)
+            hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+            fleet = Fleet(tmp_path, f"postgresql://postgres@{hosts}/crew")
+            stack.callback(fleet.sink)
+            fleet.launch(lease_s=3.0)
+            async with crew.app_on(fleet.store, 3.0).connect() as client:
+                runs = [await start(client, crew.steady, 20, 0.05, mode=mode) for _ in range(20)]
+
+                async def under_way() -> bool:
+                    return len(crew.recorded()) > 100
+
+                await until(under_way)
+                await asyncio.to_thread(primary.kill)
+                await asyncio.to_thread(standby.execute, "SELECT pg_promote()")
+                assert [await result(run) for run in runs] == [380] * 20
+                assert crew.most_executions() <= 2
+                for run in runs:
+                    entries = (await run.history()).entries
+                    done = [entry.op for entry in entries if entry.what == "done"]
+                    assert len(done) == len(set(done)) == 40
+                assert await client.restored.lost() is None

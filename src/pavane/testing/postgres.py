@@ -146,6 +146,19 @@ class PostgresServer:
         (self.folder / name).rename(data)
         self.start()
 
+    def follower(self) -> PostgresServer:
+        """Return another server, to be started, that copies what this one writes.
+
+        It cannot be written to until it is told `SELECT pg_promote()`.
+        """
+        other = PostgresServer()
+        other._make_folder()
+        self._run(
+            self._programs() / "pg_basebackup", "-d", self.url(), "-D", other.folder / "data",
+            "-c", "fast", "-X", "stream", "-R",
+        )  # fmt: skip
+        return other
+
     def create_database(self, name: str) -> str:
         """Create an empty database; return its address."""
         self.execute(f'CREATE DATABASE "{name}"')
@@ -230,7 +243,7 @@ class PostgresServer:
                 lines = (data / "postmaster.pid").read_text().splitlines()
             except OSError:
                 lines = []
-            if len(lines) > 7 and lines[0] == pid and lines[7].strip() == "ready":
+            if len(lines) > 7 and lines[0] == pid and lines[7].strip() in ("ready", "standby"):
                 return True
             time.sleep(0.01)
         return False

@@ -281,7 +281,8 @@ class Writer:
         async def ask(connection: Connection) -> PavaneError | None:
             async def transaction() -> None:
                 async with connection.transaction():
-                    await self._work_within(connection, commit, fence)
+                    row, batch = await self._work_within(connection, commit, fence)
+                self._accept(row, batch, fence)
 
             return await answered(connection, transaction())
 
@@ -303,7 +304,10 @@ class Writer:
             return await self._refusal(commit, error)
         return None
 
-    async def _work_within(self, c: Connection, commit: Commit, fence: Fence | None) -> None:
+    async def _work_within(
+        self, c: Connection, commit: Commit, fence: Fence | None
+    ) -> tuple[Any, Batch]:
+        """Do the work and write its commit; what is returned counts when both are committed."""
         assert commit.work is not None
         if await _is_done(c, commit):
             if self._repeating and fence is not None:  # it was written, and its answer was lost
@@ -330,7 +334,9 @@ class Writer:
                 )
             )
         batch = Batch([commit])
-        self._accept(await c.fetchrow(WRITE, *self._proof(fence), *batch.values), batch, fence)
+        row = await c.fetchrow(WRITE, *self._proof(fence), *batch.values)
+        self._check(row, fence)
+        return row, batch
 
     async def _refusal(self, commit: Commit, error: BaseException) -> PavaneError | None:
         if isinstance(error, asyncpg.UniqueViolationError):
@@ -378,6 +384,7 @@ class Writer:
         except StoreError:
             self._unsettled = fence and fence.nonce
             raise
+        self._check(row, fence)
         self._accept(row, batch, fence)
 
     def _proof(self, fence: Fence | None) -> tuple[Any, ...]:
@@ -390,15 +397,19 @@ class Writer:
             self._lease, self._batch = (fence.node, fence.nonce), 0
         return (fence.node, fence.nonce, fence.lease_us, self._batch + 1)
 
+    def _check(self, row: Any, fence: Fence | None) -> None:
+        if fence is None:
+            return
+        if row["verdict"] == "lost":
+            raise LeaseLost(
+                f"Node {fence.node} lost its lease (it was silent for longer than "
+                f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
+            )
+        if row["verdict"] == "repeated" and not self._repeating:
+            raise StoreError(f"Batch {self._batch + 1} of node {fence.node} is there already.")
+
     def _accept(self, row: Any, batch: Batch, fence: Fence | None) -> None:
         if fence is not None:
-            if row["verdict"] == "lost":
-                raise LeaseLost(
-                    f"Node {fence.node} lost its lease (it was silent for longer than "
-                    f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
-                )
-            if row["verdict"] == "repeated" and not self._repeating:
-                raise StoreError(f"Batch {self._batch + 1} of node {fence.node} is there already.")
             self._batch += 1
         before: int = row["log_before"] or 0
         if batch.messages or batch.events:
