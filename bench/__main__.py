@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import inspect
+import os
 import sys
 import tempfile
 from importlib import import_module
@@ -29,6 +30,9 @@ BENCHES = {
     "mailbox": "bench.events",
     "simulator": "bench.simulator",
     "postgres": "bench.postgres",
+    "cluster": "bench.cluster",
+    "growth": "bench.cluster",
+    "idle": "bench.cluster",
 }
 
 
@@ -45,6 +49,7 @@ def main() -> int:
             summary = (inspect.getdoc(measure) or "").partition("\n")[0]
             print(f"{name}: {summary}", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix="pavane-bench-") as folder:
+            os.environ["PAVANE_STATE"] = folder  # what is known of databases that are gone
             show(asyncio.run(measure(Path(folder))), chosen.json)
     return 0
 

@@ -1,0 +1,229 @@
+"""Several worker processes on one Postgres: `cluster`, `growth`, `idle`.
+
+`python -m bench.cluster STORE RECORD` is one of them: it works until SIGTERM, and then drains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import asyncpg
+
+from bench.figures import Figure, against, p50
+from bench.processes import five, make_app
+from bench.steps import AT_ONCE, many
+from pavane import App, EngineConfig, Service
+from pavane.testing.postgres import PostgresServer
+
+LEASE_S = 1.5
+WORKERS = 3
+RUNS = 96
+ROUNDS = 4
+FINISHED = 1_000_000
+IDLE_NODES = 30
+IDLE_S = 20.0
+MARK = struct.Struct("<iid")
+
+beats = Service("beats")
+
+
+@beats.step
+async def mark(number: int) -> None:
+    """Note who was here when, outside of the store."""
+    file = os.open(os.environ["BENCH_RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, MARK.pack(number, os.getpid(), time.time()))
+    os.close(file)
+
+
+@beats.workflow
+async def marks(number: int, count: int) -> None:
+    for _ in range(count):
+        await mark(number)
+        await asyncio.sleep(0.05)
+
+
+def app_on(store: str) -> App:
+    return App("bench", [beats], store=store, config=EngineConfig(lease_s=LEASE_S, grace_s=5.0))
+
+
+class _Workers:
+    """Worker processes on one store."""
+
+    def __init__(self, store: str, record: Path) -> None:
+        self._command = [sys.executable, "-m", "bench.cluster", store, str(record)]
+        self._record = record
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self) -> None:
+        process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        self.processes.append(process)
+
+    def marks(self) -> list[tuple[int, int, float]]:
+        return list(MARK.iter_unpack(self._record.read_bytes())) if self._record.exists() else []
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+async def cluster(folder: Path) -> list[Figure]:
+    """What a node's end costs its runs, and a start at a node elsewhere; Postgres, fsync on."""
+    with PostgresServer() as server:
+        url = server.create_database("bench")
+        workers = _Workers(url, folder / "record")
+        try:
+            await asyncio.to_thread(workers.start)
+            return await _disturbed(url, workers)
+        finally:
+            workers.end()
+
+
+async def _disturbed(url: str, workers: _Workers) -> list[Figure]:
+    async with app_on(url).connect() as client:
+        waits: list[float] = []
+        for at in range(200):
+            began = time.time()
+            await (await client.start(marks, (-1 - at, 1), {})).result()
+            waits.append((next(t for n, _, t in workers.marks() if n == -1 - at) - began) * 1e3)
+        figures = [Figure("start at another node, p50", p50(waits), "ms", wanted="≤ 10")]
+        for _ in range(WORKERS - 1):
+            await asyncio.to_thread(workers.start)
+        for at in range(RUNS):
+            await client.start(marks, (at, 100_000), {})
+        await asyncio.sleep(5)
+        for how, bounds in (
+            (signal.SIGKILL, ("≤ 2", "≤ 4")), (signal.SIGTERM, ("≤ 0.2", "")),
+        ):  # fmt: skip
+            gaps: list[float] = []
+            for _ in range(ROUNDS):
+                gaps += await asyncio.to_thread(_end_one, workers, how)
+            name = "kill -9" if how is signal.SIGKILL else "SIGTERM"
+            figures.append(Figure(f"{name}, until a run goes on, p50", p50(gaps), "s",
+                                  wanted=bounds[0]))  # fmt: skip
+            figures.append(Figure(f"{name}, until a run goes on, p99",
+                                  quantiles(gaps, n=100)[98], "s", wanted=bounds[1]))  # fmt: skip
+        return figures
+
+
+def _end_one(workers: _Workers, how: signal.Signals) -> list[float]:
+    """End the oldest worker, and start another; return for how long each of its runs stood."""
+    victim = workers.processes.pop(0)
+    began = time.time()
+    victim.send_signal(how)
+    time.sleep(2 * LEASE_S + 3)
+    victim.wait()
+    last: dict[int, tuple[int, float]] = {}
+    gaps: dict[int, float] = {}
+    for number, pid, at in workers.marks():
+        if at < began or pid == victim.pid:
+            last[number] = (pid, at)
+        elif last.get(number, (0, 0.0))[0] == victim.pid and number not in gaps:
+            gaps[number] = at - (began if how is signal.SIGKILL else last[number][1])
+    assert gaps, "it had no runs"
+    workers.start()
+    time.sleep(3)
+    return list(gaps.values())
+
+
+async def growth(folder: Path) -> list[Figure]:
+    """Steps per second with a million finished runs in the store, against an empty one."""
+    with PostgresServer() as server:
+        url = server.create_database("bench")
+        async with make_app(url) as app:
+
+            async def orchestrated() -> None:
+                await (await app.start(five)).result()
+
+            async def rate() -> float:
+                took = min([await many(orchestrated, 3000, AT_ONCE) for _ in range(3)])
+                return 15_000 / took
+
+            await rate()
+            connection: Any = await asyncpg.connect(url, server_settings={"search_path": "pavane"})
+            empty = await rate()
+            await _fill(connection)
+            full = await rate()
+            await connection.execute("TRUNCATE runs, journal, inbox, log")
+            again = await rate()
+            await connection.close()
+        return [
+            against("steps, a million runs ended", full, "steps/s", empty, "≥ 0.85"),
+            against("steps, empty again", again, "steps/s", empty),
+        ]
+
+
+async def _fill(connection: Any) -> None:
+    """Add copies of one finished run and its journal, numbered below all others."""
+    no = await connection.fetchval("SELECT max(no) FROM runs WHERE ended_us IS NOT NULL")
+    others = ", ".join(
+        row[0]
+        for row in await connection.fetch(
+            "SELECT column_name FROM information_schema.columns WHERE table_schema = 'pavane'"
+            " AND table_name = 'runs' AND column_name NOT IN ('no', 'id') ORDER BY ordinal_position"
+        )
+    )
+    for first in range(1, FINISHED, 100_000):
+        numbers = f"generate_series({first}, {first + 99_999}) AS n"
+        await connection.execute(
+            f"INSERT INTO runs (no, id, {others})"
+            f" SELECT -n, 'old' || n, {others} FROM runs, {numbers} WHERE no = $1",
+            no,
+        )
+        await connection.execute(
+            f"INSERT INTO journal SELECT -n, seq, body FROM journal, {numbers} WHERE run = $1", no
+        )
+    await connection.execute("ANALYZE runs")
+    await connection.execute("ANALYZE journal")
+
+
+async def idle(folder: Path) -> list[Figure]:
+    """What idle nodes cost the database, as a part of one core; fsync on."""
+    with PostgresServer() as server:
+        url = server.create_database("bench")
+        async with AsyncExitStack() as stack:
+            for _ in range(IDLE_NODES):
+                await stack.enter_async_context(make_app(url).worker())
+            await asyncio.sleep(10)
+            before = _cpu_s(server.pid)
+            await asyncio.sleep(IDLE_S)
+            share = (_cpu_s(server.pid) - before) / IDLE_S * 100
+        return [Figure(f"{IDLE_NODES} idle nodes, the database", share, "% of a core")]
+
+
+def _cpu_s(postmaster: int) -> float:
+    """Return the CPU seconds of a server's living processes."""
+    ticks = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if postmaster in (int(process.name), int(fields[1])):
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+async def _work(store: str) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with app_on(store).worker():
+        print("ready", flush=True)
+        await stop.wait()
+
+
+if __name__ == "__main__":
+    os.environ["BENCH_RECORD"] = sys.argv[2]
+    asyncio.run(_work(sys.argv[1]))
