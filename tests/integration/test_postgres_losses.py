@@ -318,6 +318,31 @@ async def test_a_store_that_is_closed_while_it_loses_its_connection_is_closed() 
                 await store.close()
 
 
+@in_loop
+async def test_what_is_written_last_is_announced_before_a_store_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A node that drains hands over at once: the others need not find by looking that it left."""
+    monkeypatch.setattr(watch, "ANNOUNCE_EVERY_S", 60.0)  # that it knows services is told first
+    with Database() as url:
+        one, two = PostgresStore(url, partitions=8), PostgresStore(url, partitions=8)
+        for store in (one, two):
+            await store.open()
+            await store.register(SERVICES)
+        await heard(two)
+        while two.changed():
+            await asyncio.sleep(0.05)
+        two._watch._look_at = float("inf")  # it does not look
+
+        async def told() -> bool:
+            return two.changed()
+
+        await written(one, a_commit(messages=[a_message(one, "last#1")]))
+        await one.close()
+        await until(told)
+        await two.close()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @in_loop
 async def test_runs_go_on_after_a_failover_to_a_standby(

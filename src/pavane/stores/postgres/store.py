@@ -168,6 +168,8 @@ class PostgresStore(EventTables):
     async def close(self) -> None:
         if self._pid not in (0, os.getpid()):
             return  # what was inherited by a fork belongs to the parent
+        if self._pid:
+            await self._watch.finish()
         await self._close_all()
 
     async def _close_all(self) -> None:

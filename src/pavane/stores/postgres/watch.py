@@ -35,6 +35,8 @@ LOOK_S = 1.0
 LOOK_DEAF_S = 0.05
 LOOK_DEAF_MAX_S = 0.5
 PROBE_S = 2.0
+FINISH_S = 1.0
+"""How long to try to announce the last of it when a store is closed."""
 HEARTBEAT_S = 5.0
 """How often the connection that listens is asked whether it is there: it says nothing by itself."""
 AGAIN_MAX_S = 10.0
@@ -57,6 +59,7 @@ class Watch:
         self._look_at = 0.0
         self._look_s = LOOK_DEAF_S
         self._to_announce: asyncio.Event = asyncio.Event()
+        self._announced = True
         self._own_pids: set[int] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -96,7 +99,15 @@ class Watch:
 
     def announce(self) -> None:
         """Note that this process wrote something that others may want to know."""
+        self._announced = False
         self._to_announce.set()
+
+    async def finish(self) -> None:
+        """Announce what is not announced yet, before others have to find it by looking."""
+        if not self._announced:
+            with suppress(Exception):
+                async with asyncio.timeout(FINISH_S):
+                    await self._tell()
 
     # -- speaking ------------------------------------------------------------------------------
 
@@ -105,9 +116,13 @@ class Watch:
             await self._to_announce.wait()
             self._to_announce.clear()
             with suppress(Exception):  # those who are not told look by themselves
-                (pid,) = await self._ask(_NOTIFY, CHANNEL)
-                self._own_pids.add(pid)
+                await self._tell()
+            self._announced = not self._to_announce.is_set()
             await asyncio.sleep(ANNOUNCE_EVERY_S)
+
+    async def _tell(self) -> None:
+        (pid,) = await self._ask(_NOTIFY, CHANNEL)
+        self._own_pids.add(pid)
 
     # -- listening -----------------------------------------------------------------------------
 
