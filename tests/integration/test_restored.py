@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pavane import App, EngineConfig, Event, Run, Service, receive, step_info
+from pavane import App, Client, EngineConfig, Event, Run, Service, receive, step_info
 from pavane.errors import BadArguments, LeaseLost, StoreError
 from pavane.steering.restored import Restored
 from pavane.stores.memory import MemoryStore
@@ -60,6 +60,16 @@ def app_on(url: str) -> App:
     return App("bank", [bank], store=url, config=EngineConfig(lease_s=1.0))
 
 
+async def gone_on_after_a_backup(client: Client, postgres: PostgresServer) -> None:
+    """Have a run finish whose first half is in the backup only."""
+    run = await client.start(in_parts, (), {}, id="before")
+    await until_status(run, "waiting")
+    await asyncio.to_thread(postgres.back_up, "monday")
+    await asyncio.sleep(0.2)  # for a beat
+    await run.send(Go())
+    assert await run.result(timeout=30) == ["first", "second"]
+
+
 async def in_vain(app: App) -> str:
     """Return why nobody may work there."""
     with pytest.raises(StoreError) as refusal:
@@ -76,14 +86,9 @@ async def test_a_backup_that_was_put_back_is_refused_listed_and_accepted(
     url = postgres.create_database("bank")
     app = app_on(url)
     async with app.worker() as client:
-        run = await client.start(in_parts, (), {}, id="before")
-        await until_status(run, "waiting")
-        await asyncio.to_thread(postgres.back_up, "monday")
-        await run.send(Go())
-        assert await run.result(timeout=30) == ["first", "second"]
+        await gone_on_after_a_backup(client, postgres)
         late = await client.start(in_parts, (), {}, id="since")
         await until_status(late, "waiting")
-        await asyncio.sleep(0.3)  # for a beat
     first, second, _ = PAID
     await asyncio.to_thread(postgres.put_back, "monday")
 
@@ -122,12 +127,7 @@ async def test_nobody_works_on_after_a_backup_was_put_back_under_him(
     url = postgres.create_database("bank")
     app = app_on(url)
     async with app.worker() as client:
-        run = await client.start(in_parts, (), {}, id="before")
-        await until_status(run, "waiting")
-        await asyncio.to_thread(postgres.back_up, "monday")
-        await asyncio.sleep(0.3)
-        await run.send(Go())
-        assert await run.result(timeout=30) == ["first", "second"]
+        await gone_on_after_a_backup(client, postgres)
         node: Any = client.node
         session = node.session
         await asyncio.to_thread(postgres.put_back, "monday")
