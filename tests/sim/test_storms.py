@@ -30,6 +30,8 @@ REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
     ("shop", "orchestration", (238,)),
     ("poison", "orchestration", (849,)),
     ("shop", "choreography", (46, 154, 826)),
+    ("harbour", "orchestration", (30527,)),
+    ("harbour", "choreography", (30305,)),
 ]  # fmt: skip
 """Seeds that found bugs of the engine once."""
 BUDGET = 80

@@ -119,6 +119,7 @@ class Attempt(msgspec.Struct, eq=False):
     message: Message | None = None
     parked: ParkedRow | None = None
     task: asyncio.Task[None] | None = None
+    has_begun: bool = False
     revoked: bool = False
     abandoned: bool = False
     permit: str = ""
@@ -164,6 +165,13 @@ class Attempt(msgspec.Struct, eq=False):
     @property
     def is_transaction(self) -> bool:
         return self.step is not None and self.step.transaction
+
+    def stop(self) -> None:
+        """Cancel it. One whose task has not begun sees so when it does: cancelled, it never would,
+        and nobody would give its permit back.
+        """
+        if self.task is not None and self.has_begun:
+            self.task.cancel()
 
     def beat(self, details: Any) -> None:
         """Take a heartbeat, from the step's task or thread; a transaction needs none."""
@@ -365,8 +373,8 @@ class Steps:
             if self._queued.pop(attempt.key, None) is not None:
                 self._session.limits.give_back(attempt.permit)
                 self._drop(attempt)
-            elif attempt.task is not None:
-                attempt.task.cancel()
+            else:
+                attempt.stop()
         self._session.parked_timers.forget((service, id))
         if attempt is None or attempt.parked is not None:
             self._session.submit(Commit(unparked=[(service, id)]))
@@ -498,7 +506,10 @@ class Steps:
         error: BaseException | None = None
         final = False
         raw = b"null"
+        attempt.has_begun = True
         try:
+            if attempt.revoked or self._is_stopped(attempt):
+                raise asyncio.CancelledError
             args, kwargs = step.params.decode(attempt.args)
             current_step.set(attempt)
             options = attempt.options
@@ -761,7 +772,7 @@ class Steps:
         for attempt in list(self._running.values()):
             if self._target(attempt) in targets and attempt.task is not None:
                 attempt.abandoned = True
-                attempt.task.cancel()
+                attempt.stop()
 
     def release(self, targets: set[int]) -> None:
         """Forget the commands of these partitions; the next owner reads them again."""
@@ -792,8 +803,8 @@ class Steps:
     async def close(self) -> None:
         self.draining = True
         self._queued.clear()
-        tasks = [a.task for a in self._running.values() if a.task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
+        running = list(self._running.values())
+        for attempt in running:
+            attempt.stop()
+        if tasks := [attempt.task for attempt in running if attempt.task is not None]:
             await asyncio.wait(tasks, timeout=1.0)
