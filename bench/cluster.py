@@ -20,8 +20,8 @@ from typing import Any
 import asyncpg
 
 from bench.figures import Figure, against, p50
-from bench.processes import five, make_app
-from bench.steps import AT_ONCE, many
+from bench.processes import make_app
+from bench.steps import steps_per_s
 from pavane import App, EngineConfig, Service, continue_as_new
 from pavane.testing.postgres import PostgresServer
 
@@ -160,23 +160,15 @@ async def growth(folder: Path) -> list[Figure]:
     with PostgresServer() as server:
         url = server.create_database("bench")
         async with make_app(url) as app:
-
-            async def orchestrated() -> None:
-                await (await app.start(five)).result()
-
-            async def rate() -> float:
-                took = min([await many(orchestrated, 3000, AT_ONCE) for _ in range(3)])
-                return 15_000 / took
-
-            await rate()
+            await steps_per_s(app, 3000)
             connection: Any = await asyncpg.connect(url, server_settings={"search_path": "pavane"})
-            empty = await rate()
+            empty = await steps_per_s(app, 3000)
             await _fill(connection)
-            full = await rate()
+            full = await steps_per_s(app, 3000)
             bytes = await connection.fetchval("SELECT pg_database_size(current_database())")
             ended = await connection.fetchval("SELECT count(*) FROM runs WHERE no < 0")
             await connection.execute("TRUNCATE runs, journal, inbox, log")
-            again = await rate()
+            again = await steps_per_s(app, 3000)
             await connection.close()
         return [
             against(f"steps, {ended:,} runs ended", full, "steps/s", empty, "≥ 0.85"),

@@ -70,6 +70,13 @@ async def gone_on_after_a_backup(client: Client, postgres: PostgresServer) -> No
     assert await run.result(timeout=30) == ["first", "second"]
 
 
+async def work_once(app: App) -> None:
+    """Work until there is a run that waits."""
+    async with app.worker() as client:
+        run = await client.start(in_parts, (), {}, id="here")
+        await until_status(run, "waiting")
+
+
 async def in_vain(app: App) -> str:
     """Return why nobody may work there."""
     with pytest.raises(StoreError) as refusal:
@@ -83,8 +90,7 @@ async def test_a_backup_that_was_put_back_is_refused_listed_and_accepted(
     postgres: PostgresServer,
 ) -> None:
     """What was done since is done again under the same keys, and not before a person says so."""
-    url = postgres.create_database("bank")
-    app = app_on(url)
+    app = app_on(postgres.create_database("bank"))
     async with app.worker() as client:
         await gone_on_after_a_backup(client, postgres)
         late = await client.start(in_parts, (), {}, id="since")
@@ -94,16 +100,16 @@ async def test_a_backup_that_was_put_back_is_refused_listed_and_accepted(
 
     assert "was put back: it knows nothing of what was done after" in await in_vain(app)
     assert "pavane restored --accept" in await in_vain(app)
-    listed = await asyncio.to_thread(pavane, "restored", "--store", url)
+    listed = await asyncio.to_thread(pavane, "restored", "--store", app.address)
     assert listed.exit_code == 1
     assert "before  in_parts  waiting  bank" in listed.stdout
     assert "since" not in listed.stdout.replace("since then", "")
     assert "1 run had not ended" in listed.stderr
-    told = await asyncio.to_thread(pavane, "restored", "--store", url, "-o", "json")
+    told = await asyncio.to_thread(pavane, "restored", "--store", app.address, "-o", "json")
     found = json.loads(told.stdout)
     assert [one["id"] for one in found["runs"]] == ["before"]
     assert 0 < found["lost"]["from_us"] < found["lost"]["until_us"]
-    accepted = await asyncio.to_thread(pavane, "restored", "--store", url, "--accept")
+    accepted = await asyncio.to_thread(pavane, "restored", "--store", app.address, "--accept")
     assert accepted.exit_code == 0
     assert "accepted" in accepted.stderr
 
@@ -124,8 +130,7 @@ async def test_nobody_works_on_after_a_backup_was_put_back_under_him(
     postgres: PostgresServer,
 ) -> None:
     """Also when the backup knows the node, and its lease."""
-    url = postgres.create_database("bank")
-    app = app_on(url)
+    app = app_on(postgres.create_database("bank"))
     async with app.worker() as client:
         await gone_on_after_a_backup(client, postgres)
         node: Any = client.node
@@ -168,20 +173,18 @@ async def test_a_node_stops_whose_newest_batches_are_forgotten() -> None:
 
 @in_loop
 async def test_another_database_at_the_same_address_is_refused_unless_it_is_blank() -> None:
-    url = server().create_database("moved")
-    try:
+    with Database() as url:
+        name = url.rpartition("/")[2]
         app = app_on(url)
-        async with app.worker() as client:
-            run = await client.start(in_parts, (), {}, id="here")
-            await until_status(run, "waiting")
-        server().drop_database("moved")
-        server().create_database("moved")
+        await work_once(app)
+        server().drop_database(name)
+        server().create_database(name)
         async with app.worker():
             pass
         (noted,) = past._folder().glob("*.json")
         told = noted.read_text()
-        server().drop_database("moved")
-        server().create_database("moved")
+        server().drop_database(name)
+        server().create_database(name)
         async with app.connect() as client:
             await client.start(in_parts, (), {}, id="there")
         assert "is another database" in await in_vain(app)
@@ -190,20 +193,15 @@ async def test_another_database_at_the_same_address_is_refused_unless_it_is_blan
         noted.unlink()
         async with app.worker():
             assert noted.read_text() != told
-    finally:
-        server().drop_database("moved")
 
 
 @in_loop
 async def test_a_machine_that_was_away_for_long_is_let_in() -> None:
     """Beats of nodes that left are kept for a while only; a missing one tells nothing then."""
-    url = server().create_database("aged")
-    try:
+    with Database() as url:
         app = app_on(url)
-        async with app.worker() as client:
-            run = await client.start(in_parts, (), {}, id="here")
-            await until_status(run, "waiting")
-        server().execute("DELETE FROM pavane.beats", "aged")
+        await work_once(app)
+        await rows(url, "DELETE FROM beats")
         assert "was put back" in await in_vain(app)
         (noted,) = past._folder().glob("*.json")
         held = json.loads(noted.read_text())
@@ -211,8 +209,6 @@ async def test_a_machine_that_was_away_for_long_is_let_in() -> None:
         noted.write_text(json.dumps(held))
         async with app.worker():
             pass
-    finally:
-        server().drop_database("aged")
 
 
 @in_loop

@@ -25,8 +25,3 @@ def moment(value: str | int) -> int:
         f'{value!r} is no moment. Write "2h" (ago), "10:30" (today), "2024-05-01" or '
         f'"2024-05-01T10:30".'
     )
-
-
-def exact(us: int) -> str:
-    """Return a time for people, with its date and zone."""
-    return datetime.fromtimestamp(us / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")

@@ -9,10 +9,9 @@ import click
 from pavane.app import RunStatus
 from pavane.cli.connection import Where, connected, where_options
 from pavane.cli.exits import FAILED
-from pavane.cli.moments import exact
 from pavane.cli.output import Format, output_option, print_one, print_table, say
 from pavane.cli.runs.record import read_list
-from pavane.cli.text import counted, duration, short_clock
+from pavane.cli.text import clock, counted, duration, short_clock
 from pavane.cli.timeline import STATUS_COLOURS
 from pavane.steering.restored import Lost
 from pavane.stores.port import RunFilter
@@ -66,8 +65,8 @@ def restored(where: Where, accept: bool, limit: int, output: Format) -> None:
         print_one({"lost": lost, "runs": found}, output)
     else:
         say(
-            f"The database knows nothing of what was done from {exact(lost.from_us)} "
-            f"until {exact(lost.until_us)} ({duration(lost.until_us - lost.from_us)})."
+            f"The database knows nothing of what was done from {clock(lost.from_us)} "
+            f"until {clock(lost.until_us)} ({duration(lost.until_us - lost.from_us)})."
         )
         if found:
             _print(found, now_us)

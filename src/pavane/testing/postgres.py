@@ -133,10 +133,7 @@ class PostgresServer:
 
     def back_up(self, name: str) -> None:
         """Make a copy of all databases while they are used, for `put_back`."""
-        self._run(
-            self._programs() / "pg_basebackup", "-d", self.url(), "-D", self.folder / name,
-            "-c", "fast", "-X", "stream",
-        )  # fmt: skip
+        self._copy_to(self.folder / name)
 
     def put_back(self, name: str) -> None:
         """Go on with a copy, as of when it was made; what was done since is forgotten."""
@@ -153,10 +150,7 @@ class PostgresServer:
         """
         other = PostgresServer()
         other._make_folder()
-        self._run(
-            self._programs() / "pg_basebackup", "-d", self.url(), "-D", other.folder / "data",
-            "-c", "fast", "-X", "stream", "-R",
-        )  # fmt: skip
+        self._copy_to(other.folder / "data", "-R")
         return other
 
     def create_database(self, name: str) -> str:
@@ -190,6 +184,13 @@ class PostgresServer:
                 f"Postgres does not run as root, and {self.folder} is not open to the user that it "
                 f"runs as instead ({self._user.user}). Name a folder elsewhere."
             )
+
+    def _copy_to(self, folder: Path, *options: str) -> None:
+        """Copy the data as it is, while it is used."""
+        self._run(
+            self._programs() / "pg_basebackup", "-d", self.url(), "-D", folder, "-c", "fast",
+            "-X", "stream", *options,
+        )  # fmt: skip
 
     def _check_unused(self, data: Path) -> None:
         """Refuse a folder whose server runs; what is left of one that was killed is no reason."""

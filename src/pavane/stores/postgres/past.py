@@ -139,8 +139,8 @@ class Past:
                 lost = (row["known_us"] or 0, noted.beaten_us)
         return Found(cluster, generation, noted, lost)
 
-    async def check(self, connection: Connection) -> None:
-        """Refuse a database that was put back, or is another one than before."""
+    async def check(self, connection: Connection) -> Found:
+        """Refuse a database that was put back, or is another one than before; else return it."""
         found = await self.look(connection)
         if found.noted is not None and found.noted.cluster != found.cluster:
             raise StoreError(
@@ -155,6 +155,7 @@ class Past:
                 f"this machine worked for it until {until}. `pavane restored` lists what must be "
                 f"looked at; then `pavane restored --accept` lets workers go on."
             )
+        return found
 
     async def accept(self, connection: Connection) -> None:
         """Make the database the next generation, newer than what is noted here."""
@@ -166,15 +167,19 @@ class Past:
 
     async def beat(self, connection: Connection, nonce: str) -> Beat:
         """Beat, unless the database is refused; return what may be noted when it is committed."""
-        await self.check(connection)
+        found = await self.check(connection)
         beaten_us = await connection.fetchval(_BEAT, nonce)
-        row = await connection.fetchrow("SELECT cluster, generation FROM pavane.past")
         await connection.execute(
             "DELETE FROM pavane.beats WHERE beaten_us < pavane.clock_us() - $1", KEPT_US
         )
-        return Beat(row["cluster"], row["generation"], nonce, beaten_us)
+        return Beat(found.cluster, found.generation, nonce, beaten_us)
 
     # -- beating -------------------------------------------------------------------------------
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a node beats here."""
+        return self._task is not None
 
     def keep(self, nonce: str, execute: Callable[[Work], Awaitable[Any]]) -> None:
         """Beat and note until `stop`, with a new nonce from now on."""

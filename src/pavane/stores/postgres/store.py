@@ -93,7 +93,6 @@ class PostgresStore(EventTables):
         self._clock_offset_us = 0
         self._pool: Any = None
         self._pid = 0
-        self._works = False
         self._lease = LeaseConnection(dsn)
         self.past = Past(dsn)
         self._writer = Writer(dsn, self._wrote)
@@ -158,7 +157,7 @@ class PostgresStore(EventTables):
                 await answered(connection, check_server(connection, self.dsn), QUICK_S)
                 head = connection.fetchval("SELECT log FROM pavane.heads")
                 self.tail = await answered(connection, head, QUICK_S)
-                if self._works:
+                if self.past.is_kept:
                     await answered(connection, self.past.check(connection), QUICK_S)
             finally:
                 connection.terminate()
@@ -174,7 +173,6 @@ class PostgresStore(EventTables):
 
     async def _close_all(self) -> None:
         was_open, self._pid = self._pid, 0
-        self._works = False
         await self.past.stop()
         if was_open:
             await self._watch.close()
@@ -450,7 +448,6 @@ class PostgresStore(EventTables):
             return node, beat
 
         node, beat = await self._execute(insert)
-        self._works = True
         await asyncio.to_thread(self.past.note, beat)
         self.past.keep(nonce, self._execute)
         return node
