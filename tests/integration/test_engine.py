@@ -40,7 +40,9 @@ from pavane import (
 )
 from pavane.core.execution import Execution
 from pavane.core.operations import Mode
+from pavane.engine.holder import Holder
 from pavane.engine.steps import Steps
+from pavane.stores.port import Message
 from tests.integration.world import (
     LAYOUTS,
     MODES,
@@ -977,6 +979,37 @@ async def test_an_event_that_comes_while_a_mailbox_is_read_for_the_last_time_is_
             await run.send(Told(text=str(number)))
             await asyncio.sleep(0.015)
         assert sorted(await run.result(timeout=30)) == list("0123456789")
+
+
+@desk.workflow(receives=[Told])
+async def hears_after_a_journey(left: int, heard: list[str]) -> list[str]:
+    await hang(0.1)
+    heard.append((await receive(Told)).text)
+    if left:
+        continue_as_new(left - 1, heard)
+    return heard
+
+
+@in_loop
+async def test_an_event_that_finds_its_run_away_is_not_sent_on_once_the_run_has_taken_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 4: also if where it went is asked so late that it is back, and gone on anew."""
+    send_on = Holder._keep_or_send_on  # pyright: ignore[reportPrivateUsage]
+
+    async def late(holder: Holder, message: Message) -> None:
+        await asyncio.sleep(1)
+        await send_on(holder, message)
+
+    monkeypatch.setattr(Holder, "_keep_or_send_on", late)
+    async with world.working(*SERVICES) as director:
+        run = await director.start(hears_after_a_journey, 2, [])
+        for number in range(2):
+            await asyncio.sleep(0.03)
+            await run.send(Told(text=str(number)))
+        await asyncio.sleep(2)
+        await run.send(Told(text="2"))
+        assert sorted(await run.result(timeout=30)) == list("012")
 
 
 @desk.workflow

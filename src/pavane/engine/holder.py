@@ -740,12 +740,18 @@ class Holder:
             self.with_run(*key, lambda held: self._got_mail(held, mail, message))
 
     async def _keep_or_send_on(self, message: Message) -> None:
-        """The mailbox keeps an event for a run that is away; one that goes on anew has another."""
-        row = await self._store.run_row(message.to, message.run)
+        """The mailbox keeps an event for a run that is away; one that goes on anew has another.
+
+        Only what is in the mailbox after the end is sent on: the run may have come back since its
+        event was kept, and have taken it, or have sent it on itself.
+        """
+        key = (message.to, message.run)
+        row = await self._store.run_row(*key)
         if row is not None and row.status == "continued":
-            self._not_here(message)
-        else:
-            self._session.consumed(message)
+            if any(mail.id == message.id for mail in await self._store.mail_of(*key)):
+                self._not_here(message)
+                return
+        self._session.consumed(message)
 
     def _deliver_kept(self, held: Held, mail: MailRow, message: Message) -> None:
         if not held.reads_mail and not held.knows_mail(mail.id):
