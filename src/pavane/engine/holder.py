@@ -747,11 +747,11 @@ class Holder:
         """
         key = (message.to, message.run)
         row = await self._store.run_row(*key)
-        if row is not None and row.status == "continued":
-            if any(mail.id == message.id for mail in await self._store.mail_of(*key)):
-                self._not_here(message)
-                return
-        self._session.consumed(message)
+        gone_on = row is not None and row.status == "continued"
+        if gone_on and any(mail.id == message.id for mail in await self._store.mail_of(*key)):
+            self._not_here(message)
+        else:
+            self._session.consumed(message)
 
     def _deliver_kept(self, held: Held, mail: MailRow, message: Message) -> None:
         if not held.reads_mail and not held.knows_mail(mail.id):
