@@ -732,12 +732,17 @@ class Holder:
 
         The run may have begun only after it, so that nobody has read its mailbox.
         """
-        key = (message.to, message.run)
-        mail = next((m for m in await self._store.mail_of(*key) if m.id == message.id), None)
+        mail = await self._kept(message)
         if mail is None:  # it was delivered
             self._session.consumed(message)
         else:
+            key = (message.to, message.run)
             self.with_run(*key, lambda held: self._got_mail(held, mail, message))
+
+    async def _kept(self, message: Message) -> MailRow | None:
+        """Return the event of a message, as long as it is in the mailbox of its run."""
+        mail = await self._store.mail_of(message.to, message.run)
+        return next((one for one in mail if one.id == message.id), None)
 
     async def _keep_or_send_on(self, message: Message) -> None:
         """The mailbox keeps an event for a run that is away; one that goes on anew has another.
@@ -745,10 +750,9 @@ class Holder:
         Only what is in the mailbox after the end is sent on: the run may have come back since its
         event was kept, and have taken it, or have sent it on itself.
         """
-        key = (message.to, message.run)
-        row = await self._store.run_row(*key)
+        row = await self._store.run_row(message.to, message.run)
         gone_on = row is not None and row.status == "continued"
-        if gone_on and any(mail.id == message.id for mail in await self._store.mail_of(*key)):
+        if gone_on and await self._kept(message):
             self._not_here(message)
         else:
             self._session.consumed(message)
