@@ -198,8 +198,8 @@ class Client:
             else None
         )
         self._waiting: dict[str, list[asyncio.Future[RunRow]]] = {}
-        self._homes: dict[str, tuple[str, int]] = {}
-        """Home and partition of each run whose end is waited for."""
+        self._homes: dict[str, tuple[str, int, object]] = {}
+        """Home and partition of each run whose end is waited for, and the tenure that tells it."""
         self._poller: asyncio.Task[None] | None = None
         desk = Desk(store, registry, self._write, config.payload_max_bytes)
         self.events = Events(desk)
@@ -355,6 +355,11 @@ class Client:
         if session is None or not session.owns(self.store.target_of(service, run)):
             return None
         return session
+
+    def _tenure(self, target: int) -> object:
+        """Return this process's tenure of a partition; see `Session.tenure`."""
+        session = self._session()
+        return session.tenure(target) if session is not None else None
 
     def _session(self) -> Session | None:
         session = self.node.session if self.node is not None else None
@@ -574,12 +579,14 @@ class Client:
         waiting.append(future)
         try:
             session = self._owner(home, id) if home else None
+            target = self.store.target_of(home, id) if home else 0
+            tenure = self._tenure(target) if home else None
             if session is None or (home, id) not in session.holder.held:
                 row = await self.home_row(id)
-                home = row.home
+                home, target = row.home, row.target
                 if row.status in ENDED:
                     return row
-            self._homes[id] = (home, self.store.target_of(home, id))
+            self._homes[id] = (home, target, tenure)
             if self._poller is None or self._poller.done():
                 self._poller = asyncio.get_running_loop().create_task(self._poll())
             return await future
@@ -595,7 +602,7 @@ class Client:
                 future.set_result(row)
 
     async def _poll(self) -> None:
-        """Look for the ends of runs whose home is in another process."""
+        """Look for the ends of runs that may end, or have ended, in another process."""
         try:
             await self._look_for_ends()
         except PavaneError as error:  # or who waits would do so for ever
@@ -608,13 +615,15 @@ class Client:
         while self._waiting:
             await asyncio.sleep(pause_s)
             looked = 0
-            for id, (home, target) in list(self._homes.items()):
-                session = self._session()
-                if session is not None and session.owns(target):
-                    continue  # its end is told when it is durable
+            for id, (home, target, looked_in) in list(self._homes.items()):
+                tenure = self._tenure(target)
+                if tenure is not None and tenure is looked_in:
+                    continue  # had it ended before, it would have been seen; now it is told
                 row = await self.store.run_row(home, id)
                 if row is not None and row.status in ENDED:
                     self._ended(row)
+                elif id in self._homes:
+                    self._homes[id] = (home, target, tenure)
                 looked += 1
                 if looked % 50 == 0:
                     await asyncio.sleep(0)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
-from pavane import App, Service, StoreError
+from pavane import App, Client, EngineConfig, Event, Service, StoreError, receive
+from pavane.core.baton import ENDED
 from pavane.stores.memory import MemoryStore
 from pavane.stores.port import RunRow
-from tests.integration.world import in_loop
+from tests.integration.world import in_loop, until
 
 desk = Service("desk")
 
@@ -46,3 +48,50 @@ async def test_who_waits_for_a_run_is_told_that_the_store_failed() -> None:
         store.is_failing = False
         async with App("desk", [desk], store=MemoryStore.connect(store)).worker():
             assert await run.result(timeout="5s") == "hello"
+
+
+class Go(Event):
+    pass
+
+
+@desk.workflow(receives=[Go])
+async def wait() -> str:
+    await receive(Go)
+    return "gone"
+
+
+@in_loop
+async def test_who_waits_is_told_of_runs_that_ended_elsewhere_before_they_came_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that takes partitions over is told of the ends of their runs from then on only."""
+    monkeypatch.setattr("pavane.app.POLL_S", 3.0)  # so that nobody looks while it is elsewhere
+    app = App("desk", [desk], store=str(tmp_path / "desk.db"), config=EngineConfig(lease_s=15.0))
+    async with app.worker() as client:
+        async with app.worker() as elsewhere:
+
+            async def shared() -> list[str]:
+                ids = [f"w-{n}" for n in range(20)]
+                return [id for id in ids if is_owner(elsewhere, id)]
+
+            runs = [await client.start(wait, (), {}, id=id) for id in await until(shared)]
+            ends = [asyncio.create_task(run.result()) for run in runs]
+            for run in runs:
+                await run.send(Go())
+
+            async def ended() -> bool:
+                found = [await client.store.run_row("desk", run.id) for run in runs]
+                return all(row is not None and row.status in ENDED for row in found)
+
+            await until(ended)
+
+        async def here() -> bool:
+            return all(is_owner(client, run.id) for run in runs)
+
+        await until(here)
+        assert await asyncio.wait_for(asyncio.gather(*ends), 15) == ["gone"] * len(runs)
+
+
+def is_owner(worker: Client, run: str) -> bool:
+    session = worker.node.session if worker.node else None
+    return session is not None and session.owns(worker.store.target_of("desk", run))

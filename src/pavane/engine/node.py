@@ -140,6 +140,13 @@ class Session:
     def owns(self, target: int) -> bool:
         return target in self._floors and target not in self.draining
 
+    def tenure(self, target: int) -> object:
+        """Return what is one and the same for as long as a partition is this session's, or None.
+
+        What a session tells of its runs says nothing of what became of them before its tenure.
+        """
+        return self._flight[target] if self.owns(target) else None
+
     @property
     def owned(self) -> list[int]:
         return list(self._floors)
