@@ -391,7 +391,9 @@ class Client:
         if message is not None and message.kind == "start":
             header = unpack(Start, message.body).header
             await self.store.register([header.home])
-            return blank_row(0, header.home, message.target, header)
+            row = blank_row(0, header.home, message.target, header)
+            row.header = encode_plain(header)
+            return row
         raise UnknownRun(
             f"No run is called {id!r} in {(await self.store.describe())['place']}. "
             f"`pavane runs list` shows what is there."
@@ -465,7 +467,7 @@ class Client:
         number = await self.store.take_run_numbers(1)
         target = self.store.target_of(row.home, header.run)
         forked = blank_row(number, row.home, target, header)
-        forked.entries = len(entries)
+        forked.header, forked.entries = encode_plain(header), len(entries)
         forked.attributes = row.attributes
         forked.trail = encode_plain([Stop(row.home, now, 0)])
         chunk = b"[" + b",".join(encode_entry(entry) for entry in entries) + b"]"

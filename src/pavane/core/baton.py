@@ -27,7 +27,7 @@ class Parent(msgspec.Struct, frozen=True, array_like=True):
     era: int = 0
 
 
-class Header(msgspec.Struct):
+class Header(msgspec.Struct, omit_defaults=True):
     """What is known of a run from its start; it travels with the baton."""
 
     run: str

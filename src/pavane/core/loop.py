@@ -51,6 +51,22 @@ class WorkflowTask(asyncio.Task[Any]):
         return self.ordinal
 
 
+class _Callback(asyncio.Handle):
+    """A handle that is made without asking whether its loop is being debugged."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, callback: Any, args: tuple[Any, ...], loop: WorkflowLoop, context: Context | None
+    ) -> None:
+        self._context = copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = self._source_traceback = None
+
+
 class DurableTimer(asyncio.TimerHandle):
     """A timer handle that knows its operation."""
 
@@ -164,7 +180,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self._on_timer = self._on_timer_cancelled = _refuse_timer
 
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> Any:
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Callback(callback, args, self, context)
         self._ready.append(handle)
         return handle
 

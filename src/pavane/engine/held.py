@@ -111,11 +111,11 @@ class Held(msgspec.Struct, eq=False):
 
 
 def blank_row(no: int, service: str, target: int, header: Header) -> RunRow:
-    """Return the row of a run that begins at `service`."""
+    """Return the row of a run that begins at `service`; its header is encoded when written."""
     return RunRow(
         no=no, service=service, id=header.run, target=target, workflow=header.workflow,
         version=header.version, mode=header.mode, home=header.home, status="running",
-        holder=service, hop=0, header=_json.encode(header), trail=b"[]", attributes=b"{}",
+        holder=service, hop=0, header=b"", trail=b"[]", attributes=b"{}",
         wake_us=None, reason="", deaths=0, started_us=header.started_us, ended_us=None,
         result=None, undone=0, entries=0,
     )  # fmt: skip

@@ -967,15 +967,13 @@ class Holder:
         else:
             row = blank_row(0, service, message.target, header)
             exists = False
-        held = Held(row, header, passed.execution, exists)
-        held.home_row = passed.home_row
-        held.entries, held.count = passed.entries, passed.count
-        held.size_bytes = passed.size_bytes
-        held.trail, held.attributes, held.undone = passed.trail, passed.attributes, passed.undone
-        if exists:
-            held.unwritten = (passed.entries or [])[row.entries :]
-        else:
-            held.unwritten = list(passed.entries or [])
+        entries = passed.entries or []
+        held = Held(
+            row, header, passed.execution, exists, passed.trail, passed.attributes, passed.entries,
+            entries[row.entries :] if exists else list(entries), passed.count, passed.size_bytes,
+            home_row=passed.home_row,
+        )  # fmt: skip
+        held.undone = passed.undone
         self._arrived(held, message, held.trail[-1].hop)
 
     def _take_written(self, message: Message, redelivered: bool) -> None:
@@ -1115,6 +1113,12 @@ class Holder:
         if not (replayed or unparked or done) and (step := _step_alone(held)) is not None:
             self._go_on(held, step)
             return
+        if replayed and (step := _step_it_came_for(held)) is not None:
+            # A baton whose step runs right here is marked with its result.
+            step.sent = True
+            held.local.add(step.ordinal)
+            self._launch(held, (step,))
+            return
         messages: list[Message] = []
         taken: list[tuple[str, str, str]] = []
         self._collect(held, messages)
@@ -1137,7 +1141,7 @@ class Holder:
             return
         launch = self._dispatch(held, execution.pending.values(), messages, recovered)
         if replayed and not (messages or taken or unparked):
-            # Nothing was delivered. A baton whose step runs right here is marked with its result.
+            # Nothing was delivered. A baton is marked with the result of what runs right here.
             at_once = held.arrival is not None and len(launch) == len(
                 [op for op in execution.pending.values() if op.name != EXPIRY]
             )
@@ -1459,6 +1463,7 @@ class Holder:
             row.entries = held.count if keep_journal else row.entries
             if held.trail and (not held.exists or held.arrival or passed_to):
                 row.trail = encode_plain(held.trail)
+            row.header = row.header or encode_plain(held.header)
             commit.runs = [copy(row)]
             held.exists, held.dirty = True, False
         marks, held.marks = held.marks, []
@@ -1701,6 +1706,7 @@ class Holder:
         commit.journal = [] if kept_journal else held.take_journal()
         if not kept_journal:
             row.entries = held.count
+        row.header = row.header or encode_plain(held.header)
         commit.runs = [copy(row)]
         commit.mail = mail
         commit.unparked = unparked
@@ -1784,6 +1790,17 @@ def _step_alone(held: Held) -> Operation | None:
     if row.wake_us is not None:
         return None
     if held.undone != row.undone or held.arrival or held.consuming or held.marks or held.events:
+        return None
+    return step
+
+
+def _step_it_came_for(held: Held) -> Operation | None:
+    """Return the step that a baton which just arrived came for, if nothing else is to be done."""
+    pending, row = held.execution.pending, held.row
+    if held.arrival is None or len(pending) != 1 or held.execution.given_up or held.mail:
+        return None
+    (step,) = pending.values()
+    if step.kind != "step" or step.service != row.service or step.sent or held.attributes:
         return None
     return step
 

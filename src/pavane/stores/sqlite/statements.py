@@ -13,7 +13,7 @@ from typing import Any
 
 from pavane.stores.sqlite.connection import Connection
 
-_CHUNKS = (256, 64, 16, 4, 1)
+_CHUNKS = (128, 32, 8, 2, 1)
 
 
 @cache
@@ -41,7 +41,7 @@ def _widened(name: str, rows: int) -> tuple[str, int]:
 
 
 def insert_all(connection: Connection, name: str, rows: Sequence[Iterable[Any]]) -> int:
-    """Insert `rows` by statement `name`, as many rows a statement as are there, up to 256.
+    """Insert `rows` by statement `name`, as many rows a statement as are there, up to 128.
 
     Returns how many were inserted or replaced.
     """
