@@ -152,7 +152,7 @@ class Pair:
         for number in (0, 1):
             session = await self.session(number)
             await session.balance()
-            await session.handlers.tick()
+            await session.handlers.look()
 
 
 async def numbers(client: Client, service: str) -> dict[str, list[int]]:
@@ -185,7 +185,7 @@ async def play(path: Path, drawn: list[Act]) -> None:
                     until_us = LAST_US if act.paused else 0
                     await client.store.pause_handler(nos[act.handler], until_us, "by hand")
                     for number in (0, 1):
-                        await (await pair.session(number)).handlers.tick()
+                        await (await pair.session(number)).handlers.look()
                 case Move():
                     await pair.move(act)
                 case Lose():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pavane import App, Client, EngineConfig, Event, Service, StoreError, receive
 from pavane.core.baton import ENDED
+from pavane.errors import PavaneError
 from pavane.stores.memory import MemoryStore
-from pavane.stores.port import RunRow
+from pavane.stores.port import Commit, Fence, RunRow
 from tests.integration.world import in_loop, until
 
 desk = Service("desk")
@@ -95,3 +98,43 @@ async def test_who_waits_is_told_of_runs_that_ended_elsewhere_before_they_came_h
 def is_owner(worker: Client, run: str) -> bool:
     session = worker.node.session if worker.node else None
     return session is not None and session.owns(worker.store.target_of("desk", run))
+
+
+@desk.workflow
+async def nap() -> str:
+    await asyncio.sleep(0.2)
+    await asyncio.sleep(1.0)
+    return "awake"
+
+
+class LateStore(MemoryStore):
+    """Writes late, as on a disk that does not answer for a while."""
+
+    late_s = 0.0
+
+    def submit(
+        self,
+        batch: Sequence[Commit],
+        fence: Fence | None,
+        done: Callable[[Sequence[PavaneError | None]], None],
+    ) -> None:
+        later = partial(super().submit, batch, fence, done)
+        asyncio.get_running_loop().call_later(self.late_s, later)
+
+    def connect(self) -> MemoryStore:
+        return self
+
+
+@in_loop
+async def test_a_timer_is_not_missed_that_was_written_after_its_time_was_read_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pavane.engine.timers.HORIZON_US", 800_000)
+    monkeypatch.setattr("pavane.engine.node.TIMERS_S", 0.1)
+    store = LateStore()
+    async with App("desk", [desk], store=store).worker() as worker:
+        run = await worker.start(nap, (), {}, id="n-1")
+        store.late_s = 0.6
+        await asyncio.sleep(0.5)
+        store.late_s = 0.0
+        assert await run.result(timeout="10s") == "awake"

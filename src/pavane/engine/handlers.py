@@ -165,14 +165,20 @@ class Handlers:
         if moved:
             self._session.submit(Commit(reaction=Reaction(cursors=moved)))
 
-    async def tick(self) -> None:
-        """Write the cursors now and then, and do what people asked for."""
+    def tick(self) -> None:
+        """Write the cursors now and then, and go on with handlers whose pause is over."""
         now_s = self._loop.time()
         if now_s >= self._cursors_due_s:
             self._cursors_due_s = now_s + CURSORS_EVERY_S
             self._write_cursors(
                 [(s, slot) for s in self.consumer.subscriptions for slot in s.slots]
             )
+        for subscription in self.by_no.values():
+            if subscription.paused_until_us:
+                self._pause(subscription, subscription.paused_until_us)
+
+    async def look(self) -> None:
+        """Do what people asked for."""
         if self.by_no:
             for row in await self.store.handler_rows():
                 subscription = self.by_no.get(row.no)
@@ -191,7 +197,11 @@ class Handlers:
         elif not until_us and circuit is not None and circuit.retry_at_s is not None:
             circuit.retry_at_s = min(circuit.retry_at_s, self._loop.time())  # resumed by hand
             subscription.pump()
-        if until_us <= now:
+        self._pause(subscription, until_us)
+
+    def _pause(self, subscription: Subscription, until_us: int) -> None:
+        """Let a handler pause until then; go on with it if that is over."""
+        if until_us <= self._session.now_us():
             until_us = 0
         was, subscription.paused_until_us = subscription.paused_until_us, until_us
         if was and not until_us:

@@ -180,8 +180,6 @@ class Holder:
             self._claiming.discard(key)
             if error is None and not held.dead:
                 self._add(held)
-                if held.row.wake_us is not None:
-                    self._session.run_timers.schedule(key, held.row.wake_us)
                 self._read_first_mail(held)
             if done is not None:
                 done(error)
@@ -1447,6 +1445,8 @@ class Holder:
                 return
             for message in consuming:
                 self._session.consumed(message)
+            if row.wake_us is not None:  # who read ahead meanwhile did not find it
+                self._session.run_timers.schedule(held.key, row.wake_us)
             if row.status in ENDED and row.service == row.home:
                 self._session.ended(row)
             if passed_to and not self._session.owns(self._store.target_of(passed_to, row.id)):

@@ -39,6 +39,7 @@ from pavane.stores.port import (
     Fence,
     InboxRow,
     Message,
+    NodeRow,
     ParkedRow,
     PartitionRow,
     RunRow,
@@ -54,6 +55,9 @@ PAGE = 500
 RUN_NUMBERS = 1000
 POSITIONS_EVERY_S = 2.0
 TICK_S = 0.5
+LOOK_S = 2.0
+"""How long, at most, a node does not look who else is there, and what people ask for."""
+TIMERS_S = 2.0
 GC_YOUNG = 50_000
 ALONE_LOOK_S = 0.01
 ALONE_MAX_LOOKS = 500
@@ -61,7 +65,7 @@ ALONE_MAX_LOOKS = 500
 DRAIN = "drain"
 """What people ask a node for."""
 RELEASED = "released"
-"""The kind of message that tells of free partitions."""
+"""The kind of message that tells of free partitions, or of a node that wants some."""
 
 Key = tuple[str, str]
 
@@ -93,6 +97,8 @@ class Session:
         )
         """Why it must end; None when people asked this node to drain."""
         self._released = asyncio.Event()
+        self._others: list[NodeRow] = []
+        """Who else was there at the last look."""
         self.services = frozenset(services)
         self._shared = sorted({*services, *(duty.name for duty in duties)})
         """What nodes share the partitions of."""
@@ -325,15 +331,13 @@ class Session:
 
     async def balance(self) -> None:
         """Own the share of partitions that is this node's, taking over from nodes that are gone."""
-        nodes = await self.store.nodes()
-        now = self.store.now_us() if self.lease.is_steady else 0  # 0: no lease has run out yet
+        nodes = await self._present()
         if any(n.no == self.fence.node and n.asked == DRAIN for n in nodes):
             self._asked_to_drain()
-        gone = [n for n in nodes if n.no != self.fence.node and self.process.is_gone(n, now)]
-        if gone:
+        if gone := self._gone():
             log.info("taking over from %s", ", ".join(n.name for n in gone))
             await self.store.expire(gone)
-            nodes = await self.store.nodes()
+            nodes = await self._present()
         give: list[PartitionRow] = []
         want: list[int] = []
         hosts = {
@@ -351,6 +355,17 @@ class Session:
             await self._give(give)
         if want:
             await self._own(await self.store.claim(self.fence, want))
+
+    async def _present(self) -> list[NodeRow]:
+        """Look who is there."""
+        nodes = await self.store.nodes()
+        self._others = [node for node in nodes if node.no != self.fence.node]
+        return nodes
+
+    def _gone(self) -> list[NodeRow]:
+        """Return those of the others who, by what is known of them here, are not there any more."""
+        now = self.store.now_us() if self.lease.is_steady else 0  # 0: no lease has run out yet
+        return [node for node in self._others if self.process.is_gone(node, now)]
 
     async def _give(self, rows: Sequence[PartitionRow]) -> None:
         """Hand partitions over in order: let running steps end, write, forget, release."""
@@ -582,6 +597,9 @@ class Session:
         self.lease.start()
         await self.handlers.start()
         await self.balance()
+        if self._others:
+            service = min(self.services)
+            self.submit(self._tell_released(service, self.store.target_of(service, "")))
         self.spawn(self._poll_log())
         self._ticking = self.spawn(self._tick())
         self.spawn(self._read_timers(self.run_timers))
@@ -591,18 +609,21 @@ class Session:
     async def _read_timers(self, queue: DueQueue) -> None:
         while True:
             await queue.poll(self.owned)
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(TIMERS_S)
 
     async def _tick(self) -> None:
-        positions_due = 0.0
+        positions_due = look_due = 0.0
         loop = asyncio.get_running_loop()
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await self._released.wait()
-            self._released.clear()
-            await self.balance()
-            await self.handlers.tick()
+            if self._released.is_set() or loop.time() >= look_due or self._gone():
+                self._released.clear()
+                look_due = loop.time() + LOOK_S
+                await self.balance()
+                await self.handlers.look()
+            self.handlers.tick()
             self.limits.tick()
             self.steps.take_custody(self.now_us() - round(self.config.custody_after_s * 1e6))
             if loop.time() >= positions_due:
