@@ -26,10 +26,10 @@ _HOMES = {
     ),
     "pavane.errors": (
         "BadArguments", "BadDeclaration", "CorruptJournal", "HeartbeatTimeout", "LeaseLost",
-        "Mismatch", "NotDecodable", "NotEncodable", "NotInWorkflow", "OnlyInHandler",
-        "OnlyInWorkflow", "PavaneError", "RunConflict", "RunEnded", "RunFailed", "RunTimeout",
-        "StepError", "StepTimeout", "StoreError", "TooLarge", "UndeclaredReceive", "UnknownName",
-        "UnknownRun",
+        "Mismatch", "NotDecodable", "NotEncodable", "NotInHandler", "NotInWorkflow",
+        "OnlyInHandler", "OnlyInWorkflow", "PavaneError", "RunConflict", "RunEnded", "RunFailed",
+        "RunTimeout", "StepError", "StepTimeout", "StoreError", "TooLarge", "UndeclaredReceive",
+        "UnknownName", "UnknownRun",
     ),
 }  # fmt: skip
 _MODULES = ("outbox",)
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from pavane.errors import Mismatch as Mismatch
     from pavane.errors import NotDecodable as NotDecodable
     from pavane.errors import NotEncodable as NotEncodable
+    from pavane.errors import NotInHandler as NotInHandler
     from pavane.errors import NotInWorkflow as NotInWorkflow
     from pavane.errors import OnlyInHandler as OnlyInHandler
     from pavane.errors import OnlyInWorkflow as OnlyInWorkflow

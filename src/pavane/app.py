@@ -14,9 +14,10 @@ from msgspec import Raw
 
 from pavane.config import MEMORY, make_store, store_address
 from pavane.contract import Contract, make_contract
-from pavane.core.baton import ENDED, Header, Stop, decode_baton
+from pavane.core.baton import ENDED, Header, Stop, chain_of, decode_baton
 from pavane.core.codec import decode_error, decoder, encode
 from pavane.core.envelope import Request, Signal, Start, pack, unpack
+from pavane.core.execution import current
 from pavane.core.journal import Entry, decode_chunk, effective, encode_entry
 from pavane.core.operations import Mode
 from pavane.engine.config import EngineConfig
@@ -32,6 +33,8 @@ from pavane.errors import (
     BadArguments,
     BadDeclaration,
     CorruptJournal,
+    NotInHandler,
+    NotInWorkflow,
     PavaneError,
     RunConflict,
     RunEnded,
@@ -42,6 +45,7 @@ from pavane.errors import (
     UnknownRun,
 )
 from pavane.event import class_of, is_event
+from pavane.handler import current_handler
 from pavane.observe.conversations import Conversations
 from pavane.policy import Duration, seconds
 from pavane.service import Service, checked_name
@@ -79,6 +83,8 @@ R = TypeVar("R")
 
 POLL_S = 0.01
 RUN_ID_MAX = 200
+CHAIN_MAX = 1000
+"""Of a run that goes on as another, and so on, so many are asked what they were sent."""
 _plain = decoder(Any)
 
 
@@ -147,6 +153,7 @@ class Run(Generic[R]):
     async def send(self, event: Any, *, id: str | None = None) -> None:
         """Send `event` to the run's mailbox; a repeated `id` takes effect once.
 
+        That holds also for a run that went on as a new one meanwhile, or has ended.
         Raises RunEnded for a finished run, UnknownRun for none, BadArguments for an event type that
         its workflow does not receive.
         """
@@ -284,6 +291,7 @@ class Client:
         priority: int = 0,
     ) -> Run[R]:
         """Start a run durably; see `App.start`."""
+        self._check_outside("Starting a run of an app", "the workflow's own `start(…)`")
         known = self.registry.workflows.get((workflow.name, workflow.version))
         if known is not workflow:
             raise UnknownName(
@@ -376,13 +384,25 @@ class Client:
         else:
             submit_alone(self.store, commit)
 
+    def _check_outside(self, what: str, instead: str) -> None:
+        """Refuse in a handler of this app what would not be part of its commit."""
+        check_outside_workflow(what, instead)
+        handling = current_handler.get()
+        if handling is not None and handling.registry is self.registry:
+            raise NotInHandler(
+                f"{what} inside a handler would take effect at once, and again with each attempt. "
+                f"Use {instead}, which is written with the mark that the event is handled."
+            )
+
     async def _write(self, commit: Commit) -> None:
+        check_outside_workflow("What an app does to runs and events", "a step")
         await durable(commit, self._submit)
 
     # -- steering ------------------------------------------------------------------------------
 
     async def home_row(self, id: str) -> RunRow:
         """Return the row of a run at its home, or raise UnknownRun."""
+        check_outside_workflow("Looking at runs", "a step")
         for row in await self.store.run_rows(id):
             if row.service == row.home:
                 await self.store.register([row.home])
@@ -400,9 +420,13 @@ class Client:
         )
 
     async def send(self, run: str, event: Any, id: str | None) -> None:
+        self._check_outside("Sending by an app", "the workflow's own `send(…)`")
         if not is_event(event):
             raise BadArguments(f"{event!r} is no event. Derive its class from pavane.Event.")
-        row = await self._open_row(run)
+        row = await self._newest_row(run)
+        if id is not None and await self._was_sent(row, id):
+            return
+        _check_open(row)
         name = class_of(event).event_type
         with suppress(UnknownName):
             self.registry.workflow(row.workflow, row.version).check_receives(event)
@@ -412,12 +436,27 @@ class Client:
         message = self._message("signal", message_id, row.home, row.id, signal)
         await self._write(Commit(messages=[message]))
 
-    async def _open_row(self, run: str) -> RunRow:
+    async def _was_sent(self, row: RunRow, id: str) -> bool:
+        """Tell whether this run, or one that it continues, was sent `id`.
+
+        Of a run that goes on, and continues no other, its mailbox will tell.
+        """
+        base, number = chain_of(row.id)
+        if number == 1 and row.status not in ENDED:
+            return False
+        numbers = range(max(1, number - CHAIN_MAX), number + 1)
+        ids = [f"{base}~{n}#s-{id}" if n > 1 else f"{base}#s-{id}" for n in numbers]
+        return bool(await self.store.seen(row.home, ids))
+
+    async def _newest_row(self, run: str) -> RunRow:
         row = await self.home_row(run)
         while row.status == "continued" and row.result is not None:
             row = await self.home_row(msgspec.json.decode(row.result, type=str))
-        if row.status in ENDED:
-            raise RunEnded(f"Run {row.id!r} has ended ({row.status}); nothing was sent.")
+        return row
+
+    async def _open_row(self, run: str) -> RunRow:
+        row = await self._newest_row(run)
+        _check_open(row)
         return row
 
     async def request(self, run: str, kind: str) -> None:
@@ -436,7 +475,9 @@ class Client:
 
     async def retry(self, run: str) -> None:
         row = await self.home_row(run)
-        if row.status not in ("stuck", "failed"):
+        # Where a travelling run is stuck is known at once, at its home a little later.
+        is_stuck = any(at.status == "stuck" for at in await self.store.run_rows(run))
+        if not is_stuck and row.status != "failed":
             raise BadArguments(
                 f"Run {row.id!r} is {row.status}: only stuck and failed runs can be retried. To do "
                 f"a part again in a new run: `pavane runs fork`."
@@ -490,6 +531,7 @@ class Client:
         conversation: str | None = None, traceparent: str = "",
     ) -> str:  # fmt: skip
         """Publish an event durably; see `App.publish`."""
+        self._check_outside("Publishing by an app", "`service.publish(event)`")
         if not is_event(event):
             raise BadArguments(
                 f"{event!r} is no event. Derive its class from pavane.Event, or use @event."
@@ -795,6 +837,7 @@ class App:
 
     @property
     def client(self) -> Client:
+        check_outside_workflow(f"App {self.name!r}", "a step")
         if self._client is None:
             raise StoreError(
                 f"App {self.name!r} is not open. Write `async with app:` around it, or use "
@@ -850,6 +893,20 @@ class App:
                 return await main()
 
         return asyncio.run(body())
+
+
+def check_outside_workflow(what: str, instead: str) -> None:
+    """Raise NotInWorkflow in workflow code."""
+    if current() is not None:
+        raise NotInWorkflow(
+            f"{what} is not possible in workflow code: it would take effect outside of the "
+            f"journal, and again on every replay. Use {instead}."
+        )
+
+
+def _check_open(row: RunRow) -> None:
+    if row.status in ENDED:
+        raise RunEnded(f"Run {row.id!r} has ended ({row.status}); nothing was sent.")
 
 
 def checked_run_id(id: str) -> str:

@@ -49,6 +49,12 @@ class NotInWorkflow(PavaneError):
     code = "not-in-workflow"
 
 
+class NotInHandler(PavaneError):
+    """A handler tried to do through its app what must be written with its commit."""
+
+    code = "not-in-handler"
+
+
 class NotInSimulation(PavaneError):
     """A step or handler that is simulated tried to leave the simulation."""
 

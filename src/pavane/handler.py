@@ -272,8 +272,10 @@ class Origin(msgspec.Struct, frozen=True):
 
 
 class HandlerContext(Protocol):
-    """The engine's side of a running handler."""
+    """The engine's side of a running handler; `registry` holds the names of its app."""
 
+    @property
+    def registry(self) -> object: ...
     def origin(self, content: str) -> Origin: ...
 
     def delivery(self) -> Delivery: ...

@@ -9,17 +9,29 @@ from typing import Any
 import pytest
 
 from pavane import (
+    App,
     BadArguments,
     Event,
     RunEnded,
+    RunFailed,
     Service,
     choreographed,
     continue_as_new,
     receive,
 )
+from pavane.core.codec import error_summary
 from pavane.core.operations import Mode
-from pavane.stores.eventlog import EventFilter
-from tests.integration.world import LAYOUTS, MODES, Director, Place, World, in_loop, until
+from pavane.stores.eventlog import DeadFilter, EventFilter
+from tests.integration.world import (
+    LAYOUTS,
+    MODES,
+    Director,
+    Place,
+    World,
+    in_loop,
+    until,
+    until_status,
+)
 
 CASES = [(mode, layout) for mode in MODES for layout in LAYOUTS]
 
@@ -35,6 +47,10 @@ class Paid(Event, key="order"):
 
 
 class Cancelled(Event, key="order"):
+    order: str
+
+
+class Offer(Event, key="order", ttl="300ms"):
     order: str
 
 
@@ -202,6 +218,109 @@ async def test_an_event_is_kept_for_as_long_as_declared(small: World) -> None:
 
 
 @in_loop
+async def test_an_event_is_kept_no_longer_than_its_own_time_to_live(small: World) -> None:
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Offer], keep="1h")
+    async def accept(order: str) -> str:
+        try:
+            async with asyncio.timeout(0.3):
+                return (await receive(Offer, key=order)).order
+        except TimeoutError:
+            return "too late"
+
+    async with small.working(shop) as director:
+        await publish(director, Offer(order="a"))
+        assert await director.result(accept, "a") == "a"
+        await asyncio.sleep(0.4)
+        assert await director.result(accept, "a") == "too late"
+
+
+@in_loop
+async def test_each_workflow_finds_events_for_as_long_as_it_says_itself(small: World) -> None:
+    shop = Service("shop")
+
+    async def within(order: str) -> str:
+        try:
+            async with asyncio.timeout(0.3):
+                return (await receive(Paid, key=order)).order
+        except TimeoutError:
+            return "too late"
+
+    @shop.workflow(receives=[Paid], keep="300ms")
+    async def hasty(order: str) -> str:
+        return await within(order)
+
+    @shop.workflow(receives=[Paid], keep="1h")
+    async def patient(order: str) -> str:
+        return await within(order)
+
+    async with small.working(shop) as director:
+        await publish(director, Paid(order="a"))
+        assert await director.result(hasty, "a") == "a"
+        await asyncio.sleep(0.4)
+        assert await director.result(hasty, "a") == "too late"
+        assert await director.result(patient, "a") == "a"
+
+
+@in_loop
+async def test_what_an_app_does_is_refused_where_it_would_not_be_part_of_a_commit(
+    tmp_path: Path,
+) -> None:
+    shop = Service("shop")
+
+    @shop.workflow
+    async def nothing() -> None: ...
+
+    @shop.workflow
+    async def sells(what: str) -> None:
+        if what == "publish":
+            await app.publish(Loose())
+        elif what == "start":
+            await app.start(nothing)
+        else:
+            await app.get("a run").result()
+
+    @shop.on(Placed)
+    async def place(event: Placed) -> None:
+        await app.publish(Loose())
+
+    app = App("shop", [shop], store=str(tmp_path / "shop.db"))
+    async with app:
+        for what in ("publish", "start", "result"):
+            with pytest.raises(RunFailed, match="not possible in workflow code"):
+                await (await app.start(sells, what)).result(timeout=20)
+        await app.publish(Placed(order="a"))
+        (letter,) = await until(lambda: app.client.store.dead_letters(DeadFilter()))
+        assert "Use `service.publish(event)`, which is written" in error_summary(letter.error)
+        types = [row.type for row in await app.client.store.find_events(EventFilter())]
+        assert types == ["Placed"]
+
+
+@in_loop
+async def test_a_run_that_waits_for_nothing_durable_is_stuck_and_says_so(world: World) -> None:
+    shop, depot = Service("shop"), Service("depot")
+    patience = True
+
+    @depot.step
+    async def look() -> None: ...
+
+    @shop.workflow
+    async def waits() -> str:
+        await look()
+        if patience:
+            await asyncio.Event().wait()
+        return "done"
+
+    async with world.working(shop, depot) as director:
+        run = await director.start(waits)
+        await until_status(run, "stuck", reason="waits, but for nothing that is journalled")
+        patience = False
+        await run.retry()
+        assert await run.result(timeout=20) == "done"
+
+
+@in_loop
 async def test_a_run_that_goes_on_anew_gets_each_event_once(world: World) -> None:
     """Invariant 4, across continue_as_new."""
     shop = Service("shop")
@@ -221,6 +340,33 @@ async def test_a_run_that_goes_on_anew_gets_each_event_once(world: World) -> Non
             await publish(director, Paid(order="a", n=n))
             await asyncio.sleep(0.01 * (n % 2))
         assert await run.result(timeout=20) == [0, 1, 2, 3, 4, 5]
+
+
+@in_loop
+async def test_what_is_sent_again_takes_effect_once_however_often_the_run_went_on(
+    world: World,
+) -> None:
+    """Invariant 4, across continue_as_new."""
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Loose])
+    async def add(total: int) -> int:
+        event = await receive(Loose)
+        if event.n:
+            continue_as_new(total + event.n)
+        return total
+
+    async with world.working(shop) as director:
+        run = await director.start(add, 0)
+        for _ in range(3):
+            await run.send(Loose(n=5), id="once")
+            await asyncio.sleep(0.1)
+        await run.send(Loose(n=1), id="other")
+        await run.send(Loose(n=0), id="last")
+        assert await run.result(timeout=20) == 6
+        await run.send(Loose(n=0), id="last")
+        with pytest.raises(RunEnded):
+            await run.send(Loose(n=0), id="late")
 
 
 @in_loop

@@ -54,6 +54,12 @@ class Header(msgspec.Struct, omit_defaults=True):
     limit_key: str = ""
 
 
+def chain_of(run: str) -> tuple[str, int]:
+    """Return the run that `run`, by `continue_as_new`, goes back to, and its number from there."""
+    base, mark, number = run.rpartition("~")
+    return (base, int(number)) if mark and number.isdigit() else (run, 1)
+
+
 class Outcome(msgspec.Struct, frozen=True, array_like=True):
     """How a run ended: `value` is the encoded result, error, or arguments of the next run."""
 

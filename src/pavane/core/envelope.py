@@ -89,7 +89,10 @@ class Note(msgspec.Struct, array_like=True):
 
 
 class Await(msgspec.Struct, array_like=True):
-    """A run waits (or waits no more) for a published event of `type` and `key`."""
+    """A run waits (or waits no more) for a published event of `type` and `key`.
+
+    One that came before it, longer ago than `keep_us`, is none for it; 0: as old as they are kept.
+    """
 
     run: str
     op: int
@@ -98,6 +101,7 @@ class Await(msgspec.Struct, array_like=True):
     type: str
     key: str
     fingerprint: str
+    keep_us: int = 0
 
     @property
     def id(self) -> str:

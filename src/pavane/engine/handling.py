@@ -26,6 +26,7 @@ from pavane.stores.port import Message
 
 if TYPE_CHECKING:
     from pavane.engine.node import Session
+    from pavane.engine.registry import Registry
 
 
 class Handling:
@@ -52,6 +53,10 @@ class Handling:
     @property
     def row(self) -> EventRow:
         return self._item.row
+
+    @property
+    def registry(self) -> Registry:
+        return self._session.registry
 
     @property
     def mailbox(self) -> Mailbox:

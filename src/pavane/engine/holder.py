@@ -28,6 +28,7 @@ from pavane.core.baton import (
     Parent,
     Status,
     Stop,
+    chain_of,
     decode_baton,
     encode_baton,
 )
@@ -1128,6 +1129,10 @@ class Holder:
             else:
                 self._end(held, messages, unparked, taken, done)
             return
+        if not execution.pending and not held.dead:
+            self._commit(held, messages, unparked, taken, done)
+            self._stick(held, _idle(held.header.run))
+            return
         header = held.header
         decision = decide(
             list(execution.pending.values()), here=row.service, home=header.home,
@@ -1318,7 +1323,11 @@ class Holder:
         """
         header = held.header
         type, key = op.detail
-        wanted = Await(header.run, op.ordinal, header.era, header.home, type, key, op.fingerprint)
+        keep_s: float = getattr(held.execution.definition, "keep_s", 0.0)
+        wanted = Await(
+            header.run, op.ordinal, header.era, header.home, type, key, op.fingerprint,
+            round(keep_s * 1e6),
+        )  # fmt: skip
         id = f"{wanted.id}{'w' if kind == 'await' else 'x'}"
         target = self._store.target_of(header.home, key)
         return Message(kind, id, header.home, header.run, pack(wanted), now, target)
@@ -1829,8 +1838,8 @@ def start_claim(header: Header) -> InboxRow:
 
 def next_id(run: str) -> str:
     """Return the id of the run that continues `run`."""
-    base, mark, number = run.rpartition("~")
-    return f"{base}~{int(number) + 1}" if mark and number.isdigit() else f"{run}~2"
+    base, number = chain_of(run)
+    return f"{base}~{number + 1}"
 
 
 class _NoDefinition:
@@ -1863,6 +1872,14 @@ def _quarantined(run: str, deaths: int) -> str:
     return (
         f"Quarantined: {deaths} processes died while this run was under way. Find out why, then "
         f"`pavane runs retry {run}`."
+    )
+
+
+def _idle(run: str) -> str:
+    return (
+        f"Its code waits, but for nothing that is journalled: no step, timer, event or run is "
+        f"under way, so it could never go on. Does it await an asyncio.Event that nobody sets, or "
+        f"something from outside of the run? Repair that, then `pavane runs retry {run}`."
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from msgspec import Raw
 
+from pavane.core.baton import chain_of
 from pavane.core.envelope import Await, Reply, pack, unpack
 from pavane.engine.publishing import upcast
 from pavane.errors import BadEvent, PavaneError
@@ -53,7 +54,7 @@ class Mailbox:
         given: list[AwaitRow] = []
         served: set[str] = set()
         for waiting in await self._store.awaits(*place):
-            run = _first_run(waiting.run)
+            run = chain_of(waiting.run)[0]
             if waiting.pos == 0 and run not in served:
                 served.add(run)
                 given.append(self._give(waiting, row, handling.messages, now))
@@ -78,7 +79,8 @@ class Mailbox:
         reaction = Reaction()
         messages: list[Message] = []
         rows = await self._store.awaits(*place)
-        mine = [row for row in rows if _first_run(row.run) == _first_run(wanted.run)]
+        first, _ = chain_of(wanted.run)
+        mine = [row for row in rows if chain_of(row.run)[0] == first]
         known = next((row for row in mine if row.run == wanted.run and row.id == wanted.id), None)
         if message.kind == "unawait":
             reaction.unawaited = [(wanted.run, wanted.id)]
@@ -110,10 +112,12 @@ class Mailbox:
             for kept in await self._store.kept_events(*place)
             if kept.pos not in taken and kept.expires_us > now
         ]
-        if not kept:
-            return []
-        found = (await self._store.events_at(kept[:1])).get(kept[0])
-        return [] if found is None else [self._give(row, found, messages, now)]
+        keep_us = unpack(Await, row.reply).keep_us
+        for pos in kept:
+            found = (await self._store.events_at([pos])).get(pos)
+            if found is not None and (not keep_us or found.at_us + keep_us > now):
+                return [self._give(row, found, messages, now)]
+        return []
 
     def _give(
         self, waiting: AwaitRow, event: EventRow, messages: list[Message], now: int
@@ -162,9 +166,10 @@ def mailbox_of(service: Service) -> Handler | None:
     """Return the handler that keeps published events for the runs of `service`, if any waits."""
     keeps: dict[Any, float] = {}
     for workflow in service.workflows.values():
-        for event in workflow.receives:
-            if cast("Any", event).event_key is not None:
-                keeps[event] = max(keeps.get(event, 0.0), workflow.keep_s)
+        for event in cast("tuple[Any, ...]", workflow.receives):
+            if event.event_key is not None:
+                ttl_s = workflow.keep_s if event.event_ttl_s is None else event.event_ttl_s
+                keeps[event] = max(keeps.get(event, 0.0), min(workflow.keep_s, ttl_s))
     if not keeps:
         return None
 
@@ -174,9 +179,3 @@ def mailbox_of(service: Service) -> Handler | None:
 
     options = HandlerOptions(breaker=None)
     return Handler(service, keep, MAILBOX, tuple(keeps), options, ())
-
-
-def _first_run(run: str) -> str:
-    """Return the id of the run that this one, perhaps by `continue_as_new`, goes back to."""
-    base, mark, number = run.rpartition("~")
-    return base if mark and number.isdigit() else run
