@@ -76,6 +76,34 @@ def test_a_class_says_its_key_version_name_and_time_to_live() -> None:
     assert (Ping.event_key, Ping.event_ttl_s) == (None, None)
 
 
+def test_a_subclass_inherits_key_and_time_to_live_but_neither_name_nor_version() -> None:
+    class Express(Placed):
+        hours: int = 24
+
+    assert (Express.event_key, Express.event_ttl_s) == ("order", 3600.0)
+    assert (Express.event_type, Express.event_version, Express.event_upcasts) == ("Express", 1, {})
+    assert key_of(Express(order="a", cents=1)) == "a"
+
+
+def test_a_subclass_may_have_another_key_and_time_to_live_or_none() -> None:
+    class Booked(Placed, key="cents", ttl=None): ...
+
+    class Noted(Booked, key=None, ttl="5s"): ...
+
+    assert (Booked.event_key, Booked.event_ttl_s) == ("cents", None)
+    assert (Noted.event_key, Noted.event_ttl_s) == (None, 5.0)
+
+
+def test_a_decorated_subclass_inherits_too() -> None:
+    @event(type_name="stock.Counted")
+    @dataclass
+    class Counted(Changed):
+        by: str = ""
+
+    described: Any = Counted
+    assert (described.event_key, described.event_version) == ("sku", 1)
+
+
 def test_events_are_immutable_and_built_by_name() -> None:
     placed = Placed(order="a", cents=1)
     with pytest.raises(AttributeError):
