@@ -463,6 +463,16 @@ def test_doctor_finds_names_and_schemas_that_do_not_meet(folder: Path) -> None:
     assert "pavane handlers forget NAME" in gone["remedy"]
 
 
+def test_doctor_finds_events_of_newer_code(folder: Path) -> None:
+    (folder / "changed_shop.py").write_text(CHANGED.replace(", version=2", ""))
+    here = ("--store", "newer.db")
+    place("n-1", 5, *here)
+    (schema,) = findings("--app", "changed_shop.py", *here)["schemas"]
+    assert schema["level"] == "fail"
+    assert "OrderPlaced version 2 was published by newer code" in schema["text"]
+    assert "Deploy the newer code here, too" in schema["remedy"]
+
+
 def test_a_handler_that_is_not_in_the_code_any_more_is_forgotten(folder: Path) -> None:
     (folder / "changed_shop.py").write_text(CHANGED)
     here = ("--store", "forgotten.db")

@@ -82,14 +82,9 @@ def read_event(cls: Any, row: EventRow, data: bytes | None = None) -> Any:
     try:
         value = decoder(cls)(raw)
     except NotDecodable as error:
-        newer = (
-            f" It was written by newer code (version {row.version})."
-            if row.version > cls.event_version
-            else ""
-        )
         raise BadEvent(
             f"Event {row.id} is no {cls.event_type} (version {cls.event_version}): "
-            f"{error.__cause__ or error}.{newer}"
+            f"{error.__cause__ or error}."
         ) from error
     if data is None and cls.event_frozen:
         row.value = value
@@ -97,9 +92,17 @@ def read_event(cls: Any, row: EventRow, data: bytes | None = None) -> Any:
 
 
 def upcast(cls: Any, version: int, data: bytes) -> bytes:
-    """Return `data` of an older version in the words of the class as it is now; raise BadEvent."""
-    if version >= cls.event_version:
+    """Return `data` of an older version in the words of the class as it is now; raise BadEvent.
+
+    A newer version means what this code cannot know, even if its data happens to fit the class.
+    """
+    if version == cls.event_version:
         return data
+    if version > cls.event_version:
+        raise BadEvent(
+            f"{cls.event_type} version {version} was published by newer code; the code here knows "
+            f"version {cls.event_version}. Deploy the newer code here, then retry."
+        )
     try:
         plain = _plain.decode(data)
         for step in range(version, cls.event_version):
