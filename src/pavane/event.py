@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import typing
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, ClassVar, TypeVar, cast
+from types import ModuleType, NoneType, UnionType
+from typing import Any, ClassVar, TypeVar, Union, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -50,10 +51,10 @@ def _describe(
     elif not hasattr(cls, "event_ttl_s"):
         cls.event_ttl_s = None
     cls.event_upcasts = {}
-    cls.event_frozen = _is_frozen(cls)
+    cls.event_frozen = is_frozen(cls)
 
 
-def _is_frozen(cls: Any) -> bool:
+def is_frozen(cls: Any) -> bool:
     """Tell whether instances cannot be changed, so that several handlers may be given one."""
     if isinstance(cls, _StructMeta):
         return cast("Any", cls).__struct_config__.frozen
@@ -177,6 +178,17 @@ def is_event_type(cls: object) -> bool:
 
 def is_event(value: object) -> bool:
     return is_event_type(type(value))
+
+
+def takes(annotation: object, event_type: type[Any]) -> bool:
+    """Tell whether what is annotated so may be given such events: not if it names others only."""
+    is_union = typing.get_origin(annotation) in (Union, UnionType)
+    parts = typing.get_args(annotation) if is_union else (annotation,)
+    return any(
+        not is_event_type(part) or issubclass(event_type, cast("type[Any]", part))
+        for part in parts
+        if part is not NoneType
+    )
 
 
 def class_of(event: object) -> Any:

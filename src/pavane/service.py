@@ -34,6 +34,7 @@ from pavane.handler import (
     HandlerOptions,
     Origin,
     Since,
+    check_returns,
     current_handler,
     per_second,
 )
@@ -423,8 +424,9 @@ class Service:
         options: StepOptions,
         transaction: bool = False,
     ) -> Step[..., Any]:
-        if inspect.isasyncgenfunction(fn) or inspect.isgeneratorfunction(fn) or not callable(fn):
+        if not callable(fn):
             raise BadDeclaration(f"{fn!r} cannot be a step: it must be a function that returns.")
+        check_returns(fn, "step")
         chosen = checked_name(name or getattr(fn, "__name__", ""), "step")
         if chosen in self.steps:
             raise BadDeclaration(
@@ -479,6 +481,7 @@ class Service:
         def declare(function: Callable[..., Any]) -> Workflow[..., Any]:
             from pavane.workflow import Workflow
 
+            check_returns(function, "workflow")
             if not inspect.iscoroutinefunction(function):
                 raise BadDeclaration(
                     f"{getattr(function, '__name__', function)} cannot be a workflow: write it as "
