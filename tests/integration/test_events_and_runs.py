@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from pavane import (
     BadArguments,
     Event,
+    Retry,
     RunEnded,
     Service,
     choreographed,
@@ -382,6 +384,55 @@ async def test_a_handler_sends_only_what_a_workflow_receives(small: World) -> No
 
         (error,) = await until(failed)
     assert "does not receive Paid; it receives: Loose" in str(error)
+
+
+# -- events that do not fit their class --------------------------------------------------------
+
+
+@in_loop
+async def test_an_event_that_does_not_fit_its_class_is_refused_where_it_is_published(
+    small: World,
+) -> None:
+    shop = Service("shop")
+    bad: Any = Paid(order="a", n="many")  # pyright: ignore[reportArgumentType]
+    why = r"This Paid does not fit its class: Expected `int`, got `str` - at `\$\.n`"
+
+    @shop.on(Placed, retry=Retry(attempts=1))
+    async def pay(event: Placed) -> Paid:
+        return bad
+
+    @shop.workflow(receives=[Paid])
+    async def settle() -> str:
+        try:
+            await shop.publish(bad)
+        except BadArguments as error:
+            return str(error)
+        return (await receive(Paid)).order
+
+    async with small.working(shop) as director:
+        with pytest.raises(BadArguments, match=why):
+            await publish(director, bad)
+        assert re.match(why, await director.result(settle))
+        await publish(director, Placed(order="a"))
+        (letter,) = await until(director.client.dead.list, "a dead letter")
+        assert letter.cause.startswith("BadArguments: This Paid does not fit its class")
+        assert await director.client.events.list(EventFilter(types=("Paid",))) == []
+
+
+@in_loop
+async def test_an_event_that_does_not_fit_its_class_is_not_sent(small: World) -> None:
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Loose])
+    async def wait() -> int:
+        return (await receive(Loose)).n
+
+    async with small.working(shop) as director:
+        run = await director.start(wait)
+        with pytest.raises(BadArguments, match=r"This Loose does not fit.* - at `\$\.n`"):
+            await run.send(Loose(n="1"))  # pyright: ignore[reportArgumentType]
+        await run.send(Loose(n=1))
+        assert await run.result(timeout=20) == 1
 
 
 # -- events of newer code ----------------------------------------------------------------------

@@ -11,7 +11,7 @@ import msgspec
 
 from pavane.contract import start_type
 from pavane.core.baton import Header
-from pavane.core.codec import decoder, encode
+from pavane.core.codec import decoder, encode, encode_fitting
 from pavane.errors import BadEvent, NotDecodable, TooLarge
 from pavane.event import class_of, key_of
 from pavane.handler import Origin
@@ -25,12 +25,15 @@ def event_row(
     store: EventStore, event: Any, *, id: str, source: str, at_us: int, conversation: str,
     cause: str, trace: str = "", data: bytes | None = None,
 ) -> EventRow:  # fmt: skip
-    """Return the row that publishes `event`; `data` is its encoding, if that is at hand."""
+    """Return the row that publishes `event`; `data` is its encoding, if that is at hand.
+
+    Raises BadArguments for an event whose values do not fit its class.
+    """
     kind = class_of(event)
     key = key_of(event)
     return EventRow(
         id, kind.event_type, kind.event_version, key, source, at_us, conversation, cause, trace,
-        encode(event) if data is None else data, store.slot_of(key, id),
+        encode_fitting(event) if data is None else data, store.slot_of(key, id),
     )  # fmt: skip
 
 
