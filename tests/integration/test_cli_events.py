@@ -133,6 +133,19 @@ def test_list_and_show_print_cloud_events(worker: None) -> None:
     assert read("events", "show", id)["envelope"] == event
 
 
+def test_an_event_looks_the_same_with_and_without_the_code(
+    worker: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place("s-3", 990)
+    published("Thanked", "s-3")
+    with_code = events("-k", "s-3")
+    monkeypatch.delenv("PAVANE_APP")
+    assert events("-k", "s-3", *STORE) == with_code
+    assert {e["source"] for e in with_code} == {
+        "/pavane/event_shop", "/pavane/payments", "/pavane/mail",
+    }  # fmt: skip
+
+
 def test_show_tells_what_became_of_an_event(worker: None) -> None:
     id = place("s-2", 990)
     published("Thanked", "s-2")

@@ -253,11 +253,11 @@ def test_a_missing_upcast_says_what_to_declare() -> None:
 
 def test_the_envelope_is_cloudevents_with_cause_and_trace() -> None:
     trace = f"00-{'ab' * 16}-{'cd' * 8}-01"
-    told = cloud_event(row(Placed, b'{"order":"a"}', 3, cause="e0", trace=trace), "store")
+    told = cloud_event(row(Placed, b'{"order":"a"}', 3, cause="e0", trace=trace))
     assert msgspec.json.decode(msgspec.json.encode(told)) == {
         "specversion": "1.0",
         "id": "e1",
-        "source": "/store/shop",
+        "source": "/pavane/shop",
         "type": "Placed",
         "time": "2023-11-14T22:13:20Z",
         "datacontenttype": "application/json",

@@ -124,12 +124,15 @@ def upcast(cls: Any, version: int, data: bytes) -> bytes:
         ) from error
 
 
-def cloud_event(row: EventRow, app: str = "pavane") -> dict[str, Any]:
-    """Return the event with its CloudEvents 1.0 attributes, as a dict that is valid JSON."""
+def cloud_event(row: EventRow) -> dict[str, Any]:
+    """Return the event with its CloudEvents 1.0 attributes, as a dict that is valid JSON.
+
+    They are those of the row alone, whichever code looks at it.
+    """
     envelope: dict[str, Any] = {
         "specversion": "1.0",
         "id": row.id,
-        "source": f"/{app}/{row.source}",
+        "source": f"/pavane/{row.source}",
         "type": row.type,
         "time": datetime.fromtimestamp(row.at_us / 1e6, UTC).isoformat().replace("+00:00", "Z"),
         "datacontenttype": "application/json",
