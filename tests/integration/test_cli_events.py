@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with in_folder_of(folder, APP, monkeypatch, "changed_shop", "starts_shop"):
+    with in_folder_of(folder, APP, monkeypatch, "changed_shop", "starts_shop", "till"):
         yield
 
 
@@ -120,6 +120,26 @@ def test_publish_takes_the_fields_as_json(worker: None) -> None:
 def test_text_that_looks_like_a_number_stays_text(worker: None) -> None:
     place("17", 5)
     assert published("OrderPlaced", "17")[0]["data"]["order_id"] == "17"
+
+
+TILL = '''
+"""A service that only publishes, what another module declares."""
+from event_shop import Charged
+from pavane import App, Event, Service
+
+class OrderPlaced(Event, key="order_id"):
+    order_id: str
+
+app = App("till", services=[Service("till")], store="till.db")
+'''
+
+
+def test_an_app_that_only_publishes_knows_the_events_of_its_module(folder: Path) -> None:
+    (folder / "till.py").write_text(TILL)
+    here = ("--app", "till.py")
+    good("events", "publish", "OrderPlaced", "order_id=t-1", *here)
+    good("events", "publish", "Charged", "order_id=t-1", "cents=5", *here)
+    assert [e["type"] for e in events("-k", "t-1", *here)] == ["Charged", "OrderPlaced"]
 
 
 def test_list_and_show_print_cloud_events(worker: None) -> None:
