@@ -179,6 +179,16 @@ def test_show_tells_what_became_of_an_event(worker: None) -> None:
     assert f"run {id}.follow of audit" in good("events", "show", thanked)
 
 
+def test_the_schema_of_an_event_is_found_by_its_dataschema(worker: None) -> None:
+    place("s-4", 990)
+    (event,) = published("OrderPlaced", "s-4")
+    schema = json.loads(good("events", "schema", event["dataschema"]))
+    assert schema["$id"] == event["dataschema"]
+    assert schema == json.loads(good("events", "schema", "OrderPlaced"))
+    (described,) = schema["$defs"].values()
+    assert described["properties"]["cents"] == {"type": "integer", "default": 0}
+
+
 def test_list_filters_by_time(worker: None) -> None:
     place("s-3", 990)
     assert events("-k", "s-3", "--since", "1h")
@@ -542,6 +552,12 @@ def test_doctor_tells_of_dead_letters(worker: None) -> None:
         (3, ["events", "show", "nope"], "No event has the id 'nope' in "),
         (3, ["events", "publish", "OrderPlacd"], "No event type is called 'OrderPlacd'."),
         (3, ["events", "publish", "OrderPlaced", "order=1"], "Did you mean 'order_id'?"),
+        (3, ["events", "schema", "OrderPlacd"], "No event type is called 'OrderPlacd'."),
+        (
+            3,
+            ["events", "schema", "pavane:event:OrderPlaced:1"],
+            "OrderPlaced is of version 2 in this code, and 'pavane:event:OrderPlaced:1' asks for",
+        ),
         (2, ["events", "publish", "OrderPlaced", "x"], "'x' must be FIELD=VALUE."),
         (
             2,
@@ -563,6 +579,7 @@ def test_an_error_says_what_to_do(worker: None, code: int, arguments: list[str],
 @pytest.mark.parametrize(
     "command",
     ["events publish", "events list", "events show", "events tail", "events replay",
+     "events schema",
      "handlers list", "handlers show", "handlers pause", "handlers resume", "dead list",
      "dead show", "dead retry", "dead edit", "dead drop"],
 )  # fmt: skip
@@ -591,3 +608,4 @@ def test_names_complete(worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     assert id in completed("events", "show", id[:12])
     assert "OrderPlaced" in completed("events", "publish", "Ord")
+    assert completed("events", "schema", "Ord") == ["OrderPlaced"]

@@ -295,3 +295,11 @@ def test_every_kind_of_event_has_a_json_schema(cls: Any) -> None:
     inner: Any = schema.get("$defs", {}).get(cls.__name__, schema)
     assert set(inner["properties"]) >= {cls.event_key}
     assert inner["type"] == "object"
+
+
+def test_a_schema_names_what_it_cannot_describe() -> None:
+    class Met(Event):
+        who: Joined
+
+    inner = json_schema(Met)["$defs"]["Met"]
+    assert inner["properties"]["who"] == {"title": "Joined"}

@@ -19,6 +19,7 @@ from pavane.stores.eventlog import EventRow, EventStore
 
 _plain = msgspec.json.Decoder(dict[str, Any])
 _TRACE_ID = slice(3, 35)
+SCHEMA = "pavane:event:"
 
 
 def event_row(
@@ -149,7 +150,8 @@ def cloud_event(row: EventRow) -> dict[str, Any]:
 
 
 def schema_uri(type: str, version: int) -> str:
-    return f"pavane:event:{type}:{version}"
+    """Return what names the schema of an event; `pavane events schema` resolves it."""
+    return f"{SCHEMA}{type}:{version}"
 
 
 def traceparent(row: EventRow) -> str:
@@ -164,7 +166,13 @@ def _hex(text: str, size: int) -> str:
 
 def json_schema(cls: Any) -> dict[str, Any]:
     """Return the JSON Schema of an event class."""
-    schema = (
-        cls.model_json_schema() if hasattr(cls, "model_json_schema") else msgspec.json.schema(cls)
-    )
+    if hasattr(cls, "model_json_schema"):
+        schema = cls.model_json_schema()
+    else:
+        schema = msgspec.json.schema(cls, schema_hook=_schema_of_other)
     return {"$id": schema_uri(cls.event_type, cls.event_version), **schema}
+
+
+def _schema_of_other(kind: Any) -> dict[str, Any]:
+    """Tell no more than the name of what msgspec does not know, such as a pydantic model."""
+    return {"title": kind.__name__}
