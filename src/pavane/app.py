@@ -15,7 +15,7 @@ from msgspec import Raw
 from pavane.config import MEMORY, make_store, store_address
 from pavane.contract import Contract, make_contract
 from pavane.core.baton import ENDED, Header, Stop, chain_of, decode_baton
-from pavane.core.codec import decode_error, decoder, encode
+from pavane.core.codec import decode_error, decoder, encode_fitting
 from pavane.core.envelope import Request, Signal, Start, pack, unpack
 from pavane.core.execution import current
 from pavane.core.journal import Entry, decode_chunk, effective, encode_entry
@@ -155,7 +155,7 @@ class Run(Generic[R]):
 
         That holds also for a run that went on as a new one meanwhile, or has ended.
         Raises RunEnded for a finished run, UnknownRun for none, BadArguments for an event type that
-        its workflow does not receive.
+        its workflow does not receive, or values that are not of the types that the class declares.
         """
         await self._client.send(self.id, event, id)
 
@@ -430,7 +430,7 @@ class Client:
         name = class_of(event).event_type
         with suppress(UnknownName):
             self.registry.workflow(row.workflow, row.version).check_receives(event)
-        body = self._checked(encode(event), f"Event {name}")
+        body = self._checked(encode_fitting(event), f"Event {name}")
         message_id = f"{row.id}#s-{id or self._process.new_id()}"
         signal = pack(Signal(name, Raw(body)))
         message = self._message("signal", message_id, row.home, row.id, signal)
@@ -882,6 +882,9 @@ class App:
 
         An `id` that was published before changes nothing, so a repeated call takes effect once.
         `traceparent` is the W3C trace context that it belongs to; without one it begins its own.
+
+        Raises BadArguments for what is no event, and for one whose values are not of the types that
+        its class declares; NotEncodable and TooLarge for one that cannot be written.
         """
         return await self.client.publish(event, source=self.name, id=id, traceparent=traceparent)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import typing
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, ClassVar, TypeVar, cast
+from types import ModuleType, NoneType, UnionType
+from typing import Any, ClassVar, TypeVar, Union, cast
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from pavane.errors import BadDeclaration, UnknownName
 from pavane.policy import Duration, seconds
@@ -22,12 +24,14 @@ _StructMeta = type(msgspec.Struct)
 def _describe(
     cls: Any,
     fields: tuple[str, ...],
-    key: str | None,
+    key: str | UnsetType | None,
     version: int,
     type_name: str | None,
-    ttl: Duration | None,
+    ttl: Duration | UnsetType | None,
 ) -> None:
     name = type_name or cls.__name__
+    if isinstance(key, UnsetType):
+        key = getattr(cls, "event_key", None)
     if key is not None and key not in fields:
         raise BadDeclaration(
             f"Event {cls.__name__} has key={key!r}, which is not one of its fields "
@@ -42,12 +46,15 @@ def _describe(
     cls.event_key = key
     cls.event_version = version
     cls.event_type = name
-    cls.event_ttl_s = None if ttl is None else seconds(ttl)
+    if not isinstance(ttl, UnsetType):
+        cls.event_ttl_s = None if ttl is None else seconds(ttl)
+    elif not hasattr(cls, "event_ttl_s"):
+        cls.event_ttl_s = None
     cls.event_upcasts = {}
-    cls.event_frozen = _is_frozen(cls)
+    cls.event_frozen = is_frozen(cls)
 
 
-def _is_frozen(cls: Any) -> bool:
+def is_frozen(cls: Any) -> bool:
     """Tell whether instances cannot be changed, so that several handlers may be given one."""
     if isinstance(cls, _StructMeta):
         return cast("Any", cls).__struct_config__.frozen
@@ -81,10 +88,10 @@ class EventMeta(_StructMeta):
         bases: tuple[type, ...],
         namespace: dict[str, Any],
         *,
-        key: str | None = None,
+        key: str | UnsetType | None = UNSET,
         version: int = 1,
         type_name: str | None = None,
-        ttl: Duration | None = None,
+        ttl: Duration | UnsetType | None = UNSET,
         **options: Any,
     ) -> Any:
         options.setdefault("frozen", True)
@@ -110,7 +117,8 @@ class Event(msgspec.Struct, metaclass=EventMeta):
     `key` names the field that orders events and routes them: those of one key are handled in order.
     `version` counts incompatible changes; old ones are read through their upcasts, one version at
     a time. With `ttl` an event that is older when its turn comes is not handled any more.
-    `type_name` is its name in the log, the class's name by default.
+    `type_name` is its name in the log, the class's name by default. A subclass is an event of its
+    own, with a name and version of its own; it inherits `key` and `ttl`, and None undoes either.
     """
 
     event_key: ClassVar[str | None]
@@ -128,10 +136,10 @@ class Event(msgspec.Struct, metaclass=EventMeta):
 
 def event(
     *,
-    key: str | None = None,
+    key: str | UnsetType | None = UNSET,
     version: int = 1,
     type_name: str | None = None,
-    ttl: Duration | None = None,
+    ttl: Duration | UnsetType | None = UNSET,
 ) -> Callable[[C], C]:
     """Make an event of a dataclass or pydantic model; see `Event` for what the options mean."""
 
@@ -170,6 +178,17 @@ def is_event_type(cls: object) -> bool:
 
 def is_event(value: object) -> bool:
     return is_event_type(type(value))
+
+
+def takes(annotation: object, event_type: type[Any]) -> bool:
+    """Tell whether what is annotated so may be given such events: not if it names others only."""
+    is_union = typing.get_origin(annotation) in (Union, UnionType)
+    parts = typing.get_args(annotation) if is_union else (annotation,)
+    return any(
+        not is_event_type(part) or issubclass(event_type, cast("type[Any]", part))
+        for part in parts
+        if part is not NoneType
+    )
 
 
 def class_of(event: object) -> Any:

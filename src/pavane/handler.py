@@ -9,13 +9,14 @@ import typing
 from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
 
 import msgspec
 
 from pavane.core.codec import decoder, resolve_hints
 from pavane.errors import BadDeclaration, OnlyInHandler
-from pavane.event import is_event_type
+from pavane.event import is_event_type, is_frozen, takes
 from pavane.policy import Duration, Limit, Retry, seconds
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(.+?)\s*")
 BEGINNING = "beginning"
 Since = datetime | Literal["beginning"] | None
+_IMMUTABLE = (int, float, complex, Decimal, str, bytes, tuple, frozenset, types.NoneType)
 
 
 class Breaker(msgspec.Struct, frozen=True):
@@ -102,6 +104,7 @@ class Handler:
         self.options = options
         self.instead_of = instead_of
         self.starts = starts
+        check_returns(fn, f"handler {self!r}")
         self.is_async = inspect.iscoroutinefunction(fn)
         hints, _ = resolve_hints(fn)
         first = next(iter(inspect.signature(fn).parameters), "")
@@ -110,8 +113,10 @@ class Handler:
         if emits is None and hints.get("return", Any) is not Any:
             self.emits = emitted(hints["return"], f"{self!r}")
         self.limit_name = "" if options.limit is None else options.limit.name or name
-        self.state_decoder = None if options.state is None else decoder(options.state)
         self._check(fn)
+        self._check_annotation(first, hints.get(first))
+        self._check_state()
+        self.state_decoder = None if options.state is None else decoder(options.state)
         self.__name__ = name
         self.__doc__ = fn.__doc__
         self.__wrapped__ = fn
@@ -159,6 +164,34 @@ class Handler:
             )
         self._check_variant()
 
+    def _check_annotation(self, name: str, hint: object) -> None:
+        given = typing.get_args(hint)[0] if self.takes_list else hint
+        for event in self.events.values():
+            if not takes(given, event):
+                raise BadDeclaration(
+                    f"Handler {self!r} handles {_spelled(event)}, but its parameter {name!r} is "
+                    f"annotated as {_spelled(hint)}. Annotate it as what it is given, or handle "
+                    f"what it is annotated as."
+                )
+
+    def _check_state(self) -> None:
+        kind = self.options.state
+        if kind is None:
+            return
+        name = kind.__name__
+        try:
+            new = kind()
+        except Exception as error:
+            raise BadDeclaration(
+                f"Handler {self!r} has state={name}, but {name}(), which makes the state of a new "
+                f"key, fails: {error}. Give its fields defaults."
+            ) from error
+        if isinstance(new, _IMMUTABLE) or _is_value(new):
+            raise BadDeclaration(
+                f"Handler {self!r} has state={name}, which cannot be changed, so nothing would "
+                f"ever be kept. Use what can, such as a dataclass with a field."
+            )
+
     def _check_variant(self) -> None:
         share, main = self.options.share, self.instead_of
         if self.options.shadow and (self.options.transaction or share is not None):
@@ -202,6 +235,32 @@ class Handler:
 
     def __repr__(self) -> str:
         return f"{self.service.name}.{self.name}"
+
+
+def check_returns(fn: Callable[..., Any], what: str) -> None:
+    """Raise BadDeclaration for a generator: called, it would run no line of its code."""
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise BadDeclaration(
+            f"{getattr(fn, '__name__', fn)} cannot be a {what}: it has a `yield`, and must be a "
+            f"function that returns. Return what it yields, as a list."
+        )
+
+
+def _is_value(instance: object) -> bool:
+    """Tell whether neither an instance nor what it holds can be changed."""
+    if not is_frozen(type(instance)):
+        return False
+    try:
+        hash(instance)
+    except TypeError:
+        return False
+    return True
+
+
+def _spelled(annotation: object) -> str:
+    if isinstance(annotation, type):
+        return f"{annotation.__module__}.{annotation.__qualname__}"
+    return str(annotation)
 
 
 def emitted(returns: object, what: str) -> tuple[type[Any], ...]:

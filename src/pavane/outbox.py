@@ -30,7 +30,7 @@ from contextlib import suppress
 from typing import Any
 
 from pavane.app import checked_run_id
-from pavane.core.codec import encode
+from pavane.core.codec import encode_fitting
 from pavane.core.execution import PAYLOAD_MAX_BYTES, current
 from pavane.engine.process import new_id
 from pavane.engine.publishing import checked_size
@@ -56,7 +56,8 @@ async def publish(
     and from what is published, so that another attempt publishes the same only once.
 
     Raises StoreError for a connection on another database or one that would publish at once,
-    BadArguments for what is no event or no connection, NotEncodable and TooLarge for the event.
+    BadArguments for what is no event or no connection and for an event whose values are not of the
+    types that its class declares, NotEncodable and TooLarge for one that cannot be written.
     """
     row = _row(event, id, source)
     if _is_a(connection, "asyncpg", "Connection") or _is_pooled_asyncpg(connection):
@@ -98,7 +99,7 @@ def _row(event: Any, id: str | None, source: str | None) -> EventRow:
             "outbox.publish(…) belongs into a step, where connections do. In workflow code use "
             "`await service.publish(event)`."
         )
-    kind, key, data = class_of(event), key_of(event), encode(event)
+    kind, key, data = class_of(event), key_of(event), encode_fitting(event)
     chosen = new_id() if id is None else checked_run_id(id)
     if context is not None:
         content = f"{kind.event_type} {kind.event_version} {key} {data.decode()}"

@@ -21,7 +21,7 @@ from typing import (
 
 import msgspec
 
-from pavane.core.codec import Params
+from pavane.core.codec import Params, encode_fitting
 from pavane.core.execution import Execution, current, required
 from pavane.core.operations import Mode
 from pavane.core.saga import current_saga
@@ -34,6 +34,7 @@ from pavane.handler import (
     HandlerOptions,
     Origin,
     Since,
+    check_returns,
     current_handler,
     per_second,
 )
@@ -423,8 +424,9 @@ class Service:
         options: StepOptions,
         transaction: bool = False,
     ) -> Step[..., Any]:
-        if inspect.isasyncgenfunction(fn) or inspect.isgeneratorfunction(fn) or not callable(fn):
+        if not callable(fn):
             raise BadDeclaration(f"{fn!r} cannot be a step: it must be a function that returns.")
+        check_returns(fn, "step")
         chosen = checked_name(name or getattr(fn, "__name__", ""), "step")
         if chosen in self.steps:
             raise BadDeclaration(
@@ -479,6 +481,7 @@ class Service:
         def declare(function: Callable[..., Any]) -> Workflow[..., Any]:
             from pavane.workflow import Workflow
 
+            check_returns(function, "workflow")
             if not inspect.iscoroutinefunction(function):
                 raise BadDeclaration(
                     f"{getattr(function, '__name__', function)} cannot be a workflow: write it as "
@@ -509,7 +512,8 @@ class Service:
         """Publish `event` from a workflow or handler, with its next commit; return its id.
 
         The id is derived from the run and the operation, or from the event that is handled: a
-        replay or another attempt publishes nothing twice.
+        replay or another attempt publishes nothing twice. Raises BadArguments for what is no event,
+        and for one whose values are not of the types that its class declares.
         """
         if not is_event(event):
             raise BadArguments(
@@ -520,7 +524,7 @@ class Service:
             return handling.publish(event, self.name)
         execution = required(f"{self.name}.publish(…)")
         kind = class_of(event)
-        raw = execution.encoded(event, f"Event {kind.event_type}")
+        raw = execution.checked(encode_fitting(event), f"Event {kind.event_type}")
         operation = execution.announce(
             "publish", kind.event_type, self.name, args=raw, detail=event
         )

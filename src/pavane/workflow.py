@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Coroutine
 from contextvars import Token
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from pavane.errors import (
     OnlyInWorkflow,
     UndeclaredReceive,
 )
-from pavane.event import class_of, is_event, is_event_type
+from pavane.event import class_of, is_event, is_event_type, takes
 from pavane.handler import Handler, HandlerOptions, current_handler
 from pavane.policy import Limit
 
@@ -92,6 +93,7 @@ class Workflow(Generic[P, R]):
         """
         if not is_event_type(event_type):
             raise BadDeclaration(f"starts_on={event_type!r} must be an event class.")
+        self._check_takes(event_type)
 
         async def begin(event: Any) -> None:
             raw = self.params.check((event,), {})
@@ -111,6 +113,24 @@ class Workflow(Generic[P, R]):
             self.service, begin, name, (event_type,), HandlerOptions(), (), starts=self
         )
         self.service.add_handler(handler)
+
+    def _check_takes(self, event_type: type[Any]) -> None:
+        """Raise BadDeclaration unless the workflow can be called with such an event alone."""
+        name = event_type.__name__
+        signature = inspect.signature(self.fn).replace(return_annotation=inspect.Signature.empty)
+        try:
+            signature.bind(None)
+        except TypeError:
+            raise BadDeclaration(
+                f"Workflow {self!r} starts on {name}, so it is given that event and nothing else; "
+                f"it takes {signature}. Let it take the event first, and give what follows "
+                f"defaults."
+            ) from None
+        if not takes(self.params.annotations[0], event_type):
+            raise BadDeclaration(
+                f"Workflow {self!r} starts on {name}, but its first parameter is annotated as "
+                f"another event: {signature}. Annotate it as {name}, or start on what it says."
+            )
 
     async def start(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """Start a run from workflow code or a handler and leave it to itself; return its id.

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with in_folder_of(folder, APP, monkeypatch, "changed_shop", "starts_shop"):
+    with in_folder_of(folder, APP, monkeypatch, "changed_shop", "starts_shop", "till"):
         yield
 
 
@@ -122,6 +122,26 @@ def test_text_that_looks_like_a_number_stays_text(worker: None) -> None:
     assert published("OrderPlaced", "17")[0]["data"]["order_id"] == "17"
 
 
+TILL = '''
+"""A service that only publishes, what another module declares."""
+from event_shop import Charged
+from pavane import App, Event, Service
+
+class OrderPlaced(Event, key="order_id"):
+    order_id: str
+
+app = App("till", services=[Service("till")], store="till.db")
+'''
+
+
+def test_an_app_that_only_publishes_knows_the_events_of_its_module(folder: Path) -> None:
+    (folder / "till.py").write_text(TILL)
+    here = ("--app", "till.py")
+    good("events", "publish", "OrderPlaced", "order_id=t-1", *here)
+    good("events", "publish", "Charged", "order_id=t-1", "cents=5", *here)
+    assert [e["type"] for e in events("-k", "t-1", *here)] == ["Charged", "OrderPlaced"]
+
+
 def test_list_and_show_print_cloud_events(worker: None) -> None:
     id = place("s-1", 990)
     published("Thanked", "s-1")
@@ -131,6 +151,19 @@ def test_list_and_show_print_cloud_events(worker: None) -> None:
     types = [e["type"] for e in events("--conversation", id)]
     assert types == ["Thanked", "Charged", "OrderPlaced"]
     assert read("events", "show", id)["envelope"] == event
+
+
+def test_an_event_looks_the_same_with_and_without_the_code(
+    worker: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place("s-3", 990)
+    published("Thanked", "s-3")
+    with_code = events("-k", "s-3")
+    monkeypatch.delenv("PAVANE_APP")
+    assert events("-k", "s-3", *STORE) == with_code
+    assert {e["source"] for e in with_code} == {
+        "/pavane/event_shop", "/pavane/payments", "/pavane/mail",
+    }  # fmt: skip
 
 
 def test_show_tells_what_became_of_an_event(worker: None) -> None:
@@ -144,6 +177,16 @@ def test_show_tells_what_became_of_an_event(worker: None) -> None:
     thanked = published("Thanked", "s-2")[0]["id"]
     until(lambda: read("events", "show", thanked)["taken"], "the mailbox")
     assert f"run {id}.follow of audit" in good("events", "show", thanked)
+
+
+def test_the_schema_of_an_event_is_found_by_its_dataschema(worker: None) -> None:
+    place("s-4", 990)
+    (event,) = published("OrderPlaced", "s-4")
+    schema = json.loads(good("events", "schema", event["dataschema"]))
+    assert schema["$id"] == event["dataschema"]
+    assert schema == json.loads(good("events", "schema", "OrderPlaced"))
+    (described,) = schema["$defs"].values()
+    assert described["properties"]["cents"] == {"type": "integer", "default": 0}
 
 
 def test_list_filters_by_time(worker: None) -> None:
@@ -463,6 +506,16 @@ def test_doctor_finds_names_and_schemas_that_do_not_meet(folder: Path) -> None:
     assert "pavane handlers forget NAME" in gone["remedy"]
 
 
+def test_doctor_finds_events_of_newer_code(folder: Path) -> None:
+    (folder / "changed_shop.py").write_text(CHANGED.replace(", version=2", ""))
+    here = ("--store", "newer.db")
+    place("n-1", 5, *here)
+    (schema,) = findings("--app", "changed_shop.py", *here)["schemas"]
+    assert schema["level"] == "fail"
+    assert "OrderPlaced version 2 was published by newer code" in schema["text"]
+    assert "Deploy the newer code here, too" in schema["remedy"]
+
+
 def test_a_handler_that_is_not_in_the_code_any_more_is_forgotten(folder: Path) -> None:
     (folder / "changed_shop.py").write_text(CHANGED)
     here = ("--store", "forgotten.db")
@@ -499,6 +552,12 @@ def test_doctor_tells_of_dead_letters(worker: None) -> None:
         (3, ["events", "show", "nope"], "No event has the id 'nope' in "),
         (3, ["events", "publish", "OrderPlacd"], "No event type is called 'OrderPlacd'."),
         (3, ["events", "publish", "OrderPlaced", "order=1"], "Did you mean 'order_id'?"),
+        (3, ["events", "schema", "OrderPlacd"], "No event type is called 'OrderPlacd'."),
+        (
+            3,
+            ["events", "schema", "pavane:event:OrderPlaced:1"],
+            "OrderPlaced is of version 2 in this code, and 'pavane:event:OrderPlaced:1' asks for",
+        ),
         (2, ["events", "publish", "OrderPlaced", "x"], "'x' must be FIELD=VALUE."),
         (
             2,
@@ -520,6 +579,7 @@ def test_an_error_says_what_to_do(worker: None, code: int, arguments: list[str],
 @pytest.mark.parametrize(
     "command",
     ["events publish", "events list", "events show", "events tail", "events replay",
+     "events schema",
      "handlers list", "handlers show", "handlers pause", "handlers resume", "dead list",
      "dead show", "dead retry", "dead edit", "dead drop"],
 )  # fmt: skip
@@ -548,3 +608,4 @@ def test_names_complete(worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     assert id in completed("events", "show", id[:12])
     assert "OrderPlaced" in completed("events", "publish", "Ord")
+    assert completed("events", "schema", "Ord") == ["OrderPlaced"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pavane import (
     App,
     BadArguments,
     Event,
+    Retry,
     RunEnded,
     RunFailed,
     Service,
@@ -21,6 +23,7 @@ from pavane import (
 )
 from pavane.core.codec import error_summary
 from pavane.core.operations import Mode
+from pavane.steering.dead import DeadQuery
 from pavane.stores.eventlog import DeadFilter, EventFilter
 from tests.integration.world import (
     LAYOUTS,
@@ -518,3 +521,140 @@ async def test_a_handler_sends_only_what_a_workflow_receives(small: World) -> No
 
         (error,) = await until(failed)
     assert "does not receive Paid; it receives: Loose" in str(error)
+
+
+# -- events that do not fit their class --------------------------------------------------------
+
+
+@in_loop
+async def test_an_event_that_does_not_fit_its_class_is_refused_where_it_is_published(
+    small: World,
+) -> None:
+    shop = Service("shop")
+    bad: Any = Paid(order="a", n="many")  # pyright: ignore[reportArgumentType]
+    why = r"This Paid does not fit its class: Expected `int`, got `str` - at `\$\.n`"
+
+    @shop.on(Placed, retry=Retry(attempts=1))
+    async def pay(event: Placed) -> Paid:
+        return bad
+
+    @shop.workflow(receives=[Paid])
+    async def settle() -> str:
+        try:
+            await shop.publish(bad)
+        except BadArguments as error:
+            return str(error)
+        return (await receive(Paid)).order
+
+    async with small.working(shop) as director:
+        with pytest.raises(BadArguments, match=why):
+            await publish(director, bad)
+        assert re.match(why, await director.result(settle))
+        await publish(director, Placed(order="a"))
+        (letter,) = await until(director.client.dead.list, "a dead letter")
+        assert letter.cause.startswith("BadArguments: This Paid does not fit its class")
+        assert await director.client.events.list(EventFilter(types=("Paid",))) == []
+
+
+@in_loop
+async def test_an_event_that_does_not_fit_its_class_is_not_sent(small: World) -> None:
+    shop = Service("shop")
+
+    @shop.workflow(receives=[Loose])
+    async def wait() -> int:
+        return (await receive(Loose)).n
+
+    async with small.working(shop) as director:
+        run = await director.start(wait)
+        with pytest.raises(BadArguments, match=r"This Loose does not fit.* - at `\$\.n`"):
+            await run.send(Loose(n="1"))  # pyright: ignore[reportArgumentType]
+        await run.send(Loose(n=1))
+        assert await run.result(timeout=20) == 1
+
+
+# -- events of newer code ----------------------------------------------------------------------
+
+
+class Booked(Event, key="order"):
+    order: str
+    amount: int
+
+
+class BookedNow(Event, key="order", version=2, type_name="Booked"):
+    order: str
+    amount: int
+    """In cents since version 2."""
+
+
+def book_keepers(kind: Any, seen: list[tuple[str, int]]) -> list[Service]:
+    """Return services that take bookings in every way there is, as code that knows `kind`."""
+    desk, archive = Service("desk"), Service("archive")
+
+    async def note(event: Any) -> None:
+        seen.append(("handler", event.amount))
+
+    async def file(events: list[Any]) -> None:
+        seen.extend(("batch", event.amount) for event in events)
+
+    async def settle(event: Any) -> None:
+        seen.append(("started", event.amount))
+
+    async def wait(order: str) -> None:
+        seen.append(("received", (await receive(kind, key=order)).amount))
+
+    settle.__annotations__["event"] = kind
+    desk.on(kind)(note)
+    archive.on(kind, batch=10)(file)
+    desk.workflow(starts_on=kind)(settle)
+    archive.workflow(receives=[kind])(wait)
+    return [desk, archive]
+
+
+@in_loop
+async def test_old_code_keeps_events_of_newer_code_as_dead_letters(small: World) -> None:
+    seen: list[tuple[str, int]] = []
+    old, new = book_keepers(Booked, seen), book_keepers(BookedNow, seen)
+    async with small.working(*old) as director:
+        (wait,) = old[1].workflows.values()
+        await director.start(wait, "o-1", id="waits")
+        await publish(director, BookedNow(order="o-1", amount=4200))
+
+        async def all_dead() -> Any:
+            letters = await director.client.dead.list()
+            return letters if len(letters) == 4 else None
+
+        letters = await until(all_dead, "four dead letters")
+    assert seen == []
+    for letter in letters:
+        assert "was published by newer code" in letter.cause
+    async with small.working(*new) as director:
+        assert await director.client.dead.retry(DeadQuery()) == 4
+
+        async def all_seen() -> bool:
+            return len(seen) == 4
+
+        await until(all_seen, f"four of {seen}")
+        await director.get("waits").result(timeout=20)
+    assert sorted(seen) == [(way, 4200) for way in ("batch", "handler", "received", "started")]
+
+
+@in_loop
+async def test_a_run_is_stuck_at_a_kept_event_of_newer_code_until_that_is_here(
+    small: World,
+) -> None:
+    seen: list[tuple[str, int]] = []
+    old, new = book_keepers(Booked, seen), book_keepers(BookedNow, seen)
+    async with small.working(*new) as director:
+        await publish(director, BookedNow(order="o-1", amount=4200))
+
+        async def kept() -> Any:
+            return await director.client.store.kept_events("archive", "Booked", "o-1")
+
+        await until(kept, "a kept event")
+    (wait,) = old[1].workflows.values()
+    async with small.working(*old) as director:
+        run = await director.start(wait, "o-1", id="waits")
+        await until_status(run, "stuck", reason="published by newer code")
+    async with small.working(*new) as director:
+        await director.get("waits").result(timeout=20)
+    assert ("received", 4200) in seen

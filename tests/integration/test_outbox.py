@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import apsw
 import pytest
@@ -424,6 +424,12 @@ def test_an_asynchronous_connection_must_be_awaited(kind: Any) -> None:
         ({"shelf": "one"}, {}, BadArguments, "is no event"),
         (Sold(shelf="one", by="x" * 2_000_000, no=1), {}, TooLarge, "Store large data elsewhere"),
         (Sold(shelf="\ud800", by="me", no=1), {}, NotEncodable, "surrogate"),
+        (
+            Sold(shelf="one", by="me", no=cast("Any", "1")),
+            {},
+            BadArguments,
+            r"This Sold does not fit its class: Expected `int`, got `str` - at `\$\.no`",
+        ),
         (SALE, {"id": "a#b"}, BadArguments, "a#b"),
         (SALE, {"id": "\ud800"}, BadArguments, "printable"),
         (SALE, {"source": "\ud800"}, BadArguments, "printable"),

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypedDict, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, cast
 from uuid import UUID
 
 import attrs
@@ -31,6 +31,7 @@ from pavane.core.codec import (
     digest,
     encode,
     encode_error,
+    encode_fitting,
     error_summary,
 )
 from pavane.errors import BadArguments, BadDeclaration, NotDecodable, NotEncodable, StepError
@@ -434,6 +435,42 @@ def test_a_model_that_cannot_be_dumped_is_refused() -> None:
 
 
 # Decoders
+
+
+class Parcel(msgspec.Struct):
+    id: str
+    grams: int | None = None
+
+
+@dataclasses.dataclass
+class Label:
+    parcel: Parcel
+    grams: float = 0
+
+
+class Stamp(pydantic.BaseModel):
+    cents: int = pydantic.Field(ge=0)
+
+
+@pytest.mark.parametrize(
+    "value", [Parcel("a"), Parcel("a", 1), Label(Parcel("a"), 1), Stamp(cents=1)]
+)
+def test_what_fits_its_class_is_written_as_ever(value: Any) -> None:
+    assert encode_fitting(value) == encode(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (Parcel(cast("Any", 1)), r"This Parcel .*: Expected `str`, got `int` - at `\$\.id`\. Make"),
+        (Parcel("a", cast("Any", "1")), r"Expected `int \| null`, got `str` - at `\$\.grams`"),
+        (Label(Parcel(cast("Any", None))), r"This Label .*got `null` - at `\$\.parcel\.id`"),
+        (Stamp.model_construct(cents=-1), r"(?s)This Stamp .*cents\n.*greater than or equal to 0"),
+    ],
+)
+def test_what_does_not_fit_its_class_is_refused_with_field_and_type(value: Any, why: str) -> None:
+    with pytest.raises(BadArguments, match=why):
+        encode_fitting(value)
 
 
 def test_a_decoder_is_made_once() -> None:

@@ -76,6 +76,34 @@ def test_a_class_says_its_key_version_name_and_time_to_live() -> None:
     assert (Ping.event_key, Ping.event_ttl_s) == (None, None)
 
 
+def test_a_subclass_inherits_key_and_time_to_live_but_neither_name_nor_version() -> None:
+    class Express(Placed):
+        hours: int = 24
+
+    assert (Express.event_key, Express.event_ttl_s) == ("order", 3600.0)
+    assert (Express.event_type, Express.event_version, Express.event_upcasts) == ("Express", 1, {})
+    assert key_of(Express(order="a", cents=1)) == "a"
+
+
+def test_a_subclass_may_have_another_key_and_time_to_live_or_none() -> None:
+    class Booked(Placed, key="cents", ttl=None): ...
+
+    class Noted(Booked, key=None, ttl="5s"): ...
+
+    assert (Booked.event_key, Booked.event_ttl_s) == ("cents", None)
+    assert (Noted.event_key, Noted.event_ttl_s) == (None, 5.0)
+
+
+def test_a_decorated_subclass_inherits_too() -> None:
+    @event(type_name="stock.Counted")
+    @dataclass
+    class Counted(Changed):
+        by: str = ""
+
+    described: Any = Counted
+    assert (described.event_key, described.event_version) == ("sku", 1)
+
+
 def test_events_are_immutable_and_built_by_name() -> None:
     placed = Placed(order="a", cents=1)
     with pytest.raises(AttributeError):
@@ -175,7 +203,6 @@ def test_an_unknown_type_lists_the_known_ones() -> None:
         (2, b'{"order":"a","euros":5}'),
         (3, b'{"order":"a","cents":500}'),
         (3, b'{"order":"a","cents":500,"added_later":[1]}'),
-        (4, b'{"order":"a","cents":500,"added_later":[1]}'),
     ],
 )
 def test_older_events_are_read_through_their_upcasts_one_version_at_a_time(
@@ -194,7 +221,13 @@ def test_dataclasses_and_models_are_read_and_upcast_alike() -> None:
     [
         (Placed, 3, b'{"cents":1}', "Event e1 is no Placed .version 3.*order"),
         (Placed, 3, b'{"order":"a","cents":"x"}', "Expected `int`, got `str`"),
-        (Placed, 5, b'{"order":"a"}', r"It was written by newer code \(version 5\)"),
+        (
+            Placed,
+            4,
+            b'{"order":"a","cents":500}',
+            r"Placed version 4 was published by newer code; the code here knows version 3\. "
+            r"Deploy the newer code here, then retry\.",
+        ),
         (Placed, 1, b'{"order":"a"}', r"Upcasting Placed from version 1 failed: KeyError\('id'\)"),
         (Placed, 2, b"[]", "Upcasting Placed from version 2 failed"),
         (Joined, 1, b'{"name":"a","age":-1}', "greater than or equal to 0"),
@@ -220,11 +253,11 @@ def test_a_missing_upcast_says_what_to_declare() -> None:
 
 def test_the_envelope_is_cloudevents_with_cause_and_trace() -> None:
     trace = f"00-{'ab' * 16}-{'cd' * 8}-01"
-    told = cloud_event(row(Placed, b'{"order":"a"}', 3, cause="e0", trace=trace), "store")
+    told = cloud_event(row(Placed, b'{"order":"a"}', 3, cause="e0", trace=trace))
     assert msgspec.json.decode(msgspec.json.encode(told)) == {
         "specversion": "1.0",
         "id": "e1",
-        "source": "/store/shop",
+        "source": "/pavane/shop",
         "type": "Placed",
         "time": "2023-11-14T22:13:20Z",
         "datacontenttype": "application/json",
@@ -262,3 +295,11 @@ def test_every_kind_of_event_has_a_json_schema(cls: Any) -> None:
     inner: Any = schema.get("$defs", {}).get(cls.__name__, schema)
     assert set(inner["properties"]) >= {cls.event_key}
     assert inner["type"] == "object"
+
+
+def test_a_schema_names_what_it_cannot_describe() -> None:
+    class Met(Event):
+        who: Joined
+
+    inner = json_schema(Met)["$defs"]["Met"]
+    assert inner["properties"]["who"] == {"title": "Joined"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from pavane import BadDeclaration, Event, Service
@@ -151,6 +153,95 @@ def test_a_handler_that_makes_no_sense_says_why(
         declare(fn, **options)
 
 
+def takes_other(event: Paid) -> None: ...
+def takes_others(events: list[Paid | Refused]) -> None: ...
+def takes_several(event: Paid | Placed | None) -> None: ...
+def takes_any_event(event: Event) -> None: ...
+def takes_untyped(event) -> None: ...  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("fn", "options", "annotated"),
+    [
+        (takes_other, {}, r"its parameter 'event' is annotated as \S+\.Paid\. Annotate it as what"),
+        (takes_others, {"batch": 2}, r"its parameter 'events' is annotated as list\["),
+    ],
+)
+def test_a_handler_is_annotated_as_what_it_handles(
+    fn: Callable[..., Any], options: dict[str, Any], annotated: str
+) -> None:
+    with pytest.raises(
+        BadDeclaration, match=rf"Handler shop\.made handles \S+Placed, .*{annotated}"
+    ):
+        declare(fn, **options)
+
+
+@pytest.mark.parametrize("fn", [takes_one, takes_several, takes_any_event, takes_untyped])
+def test_a_handler_may_be_annotated_as_more_or_not_at_all(fn: Callable[..., Any]) -> None:
+    assert declare(fn).events == {"Placed": Placed}
+
+
+def test_a_handler_of_several_events_is_annotated_as_all_of_them() -> None:
+    with pytest.raises(BadDeclaration, match=r"handles \S+Refused, .*annotated as \S+Paid"):
+        declare(takes_several, Placed, Refused)
+
+
+@dataclass
+class NeedsOwner:
+    owner: str
+
+
+@dataclass(frozen=True)
+class Total:
+    cents: int = 0
+
+
+@dataclass(frozen=True)
+class Basket:
+    skus: list[str] = field(default_factory=list[str])
+
+
+class Sum(msgspec.Struct, frozen=True):
+    cents: int = 0
+
+
+def takes_state(event: Placed, state: Any) -> None: ...
+
+
+def test_a_state_can_be_made_without_arguments() -> None:
+    why = r"state=NeedsOwner, but NeedsOwner\(\), .* fails: .*'owner'\. Give its fields defaults"
+    with pytest.raises(BadDeclaration, match=why):
+        declare(takes_state, state=NeedsOwner)
+
+
+@pytest.mark.parametrize("kind", [int, str, tuple, Total, Sum])
+def test_a_state_can_be_changed(kind: type[Any]) -> None:
+    why = rf"state={kind.__name__}, which cannot be changed, so nothing would ever be kept"
+    with pytest.raises(BadDeclaration, match=why):
+        declare(takes_state, state=kind)
+
+
+@pytest.mark.parametrize("kind", [dict, list, Basket])
+def test_a_state_may_be_a_container(kind: type[Any]) -> None:
+    assert declare(takes_state, state=kind).options.state is kind
+
+
+def yields(event: Placed) -> Iterator[Paid]:
+    yield Paid(order=event.order)
+
+
+async def yields_later(event: Placed) -> AsyncIterator[Paid]:
+    yield Paid(order=event.order)
+
+
+@pytest.mark.parametrize("fn", [yields, yields_later])
+def test_what_yields_is_neither_handler_nor_step_nor_workflow(fn: Any) -> None:
+    why = rf"{fn.__name__} cannot be a (handler shop\.made|step|workflow): it has a `yield`"
+    for decorate in (declare, Service("shop").step, Service("shop").workflow):
+        with pytest.raises(BadDeclaration, match=why):
+            decorate(fn)
+
+
 def test_a_batch_has_no_keyed_state() -> None:
     def with_state(events: list[Placed], state: dict[str, int]) -> None: ...
 
@@ -222,8 +313,10 @@ def test_two_classes_under_one_name_are_refused_by_the_app() -> None:
     class Twin(Event, type_name="Placed"):
         pass
 
+    def takes_twin(event: Twin) -> None: ...
+
     one.on(Placed)(takes_one)
-    other.on(Twin)(takes_one)
+    other.on(Twin)(takes_twin)
     with pytest.raises(BadDeclaration, match=r"Two event classes are called 'Placed'.*type_name="):
         Registry([one, other])
 
@@ -245,6 +338,34 @@ def test_starts_on_names_an_event_class() -> None:
 
     with pytest.raises(BadDeclaration, match=r"starts_on=<class 'int'> must be an event class"):
         bank.workflow(starts_on=int)(fulfil)
+
+
+async def takes_more(event: Placed, x: int) -> None: ...
+async def takes_nothing() -> None: ...
+async def takes_by_name(*, event: Placed) -> None: ...
+
+
+@pytest.mark.parametrize("fn", [takes_more, takes_nothing, takes_by_name])
+def test_a_workflow_that_starts_on_an_event_can_be_called_with_it_alone(fn: Any) -> None:
+    why = r"is given that event and nothing else; it takes \(.*\)\. Let it take the event first"
+    with pytest.raises(BadDeclaration, match=why):
+        Service("shop").workflow(starts_on=Placed)(fn)
+
+
+def test_a_workflow_that_starts_on_an_event_is_annotated_so() -> None:
+    async def settle(event: Paid) -> None: ...
+
+    why = r"shop\.settle starts on Placed, but its first parameter .*Annotate it as Placed, or"
+    with pytest.raises(BadDeclaration, match=why):
+        Service("shop").workflow(starts_on=Placed)(settle)
+
+
+def test_a_workflow_that_starts_on_an_event_may_have_defaults_and_no_annotations() -> None:
+    async def settle(event, cents=5) -> None: ...  # pyright: ignore
+
+    service = Service("shop")
+    service.workflow(starts_on=Placed)(cast("Any", settle))
+    assert list(service.handlers) == ["start-settle"]
 
 
 def test_outside_of_a_handler_there_is_no_delivery() -> None:

@@ -17,6 +17,7 @@ import msgspec
 from pavane.app import App
 from pavane.cli.exits import BadTarget
 from pavane.errors import PavaneError
+from pavane.event import is_event_type
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -29,11 +30,20 @@ class Place(msgspec.Struct, frozen=True):
 
 
 def find_app(target: str) -> App:
-    """Import the module of `target` and return its app; raise BadTarget."""
+    """Import the module of `target` and return its app; raise BadTarget.
+
+    The app then also knows the event classes that the module names, and no service does.
+    """
     place = locate(target)
     module = imported(place, target)
-    if place.attribute:
-        return _named(module, place, target)
+    app = _named(module, place, target) if place.attribute else _only(module, place, target)
+    for value in vars(module).values():
+        if is_event_type(value):
+            app.registry.events.setdefault(value.event_type, value)
+    return app
+
+
+def _only(module: ModuleType, place: Place, target: str) -> App:
     found = {id(v): (n, v) for n, v in vars(module).items() if isinstance(v, App)}
     if not found:
         raise BadTarget(

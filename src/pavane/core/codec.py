@@ -55,6 +55,7 @@ __all__ = [
     "digest",
     "encode",
     "encode_error",
+    "encode_fitting",
     "error_summary",
     "resolve_hints",
 ]
@@ -94,6 +95,22 @@ def encode(value: object) -> bytes:
             raw = _write(_with_sorted_sets(value))
     except Exception as error:
         raise NotEncodable(_explain_refusal(value, error)) from error
+    return raw
+
+
+def encode_fitting(value: object) -> bytes:
+    """Write an instance as JSON, and prove that its class will be able to read it.
+
+    Raises `NotEncodable`, and `BadArguments` that names the field, what it takes and was given.
+    """
+    raw, kind = encode(value), type(value)
+    try:
+        decoder(kind)(raw)
+    except NotDecodable as error:
+        raise BadArguments(
+            f"This {_spell(kind)} does not fit its class: {_reason(error.__cause__)}. Make it of"
+            " the types that the class declares; nothing was written."
+        ) from error
     return raw
 
 

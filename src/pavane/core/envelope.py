@@ -45,7 +45,10 @@ class Call(msgspec.Struct, array_like=True):
 
 
 class Reply(msgspec.Struct, array_like=True):
-    """What became of an operation: a result, an error, or (`stuck`) why a person must look."""
+    """What became of an operation: a result, an error, or (`stuck`) why a person must look.
+
+    `version` is that of a published event, which whoever holds the run reads by its own code.
+    """
 
     run: str
     op: int
@@ -57,6 +60,7 @@ class Reply(msgspec.Struct, array_like=True):
     attempts: int
     began_us: int
     stuck: str = ""
+    version: int = 0
 
 
 class Start(msgspec.Struct, array_like=True):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Raw
 
 from pavane.core.baton import Header
-from pavane.core.codec import encode
+from pavane.core.codec import encode_fitting
 from pavane.core.envelope import Signal, Start, pack
 from pavane.engine.mailbox import Mailbox
 from pavane.engine.publishing import checked_size, derived_id, event_row, origin
@@ -140,7 +140,7 @@ class Handling:
     def send(self, workflow: Any, run: str, event: Any) -> None:
         self._check_open()
         id = f"{run}#s-{self._derived_id()}"
-        body = pack(Signal(class_of(event).event_type, Raw(encode(event))))
+        body = pack(Signal(class_of(event).event_type, Raw(encode_fitting(event))))
         self._message("signal", id, workflow.service.name, run, body)
 
     def _message(self, kind: str, id: str, to: str, run: str, body: bytes) -> None:

@@ -69,8 +69,9 @@ from pavane.engine.held import (
     decode_trail,
     encode_plain,
 )
-from pavane.engine.publishing import event_row, start_row
+from pavane.engine.publishing import event_row, start_row, upcast
 from pavane.errors import (
+    BadEvent,
     CorruptJournal,
     LeaseLost,
     Mismatch,
@@ -433,6 +434,10 @@ class Holder:
             held.home_row = row
         if row.status == "stuck":
             row.status, row.reason = "running", ""
+            commit = Commit()
+            await self._send_held_back(row, commit)
+            if commit.messages:
+                await durable(commit, self._session.submit)
         definition_receives = getattr(definition, "receives", ())
         if row.service == row.home and definition_receives:
             await self._read_mail(held)
@@ -563,7 +568,19 @@ class Holder:
         if operation.fingerprint != reply.fingerprint:
             self._stick(held, _other_operation(reply, operation), *_some(message))
             return
+        if reply.version:
+            try:
+                self._read_published(operation, reply)
+            except BadEvent as error:
+                self._stick(held, str(error), *_some(message))
+                return
         self._answered(held, operation, reply, message, unparked)
+
+    def _read_published(self, operation: Operation, reply: Reply) -> None:
+        """Put a published event in the words of its class as it is here; raise BadEvent."""
+        cls = self._registry.events.get(operation.detail[0])
+        if cls is not None:
+            reply.value = Raw(upcast(cls, reply.version, bytes(reply.value)))
 
     def local_done(
         self, held: Held, operation: Operation, attempt: Attempt, ok: bool, raw: bytes
@@ -868,8 +885,6 @@ class Holder:
             failures = [at for at, entry in enumerate(delivered) if entry.what == "failed"]
             cut = failures[-1] if failures else len(delivered) - 1
         rewind = encode_entry(Entry("rewind", self._session.now_us(), max(cut, 1)))
-        mail = await self._store.mail_of(row.service, row.id)
-        back = [m for m in mail if m.type.startswith(HELD_BACK)]
         row.status, row.reason, row.deaths = "running", "", 0
         row.ended_us = row.result = None
         row.holder, row.entries = row.service, len(entries) + 1
@@ -884,14 +899,20 @@ class Holder:
         commit.runs = [row]
         commit.journal = [JournalRow(row.no, len(entries), b"[" + rewind + b"]")]
         commit.inbox = [self._mark(message)]
-        commit.mail_taken = [(m.service, m.run, m.id) for m in back]
-        commit.messages = [
-            Message(m.type[1:], m.id, m.service, m.run, m.body, m.at_us, row.target) for m in back
-        ]
+        await self._send_held_back(row, commit)
         parked = await self._store.parked_of(row.service, row.id)
         commit.unparked = [(p.service, p.id) for p in parked]
         self._leave_soon(key)
         self._session.submit(commit)
+
+    async def _send_held_back(self, row: RunRow, commit: Commit) -> None:
+        """Have what was kept for a stuck run delivered, with `commit`, now that it goes on."""
+        mail = await self._store.mail_of(row.service, row.id)
+        back = [m for m in mail if m.type.startswith(HELD_BACK)]
+        commit.mail_taken = [(m.service, m.run, m.id) for m in back]
+        commit.messages = [
+            Message(m.type[1:], m.id, m.service, m.run, m.body, m.at_us, row.target) for m in back
+        ]
 
     def _answer_again(self, message: Message, row: RunRow) -> None:
         header, now = decode_header(row.header), self._session.now_us()

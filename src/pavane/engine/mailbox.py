@@ -16,8 +16,7 @@ from msgspec import Raw
 
 from pavane.core.baton import chain_of
 from pavane.core.envelope import Await, Reply, pack, unpack
-from pavane.engine.publishing import upcast
-from pavane.errors import BadEvent, PavaneError
+from pavane.errors import PavaneError
 from pavane.handler import Handler, HandlerOptions, current_handler
 from pavane.service import Service
 from pavane.stores.eventlog import AwaitRow, EventRow, KeptRow, Reaction
@@ -123,15 +122,9 @@ class Mailbox:
         self, waiting: AwaitRow, event: EventRow, messages: list[Message], now: int
     ) -> AwaitRow:
         wanted = unpack(Await, waiting.reply)
-        cls = self._session.registry.events.get(event.type)
-        data, failed = event.data, None
-        try:
-            data = data if cls is None else upcast(cls, event.version, data)
-        except BadEvent as error:
-            failed = str(error)
         reply = Reply(
-            wanted.run, wanted.op, wanted.era, wanted.fingerprint, True, Raw(data), event.source,
-            0, event.at_us, failed or "",
+            wanted.run, wanted.op, wanted.era, wanted.fingerprint, True, Raw(event.data),
+            event.source, 0, event.at_us, version=event.version,
         )  # fmt: skip
         target = self._store.target_of(wanted.home, wanted.run)
         messages.append(

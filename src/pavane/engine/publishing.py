@@ -11,7 +11,7 @@ import msgspec
 
 from pavane.contract import start_type
 from pavane.core.baton import Header
-from pavane.core.codec import decoder, encode
+from pavane.core.codec import decoder, encode, encode_fitting
 from pavane.errors import BadEvent, NotDecodable, TooLarge
 from pavane.event import class_of, key_of
 from pavane.handler import Origin
@@ -19,18 +19,22 @@ from pavane.stores.eventlog import EventRow, EventStore
 
 _plain = msgspec.json.Decoder(dict[str, Any])
 _TRACE_ID = slice(3, 35)
+SCHEMA = "pavane:event:"
 
 
 def event_row(
     store: EventStore, event: Any, *, id: str, source: str, at_us: int, conversation: str,
     cause: str, trace: str = "", data: bytes | None = None,
 ) -> EventRow:  # fmt: skip
-    """Return the row that publishes `event`; `data` is its encoding, if that is at hand."""
+    """Return the row that publishes `event`; `data` is its encoding, if that is at hand.
+
+    Raises BadArguments for an event whose values do not fit its class.
+    """
     kind = class_of(event)
     key = key_of(event)
     return EventRow(
         id, kind.event_type, kind.event_version, key, source, at_us, conversation, cause, trace,
-        encode(event) if data is None else data, store.slot_of(key, id),
+        encode_fitting(event) if data is None else data, store.slot_of(key, id),
     )  # fmt: skip
 
 
@@ -82,14 +86,9 @@ def read_event(cls: Any, row: EventRow, data: bytes | None = None) -> Any:
     try:
         value = decoder(cls)(raw)
     except NotDecodable as error:
-        newer = (
-            f" It was written by newer code (version {row.version})."
-            if row.version > cls.event_version
-            else ""
-        )
         raise BadEvent(
             f"Event {row.id} is no {cls.event_type} (version {cls.event_version}): "
-            f"{error.__cause__ or error}.{newer}"
+            f"{error.__cause__ or error}."
         ) from error
     if data is None and cls.event_frozen:
         row.value = value
@@ -97,9 +96,17 @@ def read_event(cls: Any, row: EventRow, data: bytes | None = None) -> Any:
 
 
 def upcast(cls: Any, version: int, data: bytes) -> bytes:
-    """Return `data` of an older version in the words of the class as it is now; raise BadEvent."""
-    if version >= cls.event_version:
+    """Return `data` of an older version in the words of the class as it is now; raise BadEvent.
+
+    A newer version means what this code cannot know, even if its data happens to fit the class.
+    """
+    if version == cls.event_version:
         return data
+    if version > cls.event_version:
+        raise BadEvent(
+            f"{cls.event_type} version {version} was published by newer code; the code here knows "
+            f"version {cls.event_version}. Deploy the newer code here, then retry."
+        )
     try:
         plain = _plain.decode(data)
         for step in range(version, cls.event_version):
@@ -118,12 +125,15 @@ def upcast(cls: Any, version: int, data: bytes) -> bytes:
         ) from error
 
 
-def cloud_event(row: EventRow, app: str = "pavane") -> dict[str, Any]:
-    """Return the event with its CloudEvents 1.0 attributes, as a dict that is valid JSON."""
+def cloud_event(row: EventRow) -> dict[str, Any]:
+    """Return the event with its CloudEvents 1.0 attributes, as a dict that is valid JSON.
+
+    They are those of the row alone, whichever code looks at it.
+    """
     envelope: dict[str, Any] = {
         "specversion": "1.0",
         "id": row.id,
-        "source": f"/{app}/{row.source}",
+        "source": f"/pavane/{row.source}",
         "type": row.type,
         "time": datetime.fromtimestamp(row.at_us / 1e6, UTC).isoformat().replace("+00:00", "Z"),
         "datacontenttype": "application/json",
@@ -140,7 +150,8 @@ def cloud_event(row: EventRow, app: str = "pavane") -> dict[str, Any]:
 
 
 def schema_uri(type: str, version: int) -> str:
-    return f"pavane:event:{type}:{version}"
+    """Return what names the schema of an event; `pavane events schema` resolves it."""
+    return f"{SCHEMA}{type}:{version}"
 
 
 def traceparent(row: EventRow) -> str:
@@ -155,7 +166,13 @@ def _hex(text: str, size: int) -> str:
 
 def json_schema(cls: Any) -> dict[str, Any]:
     """Return the JSON Schema of an event class."""
-    schema = (
-        cls.model_json_schema() if hasattr(cls, "model_json_schema") else msgspec.json.schema(cls)
-    )
+    if hasattr(cls, "model_json_schema"):
+        schema = cls.model_json_schema()
+    else:
+        schema = msgspec.json.schema(cls, schema_hook=_schema_of_other)
     return {"$id": schema_uri(cls.event_type, cls.event_version), **schema}
+
+
+def _schema_of_other(kind: Any) -> dict[str, Any]:
+    """Tell no more than the name of what msgspec does not know, such as a pydantic model."""
+    return {"title": kind.__name__}

@@ -126,14 +126,14 @@ class Events:
 
     # -- the story of one event ----------------------------------------------------------------
 
-    async def story(self, id: str, app: str = "pavane") -> EventStory:
+    async def story(self, id: str) -> EventStory:
         """Return an event with who handled it, who is about to, and what it caused."""
         event = await self.get(id)
         caused = await self._store.find_events(
             EventFilter(conversation=event.conversation, cause=event.id, limit=SCAN)
         )
         return EventStory(
-            event, cloud_event(event, app), await self._handled(event),
+            event, cloud_event(event), await self._handled(event),
             sorted(caused, key=lambda row: row.pos), await self._started(event),
             await self._taken(event),
         )  # fmt: skip

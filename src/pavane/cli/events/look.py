@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import click
 import msgspec
 
-from pavane.app import App
 from pavane.cli.connection import Where, connected, where_options
 from pavane.cli.moments import moment
 from pavane.cli.names import complete_event, complete_logged_event
@@ -71,7 +70,7 @@ def list_events(
 
     found = asyncio.run(look())
     if output != "table":
-        print_json([cloud_event(row, app_name(app)) for row in found], output)
+        print_json([cloud_event(row) for row in found], output)
         return
     if not found:
         say("no events" + (" fit these filters" if which != EventFilter(limit=limit) else ""))
@@ -79,11 +78,6 @@ def list_events(
     print_events(found)
     if len(found) == limit:
         say(f"the newest {limit}; --limit shows more")
-
-
-def app_name(app: App) -> str:
-    """Return the name that sources begin with; without the app's code nobody knows it."""
-    return app.name if app.registry.services else "pavane"
 
 
 def print_events(found: Sequence[EventRow]) -> None:
@@ -117,13 +111,13 @@ def show(where: Where, id: str, output: Format) -> None:
 
     async def look() -> EventStory:
         async with connected(app, where.store) as client:
-            return await client.events.story(id, app_name(app))
+            return await client.events.story(id)
 
     story = asyncio.run(look())
     if output == "table":
         _draw(story)
         return
-    caused = [cloud_event(row, app_name(app)) for row in story.caused]
+    caused = [cloud_event(row) for row in story.caused]
     said = {field: getattr(story, field) for field in ("envelope", "handled", "started", "taken")}
     print_one({**said, "caused": caused}, output)
 

@@ -30,6 +30,9 @@ Examples:
 \b
 A VALUE is text for a field that is text; for any other field it is JSON (990, true, [1, 2]). The
 event's id is printed on stdout. With --id, publishing again has no further effect.
+
+\b
+TYPE is of a class that a service of the app names, or that the app's module defines or imports.
 """
 )
 @click.argument("type", shell_complete=complete_event)

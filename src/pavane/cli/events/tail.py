@@ -9,7 +9,6 @@ import click
 
 from pavane.app import Client
 from pavane.cli.connection import Where, connected, where_options
-from pavane.cli.events.look import app_name
 from pavane.cli.names import complete_event
 from pavane.cli.output import Format, output_option, print_one, say, terminal_width
 from pavane.cli.runs.record import until_changed
@@ -50,31 +49,29 @@ def tail(where: Where, types: tuple[str, ...], last: int, output: Format) -> Non
             at = await client.store.events_head()
             if last:
                 old = await client.events.list(EventFilter(types=types, before=at + 1, limit=last))
-                _print(old[::-1], output, app_name(app))
+                _print(old[::-1], output)
             if sys.stdout.isatty():
                 say("waiting for events; Ctrl-C ends")
-            await _follow(client, at, types, output, app_name(app))
+            await _follow(client, at, types, output)
 
     asyncio.run(follow())
 
 
-async def _follow(
-    client: Client, at: int, types: tuple[str, ...], output: Format, name: str
-) -> None:
+async def _follow(client: Client, at: int, types: tuple[str, ...], output: Format) -> None:
     while True:
         head = await client.store.events_head()
         while at < head:
             rows = await client.store.read_events(at, head, PAGE, types or None)
-            _print([row for row in rows if not is_internal(row.type)], output, name)
+            _print([row for row in rows if not is_internal(row.type)], output)
             at = rows[-1].pos if len(rows) == PAGE else head
         await until_changed(client)
 
 
-def _print(rows: list[EventRow], output: Format, name: str) -> None:
+def _print(rows: list[EventRow], output: Format) -> None:
     room = terminal_width() if sys.stdout.isatty() else None
     for row in rows:
         if output != "table":
-            print_one(cloud_event(row, name), "jsonl")
+            print_one(cloud_event(row), "jsonl")
             continue
         data = printable(row.data.decode(errors="replace"))
         head = f"{short_clock(row.at_us)}  {row.type.ljust(20)}  {printable(row.key).ljust(12)}  "
