@@ -111,13 +111,14 @@ class _Data:
         for values in _values_of(commit):
             for value in values:
                 _check_value(value)
-        runs: dict[tuple[str, str], int] = {}
+        begun: dict[int, tuple[str, str]] = {}
         for row in commit.runs:
+            if row.no in self.runs or row.no in begun:
+                continue  # it stays the run that it is
             key = (row.id, row.service)
-            known = runs.get(key, self.numbers.get(row.id, {}).get(row.service))
-            if row.no not in self.runs and known not in (None, row.no):
+            if key in begun.values() or row.service in self.numbers.get(row.id, {}):
                 raise _conflict("run", row.id, "at", row.service)
-            runs[key] = row.no
+            begun[row.no] = key
         _check_new("entry", ((r.seq, r.run) for r in commit.journal), self._has_entry)
         _check_new("message", ((r.id, r.service) for r in commit.inbox), self._has_mark)
         if commit.reaction is not None:

@@ -288,6 +288,10 @@ async def a_run_row_is_replaced_but_for_its_identity(connections: Connections) -
     twice = [msgspec.structs.replace(row, hop=4), msgspec.structs.replace(row, hop=5)]
     await write(store, runs=twice)
     assert await store.run_row("shop", "r") == twice[1]
+    # It keeps its id, so that another run of the same commit may have the one it was given.
+    await write(store, runs=[msgspec.structs.replace(twice[1], id="s"), a_run(store, 2, "s")])
+    assert await store.run_row("shop", "s") == a_run(store, 2, "s")
+    assert await store.run_row("shop", "r") == twice[1]
     assert await store.due_runs(await all_targets(store), (0, 0), LAST_US, 10) == []
 
 
