@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -160,6 +161,7 @@ def takes_others(events: list[Paid | Refused]) -> None: ...
 def takes_several(event: Paid | Placed | None) -> None: ...
 def takes_any_event(event: Event) -> None: ...
 def takes_untyped(event) -> None: ...  # pyright: ignore
+def takes_any_list(events: typing.List) -> None: ...  # noqa: UP006  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,9 @@ def test_a_handler_is_annotated_as_what_it_handles(
         declare(fn, **options)
 
 
-@pytest.mark.parametrize("fn", [takes_one, takes_several, takes_any_event, takes_untyped])
+@pytest.mark.parametrize(
+    "fn", [takes_one, takes_several, takes_any_event, takes_untyped, takes_any_list]
+)
 def test_a_handler_may_be_annotated_as_more_or_not_at_all(fn: Callable[..., Any]) -> None:
     assert declare(fn).events == {"Placed": Placed}
 
