@@ -6,7 +6,7 @@ import sys
 import typing
 from collections.abc import Callable
 from types import ModuleType, NoneType, UnionType
-from typing import Any, ClassVar, TypeVar, Union, cast
+from typing import Any, ClassVar, TypeVar, Union, cast, overload
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -134,13 +134,25 @@ class Event(msgspec.Struct, metaclass=EventMeta):
         return _upcast(cls, version)
 
 
+@overload
+def event(cls: C, /) -> C: ...
+@overload
 def event(
     *,
     key: str | UnsetType | None = UNSET,
     version: int = 1,
     type_name: str | None = None,
     ttl: Duration | UnsetType | None = UNSET,
-) -> Callable[[C], C]:
+) -> Callable[[C], C]: ...
+def event(
+    cls: Any = None,
+    /,
+    *,
+    key: str | UnsetType | None = UNSET,
+    version: int = 1,
+    type_name: str | None = None,
+    ttl: Duration | UnsetType | None = UNSET,
+) -> Any:
     """Make an event of a dataclass or pydantic model; see `Event` for what the options mean."""
 
     def declare(cls: C) -> C:
@@ -151,7 +163,7 @@ def event(
         )
         if fields is None:
             raise BadDeclaration(
-                f"@event is for dataclasses and pydantic models; {cls.__name__} is neither. Put "
+                f"@event is for dataclasses and pydantic models; {cls!r} is neither. Put "
                 f"@event above @dataclass, or derive the class from pavane.Event."
             )
         _describe(cls, tuple(fields), key, version, type_name, ttl)
@@ -159,14 +171,14 @@ def event(
         described.upcast = staticmethod(lambda version: _upcast(cls, version))  # pyright: ignore
         return cls
 
-    return declare
+    return declare if cls is None else declare(cls)
 
 
 class _Module(ModuleType):
     """Importing this module sets `pavane.event` to it, where `from pavane import event` looks."""
 
-    def __call__(self, **options: Any) -> Callable[[C], C]:
-        return event(**options)
+    def __call__(self, *cls: Any, **options: Any) -> Any:
+        return event(*cls, **options)
 
 
 sys.modules[__name__].__class__ = _Module
@@ -194,6 +206,28 @@ def takes(annotation: object, event_type: type[Any]) -> bool:
 def class_of(event: object) -> Any:
     """Return the class of an event, whose attributes describe it."""
     return type(event)
+
+
+def places_of(one: type[Any], other: type[Any]) -> str:
+    """Tell where two classes are defined, so that a person finds both."""
+    places = [f"{cls.__module__}.{cls.__qualname__}" for cls in (one, other)]
+    if places[0] != places[1]:
+        return " and ".join(places)
+    lines = " and ".join(map(str, _lines_of(one)))
+    return f"{places[0]}, which is defined twice{lines and f' (at lines {lines})'}"
+
+
+def _lines_of(cls: type[Any]) -> list[int]:
+    """Return the lines at which the module of a class defines classes of its name, if it can."""
+    import ast
+    import inspect
+
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return []
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return sorted(node.lineno for node in classes if node.name == cls.__name__)
 
 
 def key_of(event: Any) -> str:

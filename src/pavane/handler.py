@@ -165,7 +165,7 @@ class Handler:
         self._check_variant()
 
     def _check_annotation(self, name: str, hint: object) -> None:
-        given = typing.get_args(hint)[0] if self.takes_list else hint
+        given = next(iter(typing.get_args(hint)), None) if self.takes_list else hint
         for event in self.events.values():
             if not takes(given, event):
                 raise BadDeclaration(

@@ -394,6 +394,12 @@ class Service:
             same = [h for h in known if h.fn is instead_of or h.name == instead_of]
         if len(same) == 1:
             return same[0]
+        if not known:
+            raise BadDeclaration(
+                f"Handler {name!r} of service {self.name!r} is compared with another handler of "
+                f"the service, or takes its share from it, but there is none yet. Declare that "
+                f"first."
+            )
         raise BadDeclaration(
             f"Handler {name!r} of service {self.name!r} must say which handler it is compared with "
             f"or takes its share from: instead_of=… one of {', '.join(h.name for h in known)}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import msgspec
@@ -121,6 +121,14 @@ def test_the_decorator_can_be_had_from_the_package() -> None:
         a: str
 
     assert is_event(Other("x"))
+
+    @module
+    @dataclass
+    class Bare:
+        a: str
+
+    described: Any = Bare
+    assert (described.event_type, described.event_key) == ("Bare", None)
     assert is_event_type(Joined)
     assert not is_event_type(Event)
     assert not is_event_type(int)
@@ -183,8 +191,10 @@ def test_upcasts_are_declared_once_and_from_older_versions() -> None:
 
 
 def test_only_dataclasses_and_models_can_be_decorated() -> None:
-    with pytest.raises(BadDeclaration, match=r"int is neither\. Put @event above @dataclass"):
+    with pytest.raises(BadDeclaration, match=r"int'> is neither\. Put @event above @dataclass"):
         event(key="a")(int)
+    with pytest.raises(BadDeclaration, match=r"'order_id' is neither\. Put @event above"):
+        event(cast("Any", "order_id"))
 
 
 def test_an_unknown_type_lists_the_known_ones() -> None:

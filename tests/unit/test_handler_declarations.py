@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -158,6 +161,7 @@ def takes_others(events: list[Paid | Refused]) -> None: ...
 def takes_several(event: Paid | Placed | None) -> None: ...
 def takes_any_event(event: Event) -> None: ...
 def takes_untyped(event) -> None: ...  # pyright: ignore
+def takes_any_list(events: typing.List) -> None: ...  # noqa: UP006  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,9 @@ def test_a_handler_is_annotated_as_what_it_handles(
         declare(fn, **options)
 
 
-@pytest.mark.parametrize("fn", [takes_one, takes_several, takes_any_event, takes_untyped])
+@pytest.mark.parametrize(
+    "fn", [takes_one, takes_several, takes_any_event, takes_untyped, takes_any_list]
+)
 def test_a_handler_may_be_annotated_as_more_or_not_at_all(fn: Callable[..., Any]) -> None:
     assert declare(fn).events == {"Placed": Placed}
 
@@ -249,6 +255,11 @@ def test_a_batch_has_no_keyed_state() -> None:
         declare(with_state, state=dict)
 
 
+def test_a_shadow_needs_a_handler_that_is_declared_before_it() -> None:
+    with pytest.raises(BadDeclaration, match=r"there is none yet\. Declare that first\."):
+        Service("shop").on(Placed, shadow=True)(takes_one)
+
+
 @pytest.mark.parametrize("share", [0, -0.1, 1.5])
 def test_a_share_is_a_part(share: float) -> None:
     with pytest.raises(BadDeclaration, match=r"must be above 0, at most 1"):
@@ -319,6 +330,42 @@ def test_two_classes_under_one_name_are_refused_by_the_app() -> None:
     other.on(Twin)(takes_twin)
     with pytest.raises(BadDeclaration, match=r"Two event classes are called 'Placed'.*type_name="):
         Registry([one, other])
+
+
+def test_two_classes_under_one_name_are_told_apart_by_where_they_are() -> None:
+    class Twin(Event, type_name="Placed"):
+        pass
+
+    def takes_any(event: Any) -> None: ...
+
+    service = Service("shop")
+    service.on(Placed)(takes_one)
+    service.on(Twin)(takes_any)
+    why = r"'Placed': tests\.\S+\.Placed and tests\.\S+<locals>\.Twin\. Rename one"
+    with pytest.raises(BadDeclaration, match=why):
+        Registry([service])
+
+
+TWICE = """from pavane import Event, Service
+
+class Lost(Event): ...
+service = Service("shop")
+service.on(Lost, name="find")(lambda event: None)
+
+class Lost(Event): ...
+service.on(Lost, name="search")(lambda event: None)
+"""
+
+
+def test_a_class_that_is_defined_twice_is_told_with_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "twice_lost.py").write_text(TWICE)
+    monkeypatch.syspath_prepend(tmp_path)
+    service = import_module("twice_lost").service
+    why = r"'Lost': twice_lost\.Lost, which is defined twice \(at lines 3 and 7\)\. Rename one"
+    with pytest.raises(BadDeclaration, match=why):
+        Registry([service])
 
 
 def test_of_several_versions_of_a_workflow_the_newest_starts_on_events() -> None:

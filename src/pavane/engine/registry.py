@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pavane.contract import INTERNAL, Contract
 from pavane.engine.mailbox import mailbox_of
 from pavane.errors import BadDeclaration, UnknownName
+from pavane.event import places_of
 from pavane.handler import Handler
 from pavane.policy import Limit
 from pavane.service import Service, Step
@@ -87,8 +88,8 @@ class Registry:
         known = self.events.setdefault(event.event_type, event)
         if known is not event:
             raise BadDeclaration(
-                f"Two event classes are called {event.event_type!r}: {known.__module__} and "
-                f"{event.__module__}. Rename one, or give it type_name=."
+                f"Two event classes are called {event.event_type!r}: {places_of(known, event)}. "
+                f"Rename one, or give it type_name=."
             )
 
     def _add_limit(self, service: Service, limit: Limit | None, name: str, whose: str) -> None:
