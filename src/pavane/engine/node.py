@@ -57,7 +57,7 @@ POSITIONS_EVERY_S = 2.0
 TICK_S = 0.5
 LOOK_S = 2.0
 """How long, at most, a node does not look who else is there, and what people ask for."""
-TIMERS_S = 2.0
+TIMERS_S = 4.0
 GC_YOUNG = 50_000
 ALONE_LOOK_S = 0.01
 ALONE_MAX_LOOKS = 500

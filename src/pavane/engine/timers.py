@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
-HORIZON_US = 4_000_000
+HORIZON_US = 10_000_000
 PAGE = 1000
 HEAP_MAX = 10_000
 BURST = 200

@@ -30,7 +30,7 @@ log = logging.getLogger("pavane.postgres")
 
 CHANNEL = "pavane"
 ANNOUNCE_EVERY_S = 0.005
-LOOK_S = 1.0
+LOOK_S = 2.0
 """How often to look although nobody was heard."""
 LOOK_DEAF_S = 0.05
 LOOK_DEAF_MAX_S = 0.5
