@@ -10,7 +10,7 @@ import asyncio
 import difflib
 import random
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
@@ -147,20 +147,26 @@ class Execution:
         if not self._replaying:
             entry.issued = self._issued
 
-    def replay(self, entries: Sequence[Entry]) -> None:
-        """Feed recorded entries, comparing what the workflow asks for with what it asked then."""
+    def replay(self, entries: Sequence[Entry], unasked: Collection[int] = ()) -> None:
+        """Feed recorded entries, comparing what the workflow asks for with what it asked then.
+
+        `new` is then what of `unasked`, by ordinal, is not pending.
+        """
+        new: list[Operation] = []
         self._replaying = True
         try:
             for entry in entries:
                 self.feed(entry)
                 if self._issued != entry.issued:
                     raise Mismatch(self._diff(entry))
+                if unasked:
+                    new += [op for op in self.new if op.ordinal in unasked and op.future is None]
         except BaseException:
             self.discard()  # left to the garbage collector, its clean-up would run for real
             raise
         finally:
             self._replaying = False
-        self.new = []
+        self.new = new
 
     def asked_in(self, ordinal: int) -> int:
         """Return the era in which an operation was first asked for; later rewinds kept it."""
@@ -187,6 +193,9 @@ class Execution:
             try:
                 value = operation.decode(entry.value) if operation.decode else None
             except NotDecodable as error:
+                if operation.kind == "step":
+                    who = f"Step {operation.service}.{operation.name}"
+                    error = NotDecodable(f"{who}: {error}")
                 future.set_exception(error)
             else:
                 future.set_result(value)
@@ -293,10 +302,21 @@ class Execution:
                 error = bad
         if error is None:
             try:
-                return Outcome("completed", Raw(self.encoded(main.result(), "the result")))
+                return Outcome("completed", Raw(self._result(main.result())))
             except (NotEncodable, TooLarge) as bad:
                 error = bad
+            except NotDecodable as bad:
+                error = NotDecodable(f"Workflow {self.header.workflow}: {bad}")
         return Outcome("failed", Raw(encode_error(error)))
+
+    def _result(self, value: Any) -> bytes:
+        """Encode what the workflow returned, and prove that whoever asks for it can read it."""
+        params = self.definition.params
+        if params.returns in (None, type(None)):
+            return b"null"
+        raw = self.encoded(value, "the result")
+        params.result(raw)
+        return raw
 
     # -- called by workflow code ---------------------------------------------------------------
 

@@ -277,6 +277,10 @@ class Session:
         except CorruptJournal as error:
             log.error("message %s of run %s: %s", message.id, message.run, error)
             self.consumed(message)
+        except (LeaseLost, StoreError):
+            raise
+        except Exception:  # it stops no other, and comes again when a node starts
+            log.exception("%s %s of run %s was not taken", kind, message.id, message.run)
 
     def redeliver(self, message: Message) -> None:
         """Handle a message again, soon: what was made of it could not be written."""
@@ -645,8 +649,10 @@ class Session:
         if self._ticking is not None:
             await stop_all([self._ticking])  # it would take up more
         self.draining.update(self._floors)
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self.config.grace_s
         await self.steps.drain(self.config.grace_s)
-        await self.handlers.drain(self.config.grace_s)
+        await self.handlers.drain(max(0.0, ends - loop.time()))
         await self._duties.close()
         await self.holder.settle()
         await self.committer.flush()
