@@ -1183,8 +1183,9 @@ class Holder:
                 self._end(held, messages, unparked, taken, done)
             return
         if not execution.pending and not held.dead:
-            self._commit(held, messages, unparked, taken, done)
-            self._stick(held, _idle(held.header.run))
+            self._stick(
+                held, _idle(row.id), unparked=unparked, taken=taken, leaving=messages, done=done
+            )
             return
         header = held.header
         decision = decide(
