@@ -567,6 +567,37 @@ async def test_a_compensation_that_fails_for_good_leaves_the_run_stuck_until_ret
         assert (await run.status()).compensated == 2
 
 
+@desk.workflow
+async def undoes_one() -> None:
+    async with saga() as undo:
+        undo(unstore, await store("a"))
+        await write("c")
+
+
+@in_loop
+async def test_a_compensation_that_cannot_be_made_leaves_the_run_stuck_with_what_is_left(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 7: whatever the reason is, nothing is passed over."""
+    BROKEN.add("write")
+
+    async def out_of_memory() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(unstore), "compensation", lambda *_: out_of_memory)  # pyright: ignore
+        async with world.working(*SERVICES) as director:
+            run = await director.start(undoes_one)
+            status = await until_status(run, "stuck")
+            assert "unstore cannot be carried out: MemoryError" in status.reason
+    async with world.working(*SERVICES) as director:
+        await director.get(run.id).retry()
+        with pytest.raises(RunFailed, match="write is broken"):
+            await director.get(run.id).result(timeout=30)
+        assert names()[-1] == "unstore"
+        assert (await director.get(run.id).status()).compensated == 1
+
+
 @in_loop
 async def test_a_stuck_run_can_be_killed(world: World) -> None:
     BROKEN.update({"write", "stubborn_undo"})

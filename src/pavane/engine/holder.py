@@ -73,6 +73,7 @@ from pavane.errors import (
     CorruptJournal,
     LeaseLost,
     Mismatch,
+    NotUndone,
     PavaneError,
     StoreError,
     UnknownName,
@@ -1086,8 +1087,8 @@ class Holder:
         execution = held.execution
         try:
             execution.feed(entry)
-        except Mismatch as error:
-            self._stick(held, str(error), *_some(message))
+        except (Mismatch, NotUndone) as error:
+            self._stick(held, str(error), *_some(message), unparked=unparked)
             return
         held.record(entry, self._config.journal_max_bytes)
         held.suspect = max(0, held.suspect - 1)
@@ -1122,8 +1123,13 @@ class Holder:
         messages: list[Message] = []
         taken: list[tuple[str, str, str]] = []
         self._collect(held, messages)
-        while held.mail and execution.outcome is None and self._deliver_mail(held, taken):
-            self._collect(held, messages)
+        try:
+            while held.mail and execution.outcome is None and self._deliver_mail(held, taken):
+                self._collect(held, messages)
+        except NotUndone as error:
+            self._commit(held, messages, unparked, taken, done)
+            self._stick(held, str(error))
+            return
         if execution.outcome is not None:
             if held.reads_mail and execution.outcome.status == "continued":
                 self._spawn(self._end_with_mail(held, messages, unparked, taken, done))
