@@ -48,6 +48,7 @@ from pavane.service import Service, checked_name
 from pavane.steering.dead import DeadLetters
 from pavane.steering.desk import Desk
 from pavane.steering.events import Events
+from pavane.steering.forks import Forks
 from pavane.steering.handlers import HandlerDesk
 from pavane.steering.variants import Variants
 from pavane.stores.eventlog import Reaction
@@ -161,13 +162,19 @@ class Run(Generic[R]):
         await self._client.request(self.id, "kill")
 
     async def retry(self) -> None:
-        """Go on with a stuck run, or with a failed one from the point of its failure."""
+        """Go on with a stuck run, or with a failed one from the point of its failure.
+
+        A run with a `timeout` has all of it again. Raises BadArguments for any other run, and for a
+        failed one that was compensated: the text names a step where it can be forked.
+        """
         await self._client.retry(self.id)
 
     async def fork(self, at: str | int, *, id: str | None = None) -> Run[R]:
         """Start a new run that shares this one's journal up to step `at` and does it anew.
 
-        `at` is a step's name ("charge" or "payments.charge") or an operation's number.
+        `at` is a step's name ("charge" or "payments.charge") or an operation's number. The new run
+        has a `timeout` of its own, from now on. Raises BadArguments for a step that is not there,
+        and for one that something comes before which was undone after it: the text names another.
         """
         return Run(self._client, await self._client.fork(self.id, at, id))
 
@@ -444,25 +451,29 @@ class Client:
         if row.status == "failed" and row.undone:
             raise BadArguments(
                 f"Run {row.id!r} was compensated ({row.undone} steps undone), so going on from its "
-                f"failure would build on what is gone. Fork it from a step: `pavane runs fork`."
+                f"failure would build on what is gone. {(await self._forks(row))[1].advice(row.id)}"
             )
         await self._ask(row, "retry")
 
     async def fork(self, run: str, at: str | int, id: str | None) -> str:
-        history = await self.history(run)
         row = await self.home_row(run)
-        delivered = effective(history.entries)
-        cut = _entry_of(delivered, at)
+        delivered, forks = await self._forks(row)
+        cut = forks.entry_of(at)
         if cut is None:
             raise BadArguments(
                 f"Run {run!r} has no finished step {at!r}. It has: "
-                f"{', '.join(_steps_of(delivered)) or 'none'}."
+                f"{', '.join(forks.steps()) or 'none'}."
             )
-        header = decode_header(row.header)
+        if not forks.is_possible(cut):
+            raise BadArguments(
+                f"Run {run!r} cannot be forked at {at}: what the fork would build on was undone "
+                f"later, or cancelled by the run's timeout. {forks.advice(run)}"
+            )
+        header, now = decode_header(row.header), self.store.now_us()
         header.seed = header.seed or header.run
         header.run = self._process.new_id() if id is None else checked_run_id(id)
         header.parent, header.era, header.forced, header.cause = None, 0, "", run
-        now = self.store.now_us()
+        header.started_us, header.resumed_us = now, 0
         entries = [*delivered[:cut], Entry("fork", now)]
         number = await self.store.take_run_numbers(1)
         target = self.store.target_of(row.home, header.run)
@@ -484,6 +495,11 @@ class Client:
         except Conflict:
             raise RunConflict(f"Run {header.run!r} exists already; choose another id.") from None
         return header.run
+
+    async def _forks(self, row: RunRow) -> tuple[list[Entry], Forks]:
+        """Return what was delivered to a run, and where it may be forked."""
+        delivered = effective((await self.history(row.id)).entries)
+        return delivered, Forks(self.registry, decode_header(row.header), delivered)
 
     async def publish(
         self, event: Any, *, source: str = "client", id: str | None = None,
@@ -872,21 +888,3 @@ def status_of(home: RunRow, at: RunRow | None = None) -> RunStatus:
         if home.status == "passed" else at.holder, max(home.hop, at.hop), home.started_us,
         home.ended_us, home.undone or at.undone, attributes, header.conversation, header.cause,
     )  # fmt: skip
-
-
-def _steps_of(entries: Sequence[Entry]) -> list[str]:
-    issued = [mark for entry in entries for mark in entry.issued if not mark.startswith("patch ")]
-    done = {entry.op for entry in entries if entry.what in ("done", "failed")}
-    return [mark.partition(" ")[2] for op, mark in enumerate(issued) if op in done]
-
-
-def _entry_of(entries: Sequence[Entry], at: str | int) -> int | None:
-    """Return the index of the entry that delivers the operation `at`."""
-    issued = [mark for entry in entries for mark in entry.issued if not mark.startswith("patch ")]
-    for index, entry in enumerate(entries):
-        if entry.what not in ("done", "failed", "fired", "received"):
-            continue
-        name = issued[entry.op].partition(" ")[2]
-        if entry.op == at or at in (name, name.rpartition(".")[2]):
-            return index
-    return None

@@ -310,6 +310,23 @@ def test_fork_does_a_step_anew(shop: None) -> None:
     assert "no finished step 'shop'. It has: payments.charge, shipping.ship." in said
 
 
+@pytest.mark.parametrize("with_code", [True, False])
+def test_fork_and_retry_of_a_compensated_run_name_the_step_that_can_be_forked(
+    shop: None, monkeypatch: pytest.MonkeyPatch, with_code: bool
+) -> None:
+    id = f"noship-{with_code}"
+    good("runs", "start", "fulfil", f'"{id}"', "--id", id)
+    status_until("failed", id)
+    if not with_code:
+        monkeypatch.delenv("PAVANE_APP")
+    store = () if with_code else ("--store", "cli_shop.db")
+    advice = f"is payments.charge: `pavane runs fork {id} --at payments.charge`."
+    assert advice in refused(2, "runs", "fork", id, "--at", "ship", *store)
+    assert advice in refused(2, "runs", "retry", id, *store)
+    forked = good("runs", "fork", id, "--at", "payments.charge", *store).strip()
+    status_until("failed", forked, *store)
+
+
 # -- services and doctor -----------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import time
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 
 from pavane import (
+    App,
     BadArguments,
     Event,
     NotEncodable,
     Retry,
+    Run,
     RunConflict,
     RunEnded,
     RunFailed,
@@ -625,6 +628,51 @@ async def test_fork_shares_the_journal_up_to_a_step_and_does_the_rest_anew(world
             await run.fork("store", id="again")
 
 
+@shop.step
+async def hike() -> None:
+    act("hike")
+
+
+@desk.workflow
+async def two_sagas() -> None:
+    with suppress(LookupError):
+        async with saga() as undo:
+            undo(unbuy, await buy("map"))
+            raise LookupError
+    await write("plan")
+    async with saga() as undo:
+        undo(unstore, await store("tent"))
+        await hike()
+
+
+@in_loop
+async def test_a_compensated_run_is_forked_only_at_a_step_before_what_was_undone(
+    world: World,
+) -> None:
+    """Invariant 7: nothing is built on what is gone, nor undone twice."""
+    BROKEN.add("hike")
+    async with world.working(*SERVICES) as director:
+        run = await director.start(two_sagas, id="bad")
+        with pytest.raises(RunFailed):
+            await run.result(timeout=30)
+        assert names() == ["buy", "unbuy", "write", "store", "hike", "unstore"]
+        advice = r"can be forked is depot\.store: `pavane runs fork bad --at depot\.store`"
+        for gone in ("hike", "unstore"):
+            with pytest.raises(BadArguments, match=advice):
+                await run.fork(gone)
+        with pytest.raises(BadArguments, match=advice):
+            await run.retry()
+        BROKEN.clear()
+        DONE.clear()
+        forked = await run.fork("store")
+        await forked.result(timeout=30)
+        assert names() == ["store", "hike"]
+    async with App("other", [], store=str(world.path)).connect() as blind:
+        advice = r"can be forked is shop\.buy"
+        with pytest.raises(BadArguments, match=advice):
+            await Run(blind, "bad").fork("store")
+
+
 @in_loop
 async def test_starting_an_id_again_gives_the_same_run_or_a_conflict(world: World) -> None:
     """Invariant 4."""
@@ -721,6 +769,67 @@ async def test_a_run_timeout_cleans_up_and_fails_with_run_timeout(world: World) 
             await director.result(too_slow)
         assert isinstance(caught.value.__cause__, RunTimeout)
         assert names() == ["write"]
+
+
+@desk.workflow(timeout="1s")
+async def slow_once(what: str) -> list[str]:
+    bought = await buy(what)
+    try:
+        if "slow" in BROKEN:
+            await asyncio.sleep(60)
+        return [bought, await store(what)]
+    finally:
+        if "slow" in BROKEN:
+            await write("clean-up")
+
+
+@in_loop
+async def test_a_run_that_timed_out_has_all_its_time_again_when_retried_or_forked(
+    world: World,
+) -> None:
+    BROKEN.add("slow")
+    async with world.working(*SERVICES) as director:
+        run = await director.start(slow_once, "tea")
+        with pytest.raises(RunFailed, match="longer than its timeout"):
+            await run.result(timeout=30)
+        with pytest.raises(BadArguments, match=r"--at shop\.buy`"):
+            await run.fork("write")
+        before = await run.status()
+        await run.retry()
+        await until_status(run, "waiting")
+        with pytest.raises(RunFailed, match="longer than its timeout"):
+            await run.result(timeout=30)
+        assert names() == ["buy", "write", "write"]
+        after = await run.status()
+        assert (after.ended_us or 0) - (before.ended_us or 0) > 1_000_000
+        forked = await run.fork("buy")
+        status = await forked.status()
+        assert status.started_us > (after.ended_us or 0)
+        with pytest.raises(RunFailed, match="longer than its timeout"):
+            await forked.result(timeout=30)
+        ended = await forked.status()
+        assert (ended.ended_us or 0) - ended.started_us > 1_000_000
+        assert [one.id for one in await director.client.list(RunFilter())] == [forked.id, run.id]
+
+
+desk_of_words = Service("words")
+
+
+@desk_of_words.workflow(timeout="1s", receives=[Told])
+async def patient() -> str:
+    return (await receive(Told)).text
+
+
+@in_loop
+async def test_a_run_that_timed_out_waiting_waits_anew_when_retried(small: World) -> None:
+    async with small.working(desk_of_words) as director:
+        run = await director.start(patient)
+        with pytest.raises(RunFailed, match="longer than its timeout"):
+            await run.result(timeout=30)
+        await run.retry()
+        await until_status(run, "waiting")
+        await run.send(Told(text="at last"))
+        assert await run.result(timeout=30) == "at last"
 
 
 # -- code that changes -------------------------------------------------------------------------

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import difflib
 import random
+import sys
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import Context, ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from msgspec import Raw
 
@@ -53,15 +55,17 @@ class WorkflowDefinition(Protocol):
     def params(self) -> Params: ...
 
 
-class Undoing(NamedTuple):
-    """A compensation that a saga began with while entry `began` was delivered.
+@dataclass(slots=True)
+class Undoing:
+    """A compensation of a saga that did not complete.
 
-    It was registered while entry `since` was, for operation `of` if that is known (else -1).
+    It was registered while entry `since` was delivered, for operation `of` if that is known (else
+    -1), and was carried out when entry `until` was.
     """
 
-    began: int
     since: int
     of: int
+    until: int = sys.maxsize
 
 
 class OperationFuture(WorkflowFuture):
@@ -256,7 +260,8 @@ class Execution:
 
     async def _body(self, raw: bytes) -> Any:
         if self.header.timeout_us:
-            self.loop.call_at((self.header.started_us + self.header.timeout_us) / 1e6, self._expire)
+            begun_us = self.header.resumed_us or self.header.started_us
+            self.loop.call_at((begun_us + self.header.timeout_us) / 1e6, self._expire)
         if self.header.limit:
             await self.issue(
                 "receive", f"limit {self.header.limit}", self.header.home, detail=BEGIN

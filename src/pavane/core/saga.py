@@ -34,8 +34,7 @@ class Compensating(Protocol):
 class _Registered(NamedTuple):
     step: Compensating
     compensate: Compensation
-    since: int
-    of: int
+    undoing: Undoing
 
 
 class Saga:
@@ -43,6 +42,7 @@ class Saga:
 
     def __init__(self) -> None:
         self._registered: list[_Registered] = []
+        self._has_failed = False
         self._token: Token[Saga | None] | None = None
         self._execution: Execution | None = None
 
@@ -73,7 +73,10 @@ class Saga:
             if execution.patched(CHECKED):
                 raise
             compensate = partial(_refuse, error)
-        self._registered.append(_Registered(step, compensate, execution.fed, of))
+        undoing = Undoing(execution.fed, of)
+        self._registered.append(_Registered(step, compensate, undoing))
+        if self._has_failed:
+            execution.undoing.append(undoing)
 
     async def __aenter__(self) -> Self:
         self._execution = required("saga()")
@@ -98,9 +101,8 @@ class Saga:
         if execution is None:
             return
         if error is not None and not isinstance(error, ContinueAsNew):
-            execution.undoing += [
-                Undoing(execution.fed, one.since, one.of) for one in self._registered
-            ]
+            self._has_failed = True
+            execution.undoing += [one.undoing for one in self._registered]
             while self._registered:
                 one = self._registered.pop()
                 try:
@@ -108,6 +110,7 @@ class Saga:
                 except (Exception, asyncio.CancelledError) as failure:
                     left = [repr(one.step), *(repr(later.step) for later in self._registered[::-1])]
                     await execution.not_undone(failure, left)
+                one.undoing.until = execution.fed
         execution.saga_closed(asyncio.current_task())
 
 

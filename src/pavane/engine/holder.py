@@ -53,7 +53,9 @@ from pavane.core.journal import (
     effective,
     encode_entry,
     eras,
+    expiry_of,
     issue_eras,
+    resumed_us,
 )
 from pavane.core.operations import BEGIN, EXPIRY, Operation, Planned
 from pavane.core.policy import Pass, decide
@@ -409,7 +411,7 @@ class Holder:
             entries = [entry for row_ in journal for entry in decode_chunk(row_.body)]
             if not entries or len(entries) != len(raws):
                 raise CorruptJournal(f"The journal of run {row.id} has no beginning.")
-            header.era = eras(entries)
+            header.era, header.resumed_us = eras(entries), resumed_us(entries)
             definition = self._registry.workflow(header.workflow, header.version)
             delivered = effective(entries)
             execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
@@ -469,7 +471,8 @@ class Holder:
             return
         held.row.header, held.dirty = encode_plain(held.header), True
         held.header.era += 1
-        held.record(Entry("rewind", self._session.now_us(), 0), self._config.journal_max_bytes)
+        held.header.resumed_us = self._session.now_us()
+        held.record(Entry("rewind", held.header.resumed_us, 0), self._config.journal_max_bytes)
         self._feed(held, Entry("start", start.at_us, value=start.value, service=start.service))
 
     def _retry_children(self, held: Held) -> None:
@@ -869,6 +872,8 @@ class Holder:
         if row.status == "failed":
             failures = [at for at, entry in enumerate(delivered) if entry.what == "failed"]
             cut = failures[-1] if failures else len(delivered) - 1
+            expired = expiry_of(delivered)
+            cut = cut if expired is None else min(cut, expired)
         rewind = encode_entry(Entry("rewind", self._session.now_us(), max(cut, 1)))
         mail = await self._store.mail_of(row.service, row.id)
         back = [m for m in mail if m.type.startswith(HELD_BACK)]
