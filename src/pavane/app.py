@@ -103,6 +103,8 @@ class RunStatus(msgspec.Struct, frozen=True):
     conversation: str = ""
     cause: str = ""
     """What started it: an event, or the run that it is a child or the continuation of."""
+    successor: str = ""
+    """The run that continues it, if it ended so."""
 
 
 class RunHistory(msgspec.Struct, frozen=True):
@@ -421,8 +423,8 @@ class Client:
 
     async def _open_row(self, run: str) -> RunRow:
         row = await self.home_row(run)
-        while row.status == "continued" and row.result is not None:
-            row = await self.home_row(msgspec.json.decode(row.result, type=str))
+        while (successor := successor_of(row)) is not None:
+            row = await self.home_row(successor)
         if row.status in ENDED:
             raise RunEnded(f"Run {row.id!r} has ended ({row.status}); nothing was sent.")
         return row
@@ -587,9 +589,10 @@ class Client:
         """Return the row of the run once it has ended, following its successors."""
         while True:
             row = await self._wait_one(id, home)
-            if row.status != "continued" or row.result is None:
+            successor = successor_of(row)
+            if successor is None:
                 return row
-            id = msgspec.json.decode(row.result, type=str)
+            id = successor
 
     async def _wait_one(self, id: str, home: str) -> RunRow:
         future: asyncio.Future[RunRow] = asyncio.get_running_loop().create_future()
@@ -887,4 +890,12 @@ def status_of(home: RunRow, at: RunRow | None = None) -> RunStatus:
         home.id, home.workflow, home.version, home.mode, status, at.reason, home.home, home.holder
         if home.status == "passed" else at.holder, max(home.hop, at.hop), home.started_us,
         home.ended_us, home.undone or at.undone, attributes, header.conversation, header.cause,
+        successor_of(home) or "",
     )  # fmt: skip
+
+
+def successor_of(row: RunRow) -> str | None:
+    """Return the run that continues an ended one, if there is one."""
+    if row.status != "continued" or row.result is None:
+        return None
+    return msgspec.json.decode(row.result, type=str)

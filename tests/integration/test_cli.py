@@ -236,6 +236,10 @@ def test_watch_follows_a_run_that_continued_where_nobody_writes_any_more(folder:
     assert watching.returncode == 0, watching.stderr
     lines = [json.loads(line) for line in watching.stdout.splitlines()]
     assert list(dict.fromkeys(line["id"] for line in lines)) == ["n", "n~2", "n~3"]
+    assert good("runs", "show", "n", *here).endswith("\n\nwent on as  run n~2\n")
+    assert (
+        json.loads(good("runs", "show", "n", *here, "-o", "json"))["status"]["successor"] == "n~2"
+    )
     assert lines[-1]["what"] == "completed"
 
 
