@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
@@ -78,6 +79,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+log = logging.getLogger("pavane.client")
+
 POLL_S = 0.01
 RUN_ID_MAX = 200
 _plain = decoder(Any)
@@ -129,6 +132,9 @@ class Run(Generic[R]):
 
     async def result(self, timeout: Duration | None = None) -> R:
         """Wait for the end and return the result.
+
+        While the run is stuck this waits until somebody has repaired it; that it is, is logged as a
+        warning of "pavane.client" (by the worker, if that is this process). `status()` tells, too.
 
         Raises RunFailed, with the workflow's error as its cause, when the run failed, was
         cancelled or killed; TimeoutError when `timeout` passes first (the run goes on); StoreError
@@ -187,6 +193,12 @@ class Run(Generic[R]):
 class Client:
     """Starts and steers runs on a store; with a node, also works for some services.
 
+    ```python
+    async with app.connect() as client:
+        run = await client.start(fulfil, order, id="o-1")
+        await client.get("o-0").cancel()
+    ```
+
     `events`, `handlers`, `dead` and `variants` are about what services react to, `schedules` about
     what starts by the calendar, `limits` about what may go on at once, `nodes` about the processes
     that work, `restored` about a database that was put back.
@@ -209,6 +221,8 @@ class Client:
         self._waiting: dict[str, list[asyncio.Future[RunRow]]] = {}
         self._homes: dict[str, tuple[str, int, object]] = {}
         """Home and partition of each run whose end is waited for, and the tenure that tells it."""
+        self._stuck: set[str] = set()
+        """Runs whose end is waited for, and of which it was logged that they are stuck."""
         self._poller: asyncio.Task[None] | None = None
         desk = Desk(store, registry, self._write, config.payload_max_bytes)
         self.events = Events(desk)
@@ -283,7 +297,24 @@ class Client:
 
     async def start(
         self,
-        workflow: Workflow[P, R],
+        workflow: Workflow[..., R],
+        *args: Any,
+        id: str | None = None,
+        mode: Mode | None = None,
+        timeout: Duration | None = None,
+        priority: int = 0,
+        **kwargs: Any,
+    ) -> Run[R]:
+        """Start a run of `workflow`; durable when this returns. See `App.start`."""
+        if not isinstance(workflow, Workflow):  # pyright: ignore
+            raise BadArguments(f"{workflow!r} is no workflow. Decorate it with @service.workflow.")
+        return await self.start_run(
+            workflow, args, kwargs, id=id, mode=mode, timeout=timeout, priority=priority
+        )
+
+    async def start_run(
+        self,
+        workflow: Workflow[..., R],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
@@ -292,7 +323,7 @@ class Client:
         timeout: Duration | None = None,
         priority: int = 0,
     ) -> Run[R]:
-        """Start a run durably; see `App.start`."""
+        """Start a run with arguments of whatever names; see `App.start`."""
         known = self.registry.workflows.get((workflow.name, workflow.version))
         if known is not workflow:
             raise UnknownName(
@@ -523,8 +554,13 @@ class Client:
 
     # -- looking -------------------------------------------------------------------------------
 
-    async def list(self, which: RunFilter) -> list[RunStatus]:
-        return [status_of(row) for row in await self.store.list_runs(which)]
+    def get(self, id: str) -> Run[Any]:
+        """Return a handle on the run of this id, whether it exists or not."""
+        return Run(self, id)
+
+    async def runs(self, which: RunFilter | None = None) -> list[RunStatus]:
+        """List runs, newest first."""
+        return [status_of(row) for row in await self.store.list_runs(which or RunFilter())]
 
     async def history(self, id: str) -> RunHistory:
         home = await self.home_row(id)
@@ -616,6 +652,7 @@ class Client:
             if not waiting:
                 del self._waiting[id]
                 self._homes.pop(id, None)
+                self._stuck.discard(id)
 
     def _ended(self, row: RunRow) -> None:
         for future in self._waiting.get(row.id, ()):
@@ -641,6 +678,9 @@ class Client:
                 if tenure is not None and tenure is looked_in:
                     continue  # had it ended before, it would have been seen; now it is told
                 row = await self.store.run_row(home, id)
+                if row is not None and row.status == "stuck" and id not in self._stuck:
+                    self._stuck.add(id)
+                    log.warning("run %s, whose result is waited for, is stuck: %s", id, row.reason)
                 if row is not None and row.status in ENDED:
                     self._ended(row)
                 elif id in self._homes:
@@ -839,19 +879,17 @@ class App:
         `Limit`: each step of it like having waited for a minute longer. Arguments are checked
         against the signature (BadArguments).
         """
-        if not isinstance(workflow, Workflow):  # pyright: ignore
-            raise BadArguments(f"{workflow!r} is no workflow. Decorate it with @service.workflow.")
         return await self.client.start(
-            workflow, args, kwargs, id=id, mode=mode, timeout=timeout, priority=priority
+            workflow, *args, id=id, mode=mode, timeout=timeout, priority=priority, **kwargs
         )
 
     def get(self, id: str) -> Run[Any]:
         """Return a handle on the run of this id, whether it exists or not."""
-        return Run(self.client, id)
+        return self.client.get(id)
 
     async def runs(self, which: RunFilter | None = None) -> list[RunStatus]:
         """List runs, newest first."""
-        return await self.client.list(which or RunFilter())
+        return await self.client.runs(which)
 
     async def publish(self, event: Any, *, id: str | None = None, traceparent: str = "") -> str:
         """Publish `event`, durably; return its id.

@@ -557,7 +557,7 @@ async def test_a_compensation_that_fails_for_good_leaves_the_run_stuck_until_ret
         assert names() == ["store", "write", "stubborn_undo", "stubborn_undo"]
 
         async def home_knows() -> bool:
-            return bool(await director.client.list(RunFilter(status=("stuck",))))
+            return bool(await director.client.runs(RunFilter(status=("stuck",))))
 
         await until(home_knows)
         with pytest.raises(BadArguments, match="stuck"):
@@ -599,6 +599,42 @@ async def test_a_compensation_that_cannot_be_made_leaves_the_run_stuck_with_what
             await director.get(run.id).result(timeout=30)
         assert names()[-1] == "unstore"
         assert (await director.get(run.id).status()).compensated == 1
+
+
+@in_loop
+async def test_who_waits_for_the_result_of_a_run_that_is_stuck_elsewhere_is_warned_once(
+    small: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    BROKEN.update({"write", "stubborn_undo"})
+    async with small.working(*SERVICES) as director, small.idle(*SERVICES) as far:
+        run = await director.start(hard_to_undo)
+        waiting = asyncio.create_task(far.get(run.id).result())
+
+        async def warned() -> list[str]:
+            return [r.message for r in caplog.records if r.name == "pavane.client"]
+
+        (said,) = await until(warned)
+        assert said.startswith(f"run {run.id}, whose result is waited for, is stuck: The comp")
+        assert not waiting.done()
+        BROKEN.clear()
+        await run.retry()
+        with pytest.raises(RunFailed, match="write is broken"):
+            await waiting
+        assert len(await warned()) == 1
+
+
+@in_loop
+async def test_a_client_starts_finds_and_lists_runs_as_an_open_app_does(small: World) -> None:
+    app = small.app(SERVICES)
+    async with app, app.connect() as client:
+        for number, ground in enumerate((app, client)):
+            run = await ground.start(plain, what="tea", id=f"r{number}", mode="choreography")
+            assert await ground.get(run.id).result() == ["bought tea", "stored tea", "wrote tea"]
+            newest = (await ground.runs(RunFilter(workflow="plain")))[0]
+            assert (newest.id, newest.mode) == (run.id, "choreography")
+            with pytest.raises(BadArguments, match="no workflow"):
+                await ground.start(print)  # pyright: ignore
+        assert await app.runs() == await client.runs()
 
 
 @in_loop
@@ -743,7 +779,7 @@ async def test_many_sleepers_fit_a_node_that_keeps_five_live(tmp_path: Path, mod
 
         async def all_sleep_and_most_are_put_away() -> bool:
             which = RunFilter(status=("waiting",), limit=1000)
-            waiting = await director.client.list(which)
+            waiting = await director.client.runs(which)
             assert names().count("store") == 0, "they woke before they were put away"
             # That they wait is seen in the store a moment before the node is told of it.
             return len(waiting) == 200 and len(session.holder.held) < 100
@@ -809,7 +845,7 @@ async def test_a_run_that_timed_out_has_all_its_time_again_when_retried_or_forke
             await forked.result(timeout=30)
         ended = await forked.status()
         assert (ended.ended_us or 0) - ended.started_us > 1_000_000
-        assert [one.id for one in await director.client.list(RunFilter())] == [forked.id, run.id]
+        assert [one.id for one in await director.client.runs(RunFilter())] == [forked.id, run.id]
 
 
 desk_of_words = Service("words")
@@ -1167,7 +1203,7 @@ async def test_attributes_are_found_and_survive_the_journey(world: World) -> Non
         await run.result(timeout=30)
         await director.result(order, "tea")
         which = RunFilter(attributes=(("customer", "ann"), ("cents", 7)))
-        found = await director.client.list(which)
+        found = await director.client.runs(which)
         assert [status.id for status in found] == [run.id]
         assert found[0].attributes == {"customer": "ann", "cents": 7, "vip": True}
 
@@ -1397,7 +1433,7 @@ async def test_ended_runs_are_pruned_after_their_retention_and_live_ones_stay(
         await until_status(live, "waiting", reason="timer")
 
         async def gone() -> bool:
-            return all(status.id != ended.id for status in await director.client.list(RunFilter()))
+            return all(status.id != ended.id for status in await director.client.runs(RunFilter()))
 
         await until(gone)
         assert (await live.status()).status == "waiting"

@@ -59,7 +59,7 @@ def start(
 
     async def work() -> None:
         async with connected(app, where.store, create=True) as client:
-            run = await client.start(
+            run = await client.start_run(
                 definition,
                 values,
                 keywords,
