@@ -99,13 +99,13 @@ async def _disturbed(url: str, workers: _Workers) -> list[Figure]:
         waits: list[float] = []
         for at in range(200):
             began = time.time()
-            await (await client.start(marks, (-1 - at,), {})).result()
+            await (await client.start(marks, -1 - at)).result()
             waits.append((next(t for n, _, t in workers.marks() if n == -1 - at) - began) * 1e3)
         figures = [Figure("start at another node, p50", p50(waits), "ms", wanted="≤ 10")]
         for _ in range(WORKERS - 1):
             await asyncio.to_thread(workers.start)
         for at in range(RUNS):
-            await client.start(marks, (at, 10_000), {})
+            await client.start(marks, at, 10_000)
         await asyncio.sleep(5)
         pauses = _pauses(workers.marks())
         figures.append(Figure("undisturbed, between two steps, p50", p50(pauses), "s"))

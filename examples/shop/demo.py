@@ -180,7 +180,7 @@ class Demo:
             self.placed_us[id] = client.store.now_us()
             await client.publish(order, source="shop", id=id)
         else:
-            await client.start(fulfil, (order,), {}, id=id, mode=form)
+            await client.start(fulfil, order, id=id, mode=form)
 
     async def _strike(self, service: str) -> None:
         """Kill a worker, and start it again after a while."""
@@ -210,7 +210,7 @@ class Demo:
 
     async def _look(self, client: Client) -> list[Ending]:
         limit = 2 * len(self.orders)
-        runs = await client.list(RunFilter(workflow="fulfil", limit=limit))
+        runs = await client.runs(RunFilter(workflow="fulfil", limit=limit))
         told = await client.events.list(EventFilter(types=ENDS, limit=limit))
         forms: dict[str, Form] = {o.order_id: form_of(n) for n, o in enumerate(self.orders)}
         ended = [run_ending(status, forms[status.id]) for status in runs]

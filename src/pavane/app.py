@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
@@ -52,6 +53,7 @@ from pavane.service import Service, checked_name
 from pavane.steering.dead import DeadLetters
 from pavane.steering.desk import Desk
 from pavane.steering.events import Events
+from pavane.steering.forks import Forks
 from pavane.steering.handlers import HandlerDesk
 from pavane.steering.variants import Variants
 from pavane.stores.eventlog import Reaction
@@ -81,6 +83,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+log = logging.getLogger("pavane.client")
+
 POLL_S = 0.01
 RUN_ID_MAX = 200
 CHAIN_MAX = 1000
@@ -108,6 +112,8 @@ class RunStatus(msgspec.Struct, frozen=True):
     conversation: str = ""
     cause: str = ""
     """What started it: an event, or the run that it is a child or the continuation of."""
+    successor: str = ""
+    """The run that continues it, if it ended so."""
 
 
 class RunHistory(msgspec.Struct, frozen=True):
@@ -132,6 +138,9 @@ class Run(Generic[R]):
 
     async def result(self, timeout: Duration | None = None) -> R:
         """Wait for the end and return the result.
+
+        While the run is stuck this waits until somebody has repaired it; that it is, is logged as a
+        warning of "pavane.client" (by the worker, if that is this process). `status()` tells, too.
 
         Raises RunFailed, with the workflow's error as its cause, when the run failed, was
         cancelled or killed; TimeoutError when `timeout` passes first (the run goes on); StoreError
@@ -168,13 +177,19 @@ class Run(Generic[R]):
         await self._client.request(self.id, "kill")
 
     async def retry(self) -> None:
-        """Go on with a stuck run, or with a failed one from the point of its failure."""
+        """Go on with a stuck run, or with a failed one from the point of its failure.
+
+        A run with a `timeout` has all of it again. Raises BadArguments for any other run, and for a
+        failed one that was compensated: the text names a step where it can be forked.
+        """
         await self._client.retry(self.id)
 
     async def fork(self, at: str | int, *, id: str | None = None) -> Run[R]:
         """Start a new run that shares this one's journal up to step `at` and does it anew.
 
-        `at` is a step's name ("charge" or "payments.charge") or an operation's number.
+        `at` is a step's name ("charge" or "payments.charge") or an operation's number. The new run
+        has a `timeout` of its own, from now on. Raises BadArguments for a step that is not there,
+        and for one that something comes before which was undone after it: the text names another.
         """
         return Run(self._client, await self._client.fork(self.id, at, id))
 
@@ -184,6 +199,12 @@ class Run(Generic[R]):
 
 class Client:
     """Starts and steers runs on a store; with a node, also works for some services.
+
+    ```python
+    async with app.connect() as client:
+        run = await client.start(fulfil, order, id="o-1")
+        await client.get("o-0").cancel()
+    ```
 
     `events`, `handlers`, `dead` and `variants` are about what services react to, `schedules` about
     what starts by the calendar, `limits` about what may go on at once, `nodes` about the processes
@@ -207,6 +228,8 @@ class Client:
         self._waiting: dict[str, list[asyncio.Future[RunRow]]] = {}
         self._homes: dict[str, tuple[str, int, object]] = {}
         """Home and partition of each run whose end is waited for, and the tenure that tells it."""
+        self._stuck: set[str] = set()
+        """Runs whose end is waited for, and of which it was logged that they are stuck."""
         self._poller: asyncio.Task[None] | None = None
         desk = Desk(store, registry, self._write, config.payload_max_bytes)
         self.events = Events(desk)
@@ -281,7 +304,24 @@ class Client:
 
     async def start(
         self,
-        workflow: Workflow[P, R],
+        workflow: Workflow[..., R],
+        *args: Any,
+        id: str | None = None,
+        mode: Mode | None = None,
+        timeout: Duration | None = None,
+        priority: int = 0,
+        **kwargs: Any,
+    ) -> Run[R]:
+        """Start a run of `workflow`; durable when this returns. See `App.start`."""
+        if not isinstance(workflow, Workflow):  # pyright: ignore
+            raise BadArguments(f"{workflow!r} is no workflow. Decorate it with @service.workflow.")
+        return await self.start_run(
+            workflow, args, kwargs, id=id, mode=mode, timeout=timeout, priority=priority
+        )
+
+    async def start_run(
+        self,
+        workflow: Workflow[..., R],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
@@ -290,7 +330,7 @@ class Client:
         timeout: Duration | None = None,
         priority: int = 0,
     ) -> Run[R]:
-        """Start a run durably; see `App.start`."""
+        """Start a run with arguments of whatever names; see `App.start`."""
         self._check_outside("Starting a run of an app", "the workflow's own `start(…)`")
         known = self.registry.workflows.get((workflow.name, workflow.version))
         if known is not workflow:
@@ -450,8 +490,8 @@ class Client:
 
     async def _newest_row(self, run: str) -> RunRow:
         row = await self.home_row(run)
-        while row.status == "continued" and row.result is not None:
-            row = await self.home_row(msgspec.json.decode(row.result, type=str))
+        while (successor := successor_of(row)) is not None:
+            row = await self.home_row(successor)
         return row
 
     async def _open_row(self, run: str) -> RunRow:
@@ -485,25 +525,29 @@ class Client:
         if row.status == "failed" and row.undone:
             raise BadArguments(
                 f"Run {row.id!r} was compensated ({row.undone} steps undone), so going on from its "
-                f"failure would build on what is gone. Fork it from a step: `pavane runs fork`."
+                f"failure would build on what is gone. {(await self._forks(row))[1].advice(row.id)}"
             )
         await self._ask(row, "retry")
 
     async def fork(self, run: str, at: str | int, id: str | None) -> str:
-        history = await self.history(run)
         row = await self.home_row(run)
-        delivered = effective(history.entries)
-        cut = _entry_of(delivered, at)
+        delivered, forks = await self._forks(row)
+        cut = forks.entry_of(at)
         if cut is None:
             raise BadArguments(
                 f"Run {run!r} has no finished step {at!r}. It has: "
-                f"{', '.join(_steps_of(delivered)) or 'none'}."
+                f"{', '.join(forks.steps()) or 'none'}."
             )
-        header = decode_header(row.header)
+        if not forks.is_possible(cut):
+            raise BadArguments(
+                f"Run {run!r} cannot be forked at {at}: what the fork would build on was undone "
+                f"later, or cancelled by the run's timeout. {forks.advice(run)}"
+            )
+        header, now = decode_header(row.header), self.store.now_us()
         header.seed = header.seed or header.run
         header.run = self._process.new_id() if id is None else checked_run_id(id)
         header.parent, header.era, header.forced, header.cause = None, 0, "", run
-        now = self.store.now_us()
+        header.started_us, header.resumed_us = now, 0
         entries = [*delivered[:cut], Entry("fork", now)]
         number = await self.store.take_run_numbers(1)
         target = self.store.target_of(row.home, header.run)
@@ -526,6 +570,11 @@ class Client:
             raise RunConflict(f"Run {header.run!r} exists already; choose another id.") from None
         return header.run
 
+    async def _forks(self, row: RunRow) -> tuple[list[Entry], Forks]:
+        """Return what was delivered to a run, and where it may be forked."""
+        delivered = effective((await self.history(row.id)).entries)
+        return delivered, Forks(self.registry, decode_header(row.header), delivered)
+
     async def publish(
         self, event: Any, *, source: str = "client", id: str | None = None,
         conversation: str | None = None, traceparent: str = "",
@@ -547,8 +596,13 @@ class Client:
 
     # -- looking -------------------------------------------------------------------------------
 
-    async def list(self, which: RunFilter) -> list[RunStatus]:
-        return [status_of(row) for row in await self.store.list_runs(which)]
+    def get(self, id: str) -> Run[Any]:
+        """Return a handle on the run of this id, whether it exists or not."""
+        return Run(self, id)
+
+    async def runs(self, which: RunFilter | None = None) -> list[RunStatus]:
+        """List runs, newest first."""
+        return [status_of(row) for row in await self.store.list_runs(which or RunFilter())]
 
     async def history(self, id: str) -> RunHistory:
         home = await self.home_row(id)
@@ -613,9 +667,10 @@ class Client:
         """Return the row of the run once it has ended, following its successors."""
         while True:
             row = await self._wait_one(id, home)
-            if row.status != "continued" or row.result is None:
+            successor = successor_of(row)
+            if successor is None:
                 return row
-            id = msgspec.json.decode(row.result, type=str)
+            id = successor
 
     async def _wait_one(self, id: str, home: str) -> RunRow:
         future: asyncio.Future[RunRow] = asyncio.get_running_loop().create_future()
@@ -639,6 +694,7 @@ class Client:
             if not waiting:
                 del self._waiting[id]
                 self._homes.pop(id, None)
+                self._stuck.discard(id)
 
     def _ended(self, row: RunRow) -> None:
         for future in self._waiting.get(row.id, ()):
@@ -664,6 +720,9 @@ class Client:
                 if tenure is not None and tenure is looked_in:
                     continue  # had it ended before, it would have been seen; now it is told
                 row = await self.store.run_row(home, id)
+                if row is not None and row.status == "stuck" and id not in self._stuck:
+                    self._stuck.add(id)
+                    log.warning("run %s, whose result is waited for, is stuck: %s", id, row.reason)
                 if row is not None and row.status in ENDED:
                     self._ended(row)
                 elif id in self._homes:
@@ -863,19 +922,17 @@ class App:
         `Limit`: each step of it like having waited for a minute longer. Arguments are checked
         against the signature (BadArguments).
         """
-        if not isinstance(workflow, Workflow):  # pyright: ignore
-            raise BadArguments(f"{workflow!r} is no workflow. Decorate it with @service.workflow.")
         return await self.client.start(
-            workflow, args, kwargs, id=id, mode=mode, timeout=timeout, priority=priority
+            workflow, *args, id=id, mode=mode, timeout=timeout, priority=priority, **kwargs
         )
 
     def get(self, id: str) -> Run[Any]:
         """Return a handle on the run of this id, whether it exists or not."""
-        return Run(self.client, id)
+        return self.client.get(id)
 
     async def runs(self, which: RunFilter | None = None) -> list[RunStatus]:
         """List runs, newest first."""
-        return await self.client.list(which or RunFilter())
+        return await self.client.runs(which)
 
     async def publish(self, event: Any, *, id: str | None = None, traceparent: str = "") -> str:
         """Publish `event`, durably; return its id.
@@ -931,22 +988,12 @@ def status_of(home: RunRow, at: RunRow | None = None) -> RunStatus:
         home.id, home.workflow, home.version, home.mode, status, at.reason, home.home, home.holder
         if home.status == "passed" else at.holder, max(home.hop, at.hop), home.started_us,
         home.ended_us, home.undone or at.undone, attributes, header.conversation, header.cause,
+        successor_of(home) or "",
     )  # fmt: skip
 
 
-def _steps_of(entries: Sequence[Entry]) -> list[str]:
-    issued = [mark for entry in entries for mark in entry.issued if not mark.startswith("patch ")]
-    done = {entry.op for entry in entries if entry.what in ("done", "failed")}
-    return [mark.partition(" ")[2] for op, mark in enumerate(issued) if op in done]
-
-
-def _entry_of(entries: Sequence[Entry], at: str | int) -> int | None:
-    """Return the index of the entry that delivers the operation `at`."""
-    issued = [mark for entry in entries for mark in entry.issued if not mark.startswith("patch ")]
-    for index, entry in enumerate(entries):
-        if entry.what not in ("done", "failed", "fired", "received"):
-            continue
-        name = issued[entry.op].partition(" ")[2]
-        if entry.op == at or at in (name, name.rpartition(".")[2]):
-            return index
-    return None
+def successor_of(row: RunRow) -> str | None:
+    """Return the run that continues an ended one, if there is one."""
+    if row.status != "continued" or row.result is None:
+        return None
+    return msgspec.json.decode(row.result, type=str)

@@ -160,6 +160,12 @@ class Mismatch(PavaneError):
     code = "mismatch"
 
 
+class NotUndone(PavaneError):
+    """A compensation cannot be carried out; its run is stuck with all that is left to be undone."""
+
+    code = "not-undone"
+
+
 class CorruptJournal(PavaneError):
     """A journal row cannot be read; its run is stuck, all others go on."""
 

@@ -24,7 +24,7 @@ import msgspec
 from pavane.core.codec import Params, encode_fitting
 from pavane.core.execution import Execution, current, required
 from pavane.core.operations import Mode
-from pavane.core.saga import current_saga
+from pavane.core.saga import Compensation, current_saga
 from pavane.errors import BadArguments, BadDeclaration, OnlyInWorkflow
 from pavane.event import class_of, is_event, is_event_type
 from pavane.handler import (
@@ -99,29 +99,39 @@ class Step(Generic[P, R]):
             return _plainly(self.fn, args, kwargs)
         return self._durably(execution, args, kwargs)
 
-    def compensate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, R]:
-        """Call the step as a compensation (see `saga`)."""
-        return self._durably(required("a compensation"), args, kwargs, undo=True)
+    def compensation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compensation:
+        """Write the arguments down and return what calls the step with them (see `saga`)."""
+        execution = required("a compensation")
+        raw = self._encoded(execution, args, kwargs)
+
+        async def compensate() -> None:
+            await execution.issue(
+                "step", self.name, self.service.name, args=raw, detail=self.options_, undo=True
+            )
+
+        return compensate
 
     async def _durably(
-        self,
-        execution: Execution,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        undo: bool = False,
+        self, execution: Execution, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> R:
+        raw = self._encoded(execution, args, kwargs)
+        declared = self.options_.undo
+        if declared is not None:
+            saga = current_saga.get()
+            if saga is not None:
+                saga.register(declared, args, kwargs, of=execution.next_ordinal)
+        return await execution.issue(
+            "step", self.name, self.service.name, args=raw, decode=self.params.result,
+            detail=self.options_,
+        )  # fmt: skip
+
+    def _encoded(
+        self, execution: Execution, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bytes:
         raw = self.params.encode(args, kwargs)
         if len(raw) > execution.payload_max_bytes:
             raise execution.too_large(raw, f"The arguments of {self}")
-        declared = self.options_.undo
-        if declared is not None and not undo:
-            saga = current_saga.get()
-            if saga is not None:
-                saga(declared, *args, **kwargs)
-        return await execution.issue(
-            "step", self.name, self.service.name, args=raw, decode=self.params.result,
-            detail=self.options_, undo=undo,
-        )  # fmt: skip
+        return raw
 
     def options(
         self,
@@ -440,6 +450,12 @@ class Service:
                 f'@{self.name}.step(name="…").'
             )
         step: Step[..., Any] = Step(self, fn, chosen, options, transaction)
+        undo: Step[..., Any] | None = options.undo
+        if undo is not None and not undo.params.take_all_of(step.params):
+            raise BadDeclaration(
+                f"undo={undo} cannot undo {step}: it is called with the same arguments, but one "
+                f"takes {undo.params} and the other {step.params}."
+            )
         self.steps[chosen] = step
         return step
 

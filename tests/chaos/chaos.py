@@ -182,7 +182,7 @@ class Chaos:
             self._placed_us.setdefault(order.order_id, client.store.now_us())
             await client.publish(order, source="shop", id=order.order_id)
         else:
-            await client.start(fulfil, (order,), {}, id=order.order_id, mode=form)
+            await client.start(fulfil, order, id=order.order_id, mode=form)
 
     async def _wait(self, client: Client, id: str) -> None:
         async def ask() -> None:

@@ -165,7 +165,7 @@ def app_on(store: SqliteStore | str) -> App:
 
 async def start_and_await(client: Client, mode: Mode, scenario: str) -> None:
     flow = {"saga": fulfil, "talk": talk, "books": settle}[scenario]
-    run = await client.start(flow, ("book",), {}, id="r-1", mode=mode)
+    run = await client.start(flow, "book", id="r-1", mode=mode)
     if scenario == "talk":
         await tell_and_cancel(client, run)
     try:

@@ -54,7 +54,7 @@ async def connected(stack: AsyncExitStack, fleet: Fleet) -> Client:
 
 
 async def start(client: Client, flow: Any, *args: Any, **options: Any) -> Run[Any]:
-    return await client.start(flow, args, {}, **options)
+    return await client.start(flow, *args, **options)
 
 
 async def is_free(store: str) -> bool:

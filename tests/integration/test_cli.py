@@ -251,6 +251,10 @@ def test_watch_follows_a_run_that_continued_where_nobody_writes_any_more(folder:
     assert watching.returncode == 0, watching.stderr
     lines = [json.loads(line) for line in watching.stdout.splitlines()]
     assert list(dict.fromkeys(line["id"] for line in lines)) == ["n", "n~2", "n~3"]
+    assert good("runs", "show", "n", *here).endswith("\n\nwent on as  run n~2\n")
+    assert (
+        json.loads(good("runs", "show", "n", *here, "-o", "json"))["status"]["successor"] == "n~2"
+    )
     assert lines[-1]["what"] == "completed"
 
 
@@ -323,6 +327,23 @@ def test_fork_does_a_step_anew(shop: None) -> None:
     assert "⑂ forked here" in good("runs", "show", "f-2")
     said = refused(2, "runs", "fork", "f-1", "--at", "shop")
     assert "no finished step 'shop'. It has: payments.charge, shipping.ship." in said
+
+
+@pytest.mark.parametrize("with_code", [True, False])
+def test_fork_and_retry_of_a_compensated_run_name_the_step_that_can_be_forked(
+    shop: None, monkeypatch: pytest.MonkeyPatch, with_code: bool
+) -> None:
+    id = f"noship-{with_code}"
+    good("runs", "start", "fulfil", f'"{id}"', "--id", id)
+    status_until("failed", id)
+    if not with_code:
+        monkeypatch.delenv("PAVANE_APP")
+    store = () if with_code else ("--store", "cli_shop.db")
+    advice = f"is payments.charge: `pavane runs fork {id} --at payments.charge`."
+    assert advice in refused(2, "runs", "fork", id, "--at", "ship", *store)
+    assert advice in refused(2, "runs", "retry", id, *store)
+    forked = good("runs", "fork", id, "--at", "payments.charge", *store).strip()
+    status_until("failed", forked, *store)
 
 
 # -- services and doctor -----------------------------------------------------------------------

@@ -109,7 +109,7 @@ def trade(
         async def work() -> None:
             async with app.worker() as client:
                 if alone:
-                    await client.start(app.registry.workflow("alone"), (), {}, id="alone")
+                    await client.start(app.registry.workflow("alone"), id="alone")
                 for id, key in orders.items():
                     await client.publish(event(id=key), source="test", id=id)
                 await until(lambda: settled(client))

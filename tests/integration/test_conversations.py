@@ -233,7 +233,7 @@ async def test_a_stuck_run_makes_it_stuck(path: str) -> None:
     app = app_on(path, "200ms", start=fulfil, ends=[Cancelled])
     async with app.worker() as client:
         BROKEN.add("pack")
-        await client.start(fulfil, ("r",), {}, id="r")
+        await client.start(fulfil, "r", id="r")
         status = await in_state(client, "r", "stuck")
         (failed,) = status.trouble.failed
         assert (failed.run, failed.reason) == ("r", "ValueError: no box")
@@ -248,7 +248,7 @@ async def test_a_run_that_waits_for_an_event_is_what_it_is_stuck_at(path: str) -
     app = App("shop", [orders_only], store=path)
     app.conversation(start=wait, ends=[Shipped], within="200ms")
     async with app.worker() as client:
-        await client.start(wait, ("r",), {}, id="r")
+        await client.start(wait, "r", id="r")
         status = await in_state(client, "r", "stuck", contract="wait")
         (expected,) = status.trouble.expected
         assert (expected.what, expected.name) == ("run", "r")
@@ -305,7 +305,7 @@ async def header_of(client: Client, run: str) -> Header:
 @in_loop
 async def test_children_carry_the_conversation_and_their_parent_as_the_cause(path: str) -> None:
     async with app_on(path, watched=False).worker() as client:
-        run = await client.start(family, ("f",), {}, id="f")
+        run = await client.start(family, "f", id="f")
         await run.result(timeout=10)
         for kid in ("f/0", "f/1"):
             await until(lambda kid=kid: ended(client, kid))
@@ -323,7 +323,7 @@ async def ended(client: Client, run: str) -> bool:
 @in_loop
 async def test_a_continued_run_and_all_it_causes_stay_in_the_conversation(path: str) -> None:
     async with app_on(path, watched=False).worker() as client:
-        run = await client.start(again, (2,), {}, id="a")
+        run = await client.start(again, 2, id="a")
         await run.result(timeout=10)
         assert (await header_of(client, "a~3")).cause == "a~2"
         runs = await client.store.runs_in("a")
@@ -345,7 +345,7 @@ async def three_refunds(client: Client) -> list[str]:
 @in_loop
 async def test_a_fork_stays_in_the_conversation_of_what_it_was_forked_from(path: str) -> None:
     async with app_on(path, watched=False).worker() as client:
-        run = await client.start(refund, (Cancelled(id="x"),), {}, id="r")
+        run = await client.start(refund, Cancelled(id="x"), id="r")
         await run.result(timeout=10)
         await (await run.fork("pack", id="r-2")).result(timeout=10)
         header = await header_of(client, "r-2")
@@ -357,7 +357,7 @@ async def test_a_fork_stays_in_the_conversation_of_what_it_was_forked_from(path:
 async def test_any_event_or_run_leads_to_its_conversation(path: str) -> None:
     async with app_on(path, watched=False).worker() as client:
         await publish(client, Placed(id="o-1"))
-        run = await client.start(family, ("f",), {}, id="f")
+        run = await client.start(family, "f", id="f")
         await run.result(timeout=10)
         shipped = await until(lambda: first_event(client, "Shipped", "o-1"))
         assert (await client.conversations.show(shipped.id)).id == "o-1"
@@ -378,8 +378,8 @@ async def first_event(client: Client, type: str, conversation: str) -> EventRow 
 async def test_runs_that_begin_no_contract_tell_nothing_in_the_log(path: str) -> None:
     app = app_on(path, start=fulfil, ends=[Cancelled])
     async with app.worker() as client:
-        await (await client.start(refund, (Cancelled(id="x"),), {}, id="r")).result(timeout=10)
-        await client.start(fulfil, ("f",), {}, id="f")
+        await (await client.start(refund, Cancelled(id="x"), id="r")).result(timeout=10)
+        await client.start(fulfil, "f", id="f")
         await in_state(client, "f", "open")
         types = {type for type, _, _ in await client.store.event_types()}
     assert types == {"~start-fulfil"}
@@ -422,7 +422,7 @@ async def test_a_handler_can_end_what_is_overdue(path: str) -> None:
 async def test_a_workflow_receives_that_its_conversation_is_overdue(path: str) -> None:
     app = app_on(path, "200ms", start=fulfil, ends=[Cancelled], name="fulfilment")
     async with app.worker() as client:
-        run = await client.start(fulfil, ("f-1",), {}, id="f-1")
+        run = await client.start(fulfil, "f-1", id="f-1")
         assert await run.result(timeout=10) == "fulfilment"
         status = await in_state(client, "f-1", "late", contract="fulfilment")
     assert (status.key, status.end) == ("f-1", "Cancelled")
@@ -461,7 +461,7 @@ async def test_invariant_12_without_a_monitor_everything_goes_on_and_it_catches_
         async with app.worker() as client:
             await publish(client, *(Placed(id=f"o-{n}") for n in range(20)))
             await until(lambda: counted(client, "Shipped", 20))
-            await (await client.start(refund, (Cancelled(id="x"),), {})).result(timeout=10)
+            await (await client.start(refund, Cancelled(id="x"))).result(timeout=10)
             assert await client.conversations.list() == []
             assert client.node is not None
             assert client.node.session is not None

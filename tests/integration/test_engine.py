@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import time
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 
 from pavane import (
+    App,
     BadArguments,
     Event,
     NotEncodable,
     Retry,
+    Run,
     RunConflict,
     RunEnded,
     RunFailed,
@@ -554,7 +557,7 @@ async def test_a_compensation_that_fails_for_good_leaves_the_run_stuck_until_ret
         assert names() == ["store", "write", "stubborn_undo", "stubborn_undo"]
 
         async def home_knows() -> bool:
-            return bool(await director.client.list(RunFilter(status=("stuck",))))
+            return bool(await director.client.runs(RunFilter(status=("stuck",))))
 
         await until(home_knows)
         with pytest.raises(BadArguments, match="stuck"):
@@ -565,6 +568,73 @@ async def test_a_compensation_that_fails_for_good_leaves_the_run_stuck_until_ret
             await run.result(timeout=30)
         assert names()[4:] == ["stubborn_undo", "unstore"]
         assert (await run.status()).compensated == 2
+
+
+@desk.workflow
+async def undoes_one() -> None:
+    async with saga() as undo:
+        undo(unstore, await store("a"))
+        await write("c")
+
+
+@in_loop
+async def test_a_compensation_that_cannot_be_made_leaves_the_run_stuck_with_what_is_left(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 7: whatever the reason is, nothing is passed over."""
+    BROKEN.add("write")
+
+    async def out_of_memory() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(unstore), "compensation", lambda *_: out_of_memory)  # pyright: ignore
+        async with world.working(*SERVICES) as director:
+            run = await director.start(undoes_one)
+            status = await until_status(run, "stuck")
+            assert "unstore cannot be carried out: MemoryError" in status.reason
+    async with world.working(*SERVICES) as director:
+        await director.get(run.id).retry()
+        with pytest.raises(RunFailed, match="write is broken"):
+            await director.get(run.id).result(timeout=30)
+        assert names()[-1] == "unstore"
+        assert (await director.get(run.id).status()).compensated == 1
+
+
+@in_loop
+async def test_who_waits_for_the_result_of_a_run_that_is_stuck_elsewhere_is_warned_once(
+    small: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    BROKEN.update({"write", "stubborn_undo"})
+    async with small.working(*SERVICES) as director, small.idle(*SERVICES) as far:
+        run = await director.start(hard_to_undo)
+        waiting = asyncio.create_task(far.get(run.id).result())
+
+        async def warned() -> list[str]:
+            return [r.message for r in caplog.records if r.name == "pavane.client"]
+
+        (said,) = await until(warned)
+        assert said.startswith(f"run {run.id}, whose result is waited for, is stuck: The comp")
+        assert not waiting.done()
+        BROKEN.clear()
+        await run.retry()
+        with pytest.raises(RunFailed, match="write is broken"):
+            await waiting
+        assert len(await warned()) == 1
+
+
+@in_loop
+async def test_a_client_starts_finds_and_lists_runs_as_an_open_app_does(small: World) -> None:
+    app = small.app(SERVICES)
+    async with app, app.connect() as client:
+        for number, ground in enumerate((app, client)):
+            run = await ground.start(plain, what="tea", id=f"r{number}", mode="choreography")
+            assert await ground.get(run.id).result() == ["bought tea", "stored tea", "wrote tea"]
+            newest = (await ground.runs(RunFilter(workflow="plain")))[0]
+            assert (newest.id, newest.mode) == (run.id, "choreography")
+            with pytest.raises(BadArguments, match="no workflow"):
+                await ground.start(print)  # pyright: ignore
+        assert await app.runs() == await client.runs()
 
 
 @in_loop
@@ -592,6 +662,51 @@ async def test_fork_shares_the_journal_up_to_a_step_and_does_the_rest_anew(world
             await run.fork("nonsense")
         with pytest.raises(RunConflict):
             await run.fork("store", id="again")
+
+
+@shop.step
+async def hike() -> None:
+    act("hike")
+
+
+@desk.workflow
+async def two_sagas() -> None:
+    with suppress(LookupError):
+        async with saga() as undo:
+            undo(unbuy, await buy("map"))
+            raise LookupError
+    await write("plan")
+    async with saga() as undo:
+        undo(unstore, await store("tent"))
+        await hike()
+
+
+@in_loop
+async def test_a_compensated_run_is_forked_only_at_a_step_before_what_was_undone(
+    world: World,
+) -> None:
+    """Invariant 7: nothing is built on what is gone, nor undone twice."""
+    BROKEN.add("hike")
+    async with world.working(*SERVICES) as director:
+        run = await director.start(two_sagas, id="bad")
+        with pytest.raises(RunFailed):
+            await run.result(timeout=30)
+        assert names() == ["buy", "unbuy", "write", "store", "hike", "unstore"]
+        advice = r"can be forked is depot\.store: `pavane runs fork bad --at depot\.store`"
+        for gone in ("hike", "unstore"):
+            with pytest.raises(BadArguments, match=advice):
+                await run.fork(gone)
+        with pytest.raises(BadArguments, match=advice):
+            await run.retry()
+        BROKEN.clear()
+        DONE.clear()
+        forked = await run.fork("store")
+        await forked.result(timeout=30)
+        assert names() == ["store", "hike"]
+    async with App("other", [], store=str(world.path)).connect() as blind:
+        advice = r"can be forked is shop\.buy"
+        with pytest.raises(BadArguments, match=advice):
+            await Run(blind, "bad").fork("store")
 
 
 @in_loop
@@ -664,7 +779,7 @@ async def test_many_sleepers_fit_a_node_that_keeps_five_live(tmp_path: Path, mod
 
         async def all_sleep_and_most_are_put_away() -> bool:
             which = RunFilter(status=("waiting",), limit=1000)
-            waiting = await director.client.list(which)
+            waiting = await director.client.runs(which)
             assert names().count("store") == 0, "they woke before they were put away"
             # That they wait is seen in the store a moment before the node is told of it.
             return len(waiting) == 200 and len(session.holder.held) < 100
@@ -690,6 +805,67 @@ async def test_a_run_timeout_cleans_up_and_fails_with_run_timeout(world: World) 
             await director.result(too_slow)
         assert isinstance(caught.value.__cause__, RunTimeout)
         assert names() == ["write"]
+
+
+@desk.workflow(timeout="1s")
+async def slow_once(what: str) -> list[str]:
+    bought = await buy(what)
+    try:
+        if "slow" in BROKEN:
+            await asyncio.sleep(60)
+        return [bought, await store(what)]
+    finally:
+        if "slow" in BROKEN:
+            await write("clean-up")
+
+
+@in_loop
+async def test_a_run_that_timed_out_has_all_its_time_again_when_retried_or_forked(
+    world: World,
+) -> None:
+    BROKEN.add("slow")
+    async with world.working(*SERVICES) as director:
+        run = await director.start(slow_once, "tea")
+        with pytest.raises(RunFailed, match="longer than its timeout"):
+            await run.result(timeout=30)
+        with pytest.raises(BadArguments, match=r"--at shop\.buy`"):
+            await run.fork("write")
+        before = await run.status()
+        await run.retry()
+        await until_status(run, "waiting")
+        with pytest.raises(RunFailed, match="longer than its timeout"):
+            await run.result(timeout=30)
+        assert names() == ["buy", "write", "write"]
+        after = await run.status()
+        assert (after.ended_us or 0) - (before.ended_us or 0) > 1_000_000
+        forked = await run.fork("buy")
+        status = await forked.status()
+        assert status.started_us > (after.ended_us or 0)
+        with pytest.raises(RunFailed, match="longer than its timeout"):
+            await forked.result(timeout=30)
+        ended = await forked.status()
+        assert (ended.ended_us or 0) - ended.started_us > 1_000_000
+        assert [one.id for one in await director.client.runs(RunFilter())] == [forked.id, run.id]
+
+
+desk_of_words = Service("words")
+
+
+@desk_of_words.workflow(timeout="1s", receives=[Told])
+async def patient() -> str:
+    return (await receive(Told)).text
+
+
+@in_loop
+async def test_a_run_that_timed_out_waiting_waits_anew_when_retried(small: World) -> None:
+    async with small.working(desk_of_words) as director:
+        run = await director.start(patient)
+        with pytest.raises(RunFailed, match="longer than its timeout"):
+            await run.result(timeout=30)
+        await run.retry()
+        await until_status(run, "waiting")
+        await run.send(Told(text="at last"))
+        assert await run.result(timeout=30) == "at last"
 
 
 # -- code that changes -------------------------------------------------------------------------
@@ -1100,7 +1276,7 @@ async def test_attributes_are_found_and_survive_the_journey(world: World) -> Non
         await run.result(timeout=30)
         await director.result(order, "tea")
         which = RunFilter(attributes=(("customer", "ann"), ("cents", 7)))
-        found = await director.client.list(which)
+        found = await director.client.runs(which)
         assert [status.id for status in found] == [run.id]
         assert found[0].attributes == {"customer": "ann", "cents": 7, "vip": True}
 
@@ -1330,7 +1506,7 @@ async def test_ended_runs_are_pruned_after_their_retention_and_live_ones_stay(
         await until_status(live, "waiting", reason="timer")
 
         async def gone() -> bool:
-            return all(status.id != ended.id for status in await director.client.list(RunFilter()))
+            return all(status.id != ended.id for status in await director.client.runs(RunFilter()))
 
         await until(gone)
         assert (await live.status()).status == "waiting"

@@ -219,7 +219,7 @@ async def test_event_and_wait_meet_whichever_nodes_have_them(tmp_path: Path) -> 
             await asyncio.sleep(number * 0.004)
             order = f"o{number}"
             run, _ = await asyncio.gather(
-                client.start(fulfil, (order,), {}),
+                client.start(fulfil, order),
                 client.publish(Paid(order=order), source="test"),
             )
             return await run.result(timeout=30)

@@ -152,7 +152,7 @@ def test_a_cancel_right_behind_the_start_is_not_lost(tmp_path: Path) -> None:
         app = make_app(str(tmp_path / "test.db"))
         async with app.worker(), app.connect() as client:
             for _ in range(30):
-                run = await client.start(nap, (3600.0,), {})
+                run = await client.start(nap, 3600.0)
                 await run.cancel()
                 row = await client.wait_end(run.id)
                 assert row.status == "cancelled"

@@ -153,7 +153,7 @@ async def three_nodes(store: Place) -> AsyncGenerator[Client]:
 
 async def results(client: Client, flow: Any, mode: Mode, *calls: tuple[Any, ...]) -> list[Any]:
     """Start a run for each call, all at once, and return what they give."""
-    runs = [await client.start(flow, call, {}, mode=mode) for call in calls]
+    runs = [await client.start(flow, *call, mode=mode) for call in calls]
     return [await run.result(timeout=60) for run in runs]
 
 

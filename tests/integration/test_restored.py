@@ -62,7 +62,7 @@ def app_on(url: str) -> App:
 
 async def gone_on_after_a_backup(client: Client, postgres: PostgresServer) -> None:
     """Have a run finish whose first half is in the backup only."""
-    run = await client.start(in_parts, (), {}, id="before")
+    run = await client.start(in_parts, id="before")
     await until_status(run, "waiting")
     await asyncio.to_thread(postgres.back_up, "monday")
     await asyncio.sleep(0.2)  # for a beat
@@ -73,7 +73,7 @@ async def gone_on_after_a_backup(client: Client, postgres: PostgresServer) -> No
 async def work_once(app: App) -> None:
     """Work until there is a run that waits."""
     async with app.worker() as client:
-        run = await client.start(in_parts, (), {}, id="here")
+        run = await client.start(in_parts, id="here")
         await until_status(run, "waiting")
 
 
@@ -93,7 +93,7 @@ async def test_a_backup_that_was_put_back_is_refused_listed_and_accepted(
     app = app_on(postgres.create_database("bank"))
     async with app.worker() as client:
         await gone_on_after_a_backup(client, postgres)
-        late = await client.start(in_parts, (), {}, id="since")
+        late = await client.start(in_parts, id="since")
         await until_status(late, "waiting")
     first, second, _ = PAID
     await asyncio.to_thread(postgres.put_back, "monday")
@@ -118,7 +118,7 @@ async def test_a_backup_that_was_put_back_is_refused_listed_and_accepted(
         await run.send(Go())
         assert await run.result(timeout=30) == ["first", "second"]
         assert PAID[3:] == [second], "the same key, so that the payment counts once"
-        again = await client.start(in_parts, (), {}, id="since")
+        again = await client.start(in_parts, id="since")
         await until_status(again, "waiting")
         assert PAID[4:] == [PAID[2]]
         assert await client.restored.lost() is None
@@ -186,7 +186,7 @@ async def test_another_database_at_the_same_address_is_refused_unless_it_is_blan
         server().drop_database(name)
         server().create_database(name)
         async with app.connect() as client:
-            await client.start(in_parts, (), {}, id="there")
+            await client.start(in_parts, id="there")
         assert "is another database" in await in_vain(app)
         noted.write_text("{")
         assert "cannot be read" in await in_vain(app)

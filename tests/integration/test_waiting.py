@@ -42,7 +42,7 @@ class FailingStore(MemoryStore):
 async def test_who_waits_for_a_run_is_told_that_the_store_failed() -> None:
     store = FailingStore()
     async with App("desk", [desk], store=store).connect() as client:
-        run = await client.start(greet, (), {}, id="g-1")
+        run = await client.start(greet, id="g-1")
         waits = asyncio.create_task(run.result())
         await asyncio.sleep(0)
         store.is_failing = True
@@ -77,7 +77,7 @@ async def test_who_waits_is_told_of_runs_that_ended_elsewhere_before_they_came_h
                 ids = [f"w-{n}" for n in range(20)]
                 return [id for id in ids if is_owner(elsewhere, id)]
 
-            runs = [await client.start(wait, (), {}, id=id) for id in await until(shared)]
+            runs = [await client.start(wait, id=id) for id in await until(shared)]
             ends = [asyncio.create_task(run.result()) for run in runs]
             for run in runs:
                 await run.send(Go())

@@ -96,14 +96,14 @@ class Director:
         self.mode: Mode = mode
 
     async def start(self, flow: Workflow[..., Any], *args: Any, **options: Any) -> Run[Any]:
-        return await self.client.start(flow, args, {}, **{"mode": self.mode, **options})
+        return await self.client.start(flow, *args, **{"mode": self.mode, **options})
 
     async def result(self, flow: Workflow[..., Any], *args: Any, **options: Any) -> Any:
         run = await self.start(flow, *args, **options)
         return await run.result(timeout=DEADLINE_S)
 
     def get(self, id: str) -> Run[Any]:
-        return Run(self.client, id)
+        return self.client.get(id)
 
 
 async def until(condition: Callable[[], Awaitable[T]], what: str = "") -> T:

@@ -176,7 +176,7 @@ class Bank:
         random = sim.clock.random
         await asyncio.sleep(random.random() * sim.storm.ends_us / 1e6 * 0.8)
         args = (source, target, cents)
-        run: Run[str] = await insist(lambda: client.start(transfer, args, {}, id=id, mode=sim.mode))
+        run: Run[str] = await insist(lambda: client.start(transfer, *args, id=id, mode=sim.mode))
         sim.clock.note(f"customer was told that {id} is accepted")
         if random.random() < 0.2:
             await asyncio.sleep(random.random() * 0.1)

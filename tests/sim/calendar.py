@@ -68,7 +68,7 @@ class Calendar:
 
     async def _runs(self, client: Client) -> set[str]:
         which = RunFilter(id_prefix=f"{NAME}@", limit=1000)
-        return {run.id for run in await insist(lambda: client.list(which))}
+        return {run.id for run in await insist(lambda: client.runs(which))}
 
     def _id(self, at_us: int) -> str:
         return f"{NAME}@{moment(at_us).isoformat()}"

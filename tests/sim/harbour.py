@@ -99,7 +99,7 @@ class Harbour:
         args = (id, random.choice(("big", "small")))
         await asyncio.sleep(random.random() * sim.storm.ends_us / 1e6 * 0.5)
         run: Run[str] = await insist(
-            lambda: client.start(call_at, args, {}, id=id, mode=sim.mode, priority=len(id) % 2)
+            lambda: client.start(call_at, *args, id=id, mode=sim.mode, priority=len(id) % 2)
         )
         fate = random.random()
         if fate < 0.2:

@@ -26,7 +26,7 @@ class Hasty(Bank):
         random = sim.clock.random
         await asyncio.sleep(random.random() * sim.storm.ends_us / 1e6 * 0.8)
         args = (source, target, cents)
-        run: Run[str] = await insist(lambda: client.start(transfer, args, {}, id=id, mode=sim.mode))
+        run: Run[str] = await insist(lambda: client.start(transfer, *args, id=id, mode=sim.mode))
         while random.random() < HASTY:
             await asyncio.sleep(random.random() * 0.2)
             try:

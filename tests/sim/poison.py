@@ -92,7 +92,7 @@ class Poison:
     async def _dine(self, sim: Simulation, client: Client, id: str, is_poisonous: bool) -> None:
         await asyncio.sleep(sim.clock.random.random() * sim.storm.ends_us / 1e6 * 0.8)
         args = (id, is_poisonous)
-        run: Run[str] = await insist(lambda: client.start(dine, args, {}, id=id, mode=sim.mode))
+        run: Run[str] = await insist(lambda: client.start(dine, *args, id=id, mode=sim.mode))
         if is_poisonous:
             await self._wait_for_quarantine(client, run)
         await sim.ended(id)

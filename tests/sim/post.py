@@ -116,7 +116,7 @@ class Post:
 
     async def _ask(self, sim: Simulation, client: Client, id: str) -> None:
         await asyncio.sleep(sim.clock.random.random() * sim.storm.ends_us / 1e6 * 0.8)
-        run: Run[str] = await insist(lambda: client.start(ask, (id,), {}, id=id, mode=sim.mode))
+        run: Run[str] = await insist(lambda: client.start(ask, id, id=id, mode=sim.mode))
         await insist(lambda: client.publish(Answer(question=id), id=f"a{id}"))
         await sim.ended(id)
         self.answers[id] = ("completed", await insist(run.result))

@@ -266,7 +266,7 @@ class Shop:
         patient, is_forgotten = random.random() < 0.5, random.random() < 0.2
         await asyncio.sleep(random.random() * sim.storm.ends_us / 1e6 * 0.8)
         args = (id, customer, cents, items, patient)
-        run: Run[str] = await insist(lambda: client.start(fulfil, args, {}, id=id, mode=sim.mode))
+        run: Run[str] = await insist(lambda: client.start(fulfil, *args, id=id, mode=sim.mode))
         sim.clock.note(f"customer was told that {id} is accepted")
         await asyncio.sleep(random.random() * 0.2)
         try:

@@ -13,14 +13,21 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec import Raw
+from msgspec import Raw, structs
 
 from pavane import Event, Service, now, patched, receive, saga, uuid4
 from pavane.core.baton import Baton, Header, Stop, decode_baton, encode_baton
 from pavane.core.codec import FORMAT, encode, encode_error
 from pavane.core.execution import Execution
-from pavane.core.journal import Entry, decode_chunk, effective, encode_entry, join_entries
-from pavane.core.operations import Mode, Operation
+from pavane.core.journal import (
+    Entry,
+    decode_chunk,
+    effective,
+    encode_entry,
+    join_entries,
+    resumed_us,
+)
+from pavane.core.operations import EXPIRY, Mode, Operation
 from pavane.core.policy import Pass, decide
 from tests.unit.pure_driver import BEGINNING_US, assert_same, described, replay
 
@@ -286,6 +293,26 @@ def test_cancel_at_any_point_and_any_cap_change_nothing_between_modes(
     assert other.journal == one.journal
     assert other.outcome == one.outcome
     assert len(other.hops) <= hops_max + 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(programs, st.integers(1, DELIVERIES_MAX), st.integers(0, 1000))
+def test_a_run_that_is_taken_back_is_the_same_with_its_whole_timeout_again(
+    program: Any, cut: int, later_s: int
+) -> None:
+    """Invariant 3: only the deadline moves, and it does by the journal alone."""
+    told = drive(program, "orchestration", timeout_s=7)
+    entries = decode_chunk(join_entries(told.journal))[:cut]
+    before = Header("run", "interpret", 1, "home", "orchestration", BEGINNING_US, "run", 7_000_000)
+    rewound_us = BEGINNING_US + later_s * 1_000_000
+    after = structs.replace(before, resumed_us=resumed_us([Entry("rewind", rewound_us, cut)]))
+    first = {op.ordinal: op for op in replay(before, interpret, entries).pending.values()}
+    again = {op.ordinal: op for op in replay(after, interpret, entries).pending.values()}
+    assert first.keys() == again.keys()
+    for op in again.values():
+        assert (op.fingerprint, op.args) == (first[op.ordinal].fingerprint, first[op.ordinal].args)
+        moved = op.deadline_us - first[op.ordinal].deadline_us
+        assert moved == (rewound_us - BEGINNING_US if op.name == EXPIRY else 0)
 
 
 @settings(max_examples=150, deadline=None)

@@ -32,8 +32,11 @@ from msgspec import Raw
 
 import pavane
 from pavane import (
+    BadArguments,
+    BadDeclaration,
     Event,
     NotDecodable,
+    NotEncodable,
     NotInWorkflow,
     OnlyInWorkflow,
     RunTimeout,
@@ -48,9 +51,10 @@ from pavane import (
     saga,
     uuid4,
 )
+from pavane.core.codec import encode_error
 from pavane.core.execution import Execution
 from pavane.core.journal import Entry, decode_chunk
-from pavane.errors import Mismatch
+from pavane.errors import Mismatch, NotUndone
 from tests.unit.pure_driver import BEGINNING_US, PureRun, assert_same, described, replay
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +92,10 @@ async def undo_a(value: int = 0) -> None: ...
 
 @other.step
 async def undo_b(value: int = 0) -> None: ...
+
+
+@other.step
+async def undo_list(values: list[int]) -> None: ...
 
 
 @desk.step(undo=undo_a)
@@ -1025,6 +1033,121 @@ def test_sagas_nest_and_the_outer_one_undoes_what_the_inner_one_completed() -> N
     run.done("a", 1)
     run.fail("b", ValueError("outer"))
     assert run.wanted == ["undo other.undo_a"]
+
+
+@other.step
+async def undo_one(value: int) -> None: ...
+
+
+async def _forgets_an_argument() -> None:
+    async with saga() as undo:
+        await a()
+        undo(undo_one, 1)
+        undo(undo_one)  # pyright: ignore
+        await b()
+
+
+async def _undoes_what_cannot_be_written() -> None:
+    async with saga() as undo:
+        await a()
+        undo(undo_one, 1)
+        undo(undo_one, object())  # pyright: ignore
+
+
+async def _undoes_what_is_too_large() -> None:
+    async with saga() as undo:
+        await a()
+        undo(undo_one, 1)
+        undo(undo_one, "x" * 2_000_000)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("fn", "error"),
+    [
+        (_forgets_an_argument, BadArguments),
+        (_undoes_what_cannot_be_written, NotEncodable),
+        (_undoes_what_is_too_large, TooLarge),
+    ],
+)
+def test_undo_refuses_bad_arguments_at_once_and_undoes_what_was_registered(
+    fn: Any, error: type[Exception]
+) -> None:
+    """Invariant 7."""
+    run = PureRun(workflow(fn))
+    run.done("a", 1)
+    assert run.wanted == ["undo other.undo_one"]
+    assert bytes(run.find("undo_one").args) == b"[1]"
+    run.done("undo_one")
+    assert isinstance(run.error, error)
+
+
+def test_a_run_that_went_on_after_a_bad_undo_replays_and_is_not_passed_over_for_undone() -> None:
+    """A version that checked nothing at undo() wrote journals that go on."""
+    run = PureRun(workflow(_forgets_an_argument, name="old"), shadow=False)
+    marked = run.journal[0]
+    written = [marked, Entry("done", BEGINNING_US, 0, Raw(b"1"), issued=["step desk.b"])]
+    old = replay(run.header, run.workflow, written)
+    assert [op.fingerprint for op in old.pending.values()] == ["step desk.b"]
+    with pytest.raises(NotUndone, match=r"other\.undo_one, other\.undo_one.*retry run-1"):
+        old.feed(Entry("failed", BEGINNING_US, 1, Raw(encode_error(ValueError("no")))))
+
+
+def test_arguments_of_a_compensation_are_those_of_its_registration() -> None:
+    async def changes_its_mind() -> None:
+        async with saga() as undo:
+            items = [1]
+            undo(undo_list, items)
+            items.append(2)
+            await a()
+
+    run = PureRun(workflow(changes_its_mind))
+    run.fail("a", ValueError("no"))
+    assert bytes(run.find("undo_list").args) == b"[[1]]"
+
+
+def test_a_result_of_a_compensation_that_does_not_fit_stops_no_other() -> None:
+    run = PureRun(booking)
+    run.done("a", 10)
+    run.done("b", 20)
+    run.fail("c", ValueError("no"))
+    run.done("undo_b", "not None")
+    run.done("undo_a")
+    assert isinstance(run.error, ValueError)
+
+
+def test_a_compensation_that_the_workflow_cancels_is_not_passed_over() -> None:
+    async def cancels_everything() -> None:
+        async with saga() as undo:
+            undo(undo_a, 1)
+            undo(undo_b, 2)
+            task = asyncio.create_task(asyncio.sleep(5))
+            task.add_done_callback(lambda _: [one.cancel() for one in asyncio.all_tasks()])
+            await a()
+
+    run = PureRun(workflow(cancels_everything))
+    run.fail("a", ValueError("no"))
+    with pytest.raises(NotUndone, match=r"Still to be undone: other\.undo_b, other\.undo_a"):
+        run.fire()
+
+
+def test_an_undo_with_another_signature_is_refused_where_it_is_declared() -> None:
+    service = Service("strict")
+
+    async def book(order: str, cents: int, note: str = "") -> None: ...
+
+    for bad in (
+        _step_of(service, "one", lambda order: None),
+        _step_of(service, "more", lambda order, cents, note, why: None),
+        _step_of(service, "needed", lambda order, cents, note: None),
+    ):
+        with pytest.raises(BadDeclaration, match="same arguments") as caught:
+            service.step(undo=bad)(book)
+        assert "book(order: str, cents: int, note: str = '')" in str(caught.value)
+    service.step(undo=_step_of(service, "good", lambda o, c, note="", why="": None))(book)
+
+
+def _step_of(service: Service, name: str, fn: Any) -> Any:
+    return service.step(name=name)(fn)
 
 
 def test_parallel_registrations_are_undone_in_reverse_of_their_registration() -> None:

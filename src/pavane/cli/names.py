@@ -96,7 +96,7 @@ def complete_run(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
     async def look(client: Client) -> list[CompletionItem]:
         from pavane.stores.port import RunFilter
 
-        found = await client.list(RunFilter(id_prefix=incomplete, limit=IDS_MAX))
+        found = await client.runs(RunFilter(id_prefix=incomplete, limit=IDS_MAX))
         return [CompletionItem(s.id, help=f"{s.workflow}, {s.status}") for s in found]
 
     return _looked_up(ctx, incomplete, look, "ids")

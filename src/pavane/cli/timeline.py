@@ -314,6 +314,8 @@ class _Drawing:
             said += _labelled("failed", status.reason, self._width, "red")
         elif status.status == "waiting" and status.reason:
             said += _labelled("waits for", status.reason, self._width, "blue")
+        elif status.successor:
+            said += _labelled("went on as", f"run {status.successor}", self._width, "green")
         elif status.status == "completed":
             said += _labelled("result", _shown(line.result), self._width, "green")
         if line.mail:

@@ -52,6 +52,8 @@ class Header(msgspec.Struct, omit_defaults=True):
     limit: str = ""
     """The limit that its code waits for before it begins; empty if there was none then."""
     limit_key: str = ""
+    resumed_us: int = 0
+    """When it was last taken back, from when its timeout counts; 0 if it never was."""
 
 
 def chain_of(run: str) -> tuple[str, int]:

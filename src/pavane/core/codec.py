@@ -620,6 +620,18 @@ class Params:
         count = self._positional_count
         return values[:count], dict(zip(self._keyword_names, values[count:], strict=True))
 
+    def take_all_of(self, other: Params) -> bool:
+        """Tell whether a call that fits `other`, by position, fits this as well."""
+        needed = [p for p in other._params if p.default is _MISSING]
+        for params in (other._params, needed):
+            args = [p.name for p in params if p.by_position]
+            kwargs = {p.name: p.name for p in params if not p.by_position}
+            try:
+                self._signature.bind(*args, **kwargs)
+            except TypeError:
+                return False
+        return True
+
     def __str__(self) -> str:
         return f"{self.name}({', '.join(map(str, self._params))})"
 

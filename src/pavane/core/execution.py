@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import difflib
 import random
+import sys
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from contextvars import Context, ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -29,6 +31,7 @@ from pavane.errors import (
     Mismatch,
     NotDecodable,
     NotEncodable,
+    NotUndone,
     OnlyInWorkflow,
     PavaneError,
     RunTimeout,
@@ -50,6 +53,19 @@ class WorkflowDefinition(Protocol):
     def fn(self) -> Callable[..., Any]: ...
     @property
     def params(self) -> Params: ...
+
+
+@dataclass(slots=True)
+class Undoing:
+    """A compensation of a saga that did not complete.
+
+    It was registered while entry `since` was delivered, for operation `of` if that is known (else
+    -1), and was carried out when entry `until` was.
+    """
+
+    since: int
+    of: int
+    until: int = sys.maxsize
 
 
 class OperationFuture(WorkflowFuture):
@@ -104,6 +120,7 @@ class Execution:
         self.fed = 0
         self.eras: Sequence[int] = ()
         """In which era each operation was asked for; this one's, for those that are missing."""
+        self.undoing: list[Undoing] = []
         self._issued: list[str] = []
         self._next_op = 0
         self._main: asyncio.Task[Any] | None = None
@@ -121,14 +138,16 @@ class Execution:
         self._sagas: dict[asyncio.Task[Any], int] = {}
         self._expired = False
         self._driving = False
+        self._not_undone: NotUndone | None = None
 
     # -- driven by the engine ------------------------------------------------------------------
 
     def feed(self, entry: Entry) -> None:
         """Deliver one entry and run until idle; `entry.issued` is then what the workflow asked for.
 
-        Raises Mismatch when the entry does not fit what the workflow waits for. What is new since
-        is in `new` and `given_up` until the next call.
+        Raises Mismatch when the entry does not fit what the workflow waits for, NotUndone when a
+        compensation that follows from it cannot be carried out: then it is not to be recorded. What
+        is new since is in `new` and `given_up` until the next call.
         """
         self.new, self.given_up, self._issued = [], [], []
         if entry.at_us > self.loop.now_us:
@@ -141,6 +160,8 @@ class Execution:
             self.outcome = Outcome("failed", Raw(encode_error(error)))
         finally:
             self._driving = False
+        if self._not_undone is not None:
+            raise self._not_undone
         self.fed += 1
         if self._main is not None and self._main.done() and self.outcome is None:
             self.outcome = self._conclude(self._main)
@@ -248,7 +269,8 @@ class Execution:
 
     async def _body(self, raw: bytes) -> Any:
         if self.header.timeout_us:
-            self.loop.call_at((self.header.started_us + self.header.timeout_us) / 1e6, self._expire)
+            begun_us = self.header.resumed_us or self.header.started_us
+            self.loop.call_at((begun_us + self.header.timeout_us) / 1e6, self._expire)
         if self.header.limit:
             await self.issue(
                 "receive", f"limit {self.header.limit}", self.header.home, detail=BEGIN
@@ -280,6 +302,16 @@ class Execution:
             self._sagas[task] -= 1
             if not self._sagas[task]:
                 del self._sagas[task]
+
+    async def not_undone(self, error: BaseException, left: Sequence[str]) -> None:
+        """Go on no more, since the first of the compensations that are `left` failed to be made."""
+        if self._replaying:  # recorded before that was so
+            raise error
+        self._not_undone = NotUndone(
+            f"The compensation {left[0]} cannot be carried out: {error!r}. Still to be undone: "
+            f"{', '.join(left)}. Repair the cause, then `pavane runs retry {self.header.run}`."
+        )
+        await self._future(-1)  # for ever
 
     def _expire(self) -> None:
         self._expired = True
@@ -345,6 +377,11 @@ class Execution:
         future.ordinal = self.loop.next_ordinal()
         future.execution, future.of = self, of
         return future
+
+    @property
+    def next_ordinal(self) -> int:
+        """The ordinal of what is asked for next."""
+        return self._next_op
 
     def announce(
         self, kind: Kind, name: str, service: str, *, args: bytes = b"[]", detail: Any = None

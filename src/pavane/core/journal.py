@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 from msgspec import Raw
 
+from pavane.core.operations import EXPIRY
 from pavane.errors import CorruptJournal
 
 What = Literal[
@@ -84,6 +85,21 @@ def effective(entries: Sequence[Entry]) -> list[Entry]:
 def eras(entries: Iterable[Entry]) -> int:
     """Return how often the run was rewound."""
     return sum(entry.what == "rewind" for entry in entries)
+
+
+def resumed_us(entries: Iterable[Entry]) -> int:
+    """Return when the run was last rewound, or 0; its timeout counts from then."""
+    return max((entry.at_us for entry in entries if entry.what == "rewind"), default=0)
+
+
+def expiry_of(delivered: Iterable[Entry]) -> int | None:
+    """Return the index of the entry by which the run's timeout passed, if it did."""
+    issued: list[str] = []
+    for index, entry in enumerate(delivered):
+        if entry.what == "fired" and issued[entry.op] == f"timer {EXPIRY}":
+            return index
+        issued += [mark for mark in entry.issued if not mark.startswith("patch ")]
+    return None
 
 
 def issue_eras(entries: Iterable[Entry]) -> list[int]:

@@ -5,44 +5,78 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar, Token
+from functools import partial
 from types import TracebackType
-from typing import Any, ParamSpec, Protocol, Self
+from typing import Any, NamedTuple, ParamSpec, Protocol, Self
 
-from pavane.core.execution import Execution, required
-from pavane.errors import BadDeclaration, ContinueAsNew, Discarded
+from pavane.core.execution import Execution, Undoing, required
+from pavane.errors import BadDeclaration, ContinueAsNew, Discarded, PavaneError
 
 P = ParamSpec("P")
 
 current_saga: ContextVar[Saga | None] = ContextVar("pavane_saga", default=None)
 
 
-class Compensation(Protocol):
+Compensation = Callable[[], Coroutine[Any, Any, None]]
+"""Asks for a step that undoes something, with the arguments that it was registered with."""
+
+
+CHECKED = "undo(…) checks its arguments"
+"""The mark of runs that were refused arguments; those that had gone on before go on."""
+
+
+class Compensating(Protocol):
     """A step, as the saga sees it."""
 
-    def compensate(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Coroutine[Any, Any, Any]: ...
+    def compensation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compensation: ...
+
+
+class _Registered(NamedTuple):
+    step: Compensating
+    compensate: Compensation
+    undoing: Undoing
 
 
 class Saga:
     """The compensations of one `async with saga()` block; call it to register one."""
 
     def __init__(self) -> None:
-        self._registered: list[tuple[Compensation, tuple[Any, ...], dict[str, Any]]] = []
+        self._registered: list[_Registered] = []
+        self._has_failed = False
         self._token: Token[Saga | None] | None = None
         self._execution: Execution | None = None
 
     def __call__(
         self, step: Callable[P, Awaitable[Any]], *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        """Register `step(*args)` to be called if the block fails or is cancelled."""
+        """Register `step(*args)` to be called if the block fails or is cancelled.
+
+        The arguments are written down now: later changes of them do not count. Raises BadArguments,
+        NotEncodable or TooLarge when they are not such that the step can be called with them.
+        """
         candidate: Any = step
-        if not hasattr(candidate, "compensate"):
+        if not hasattr(candidate, "compensation"):
             raise BadDeclaration(
                 f"undo({step!r}, …) needs a step, so that it is journalled and retried. Decorate "
                 f"it with @service.step."
             )
-        self._registered.append((candidate, args, kwargs))
+        self.register(candidate, args, kwargs)
+
+    def register(
+        self, step: Compensating, args: tuple[Any, ...], kwargs: dict[str, Any], of: int = -1
+    ) -> None:
+        """Register a compensation; `of` is the operation that it undoes, if that is known."""
+        execution = required("undo(…)")
+        try:
+            compensate = step.compensation(args, kwargs)
+        except PavaneError as error:
+            if execution.patched(CHECKED):
+                raise
+            compensate = partial(_refuse, error)
+        undoing = Undoing(execution.fed, of)
+        self._registered.append(_Registered(step, compensate, undoing))
+        if self._has_failed:
+            execution.undoing.append(undoing)
 
     async def __aenter__(self) -> Self:
         self._execution = required("saga()")
@@ -63,12 +97,25 @@ class Saga:
                 return
         if isinstance(error, (Discarded, GeneratorExit)):
             return
+        execution = self._execution
+        if execution is None:
+            return
         if error is not None and not isinstance(error, ContinueAsNew):
+            self._has_failed = True
+            execution.undoing += [one.undoing for one in self._registered]
             while self._registered:
-                step, args, kwargs = self._registered.pop()
-                await _shielded(step.compensate(args, kwargs))
-        if self._execution is not None:
-            self._execution.saga_closed(asyncio.current_task())
+                one = self._registered.pop()
+                try:
+                    await _shielded(one.compensate())
+                except (Exception, asyncio.CancelledError) as failure:
+                    left = [repr(one.step), *(repr(later.step) for later in self._registered[::-1])]
+                    await execution.not_undone(failure, left)
+                one.undoing.until = execution.fed
+        execution.saga_closed(asyncio.current_task())
+
+
+async def _refuse(error: PavaneError) -> None:
+    raise error
 
 
 async def _shielded(work: Coroutine[Any, Any, Any]) -> None:
@@ -92,7 +139,8 @@ def saga() -> Saga:
         undo(refund, payment)
     ```
 
-    Compensations are steps: journalled, retried, recorded once. One that exhausts its retries
-    leaves the run `stuck` for a person.
+    Compensations are steps: journalled, retried, recorded once. Their arguments are checked and
+    written down when they are registered. One that exhausts its retries, or cannot be asked for,
+    leaves the run `stuck` for a person, with all that is left to be undone.
     """
     return Saga()

@@ -54,7 +54,9 @@ from pavane.core.journal import (
     effective,
     encode_entry,
     eras,
+    expiry_of,
     issue_eras,
+    resumed_us,
     unasked_of,
 )
 from pavane.core.operations import BEGIN, EXPIRY, Operation, Planned
@@ -75,6 +77,7 @@ from pavane.errors import (
     BadEvent,
     CorruptJournal,
     LeaseLost,
+    NotUndone,
     PavaneError,
     StoreError,
     UnknownName,
@@ -409,7 +412,7 @@ class Holder:
             entries = [entry for row_ in journal for entry in decode_chunk(row_.body)]
             if not entries or len(entries) != len(raws):
                 raise CorruptJournal(f"The journal of run {row.id} has no beginning.")
-            header.era = eras(entries)
+            header.era, header.resumed_us = eras(entries), resumed_us(entries)
             definition = self._registry.workflow(header.workflow, header.version)
             delivered = effective(entries)
             execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
@@ -474,7 +477,8 @@ class Holder:
             return
         held.row.header, held.dirty = encode_plain(held.header), True
         held.header.era += 1
-        held.record(Entry("rewind", self._session.now_us(), 0), self._config.journal_max_bytes)
+        held.header.resumed_us = self._session.now_us()
+        held.record(Entry("rewind", held.header.resumed_us, 0), self._config.journal_max_bytes)
         self._feed(held, Entry("start", start.at_us, value=start.value, service=start.service))
 
     def _retry_children(self, held: Held) -> None:
@@ -886,6 +890,8 @@ class Holder:
         if row.status == "failed":
             failures = [at for at, entry in enumerate(delivered) if entry.what == "failed"]
             cut = failures[-1] if failures else len(delivered) - 1
+            expired = expiry_of(delivered)
+            cut = cut if expired is None else min(cut, expired)
         rewind = encode_entry(Entry("rewind", self._session.now_us(), max(cut, 1)))
         back = await self._held_back(row)
         row.status, row.reason, row.deaths = "running", "", 0
@@ -1118,7 +1124,9 @@ class Holder:
                 entry.issued = []
                 held.record(entry, self._config.journal_max_bytes)
             held.marks = []  # the message is kept, and counts as new when it comes again
-            self._stick(held, _why(held.row.id, error), *_some(message), done=done)
+            self._stick(
+                held, _why(held.row.id, error), *_some(message), unparked=unparked, done=done
+            )
             return
         held.record(entry, self._config.journal_max_bytes)
         held.suspect = max(0, held.suspect - 1)
@@ -1174,8 +1182,13 @@ class Holder:
         """Decide and commit whatever it is that follows from a delivery."""
         execution, row = held.execution, held.row
         self._collect(held, messages)
-        while held.mail and execution.outcome is None and self._deliver_mail(held, taken):
-            self._collect(held, messages)
+        try:
+            while held.mail and execution.outcome is None and self._deliver_mail(held, taken):
+                self._collect(held, messages)
+        except NotUndone as error:
+            self._commit(held, messages, unparked, taken, done)
+            self._stick(held, str(error))
+            return
         if execution.outcome is not None:
             if held.reads_mail and execution.outcome.status == "continued":
                 self._spawn(self._end_with_mail(held, messages, unparked, taken, done))

@@ -113,7 +113,7 @@ def timeline(
     status = history.status
     delivered = effective(history.entries)
     legs = _legs(history.trail, status.ended_us or now_us)
-    first_us = min([entry.at_us for entry in delivered[:1]] + [status.started_us])
+    first_us = status.started_us  # a fork's shared entries are older
     until_us = status.ended_us or now_us
     return Timeline(
         status=status,

@@ -8,7 +8,7 @@ from typing import Any, cast
 import click
 import msgspec
 
-from pavane.app import App, Client
+from pavane.app import App, Client, successor_of
 from pavane.cli.connection import Where, connected, where_options
 from pavane.cli.names import complete_workflow
 from pavane.cli.output import Format, output_option, print_one, say
@@ -59,7 +59,7 @@ def start(
 
     async def work() -> None:
         async with connected(app, where.store, create=True) as client:
-            run = await client.start(
+            run = await client.start_run(
                 definition,
                 values,
                 keywords,
@@ -126,8 +126,8 @@ async def _end(client: Client, id: str) -> RunRow:
     """Wait for the end of a run, following its successors; raise RunFailed if it gets stuck."""
     while True:
         row = await client.home_row(id)
-        if row.status == "continued" and row.result is not None:
-            id = msgspec.json.decode(row.result, type=str)
+        if (successor := successor_of(row)) is not None:
+            id = successor
             continue
         if row.status in ENDED:
             return row

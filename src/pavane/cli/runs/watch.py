@@ -7,7 +7,6 @@ import shutil
 import sys
 
 import click
-import msgspec
 
 from pavane.app import Client
 from pavane.cli.connection import Where, connected, where_options
@@ -61,14 +60,6 @@ def _is_over(line: Timeline) -> bool:
     return line.ended or line.status.status == "stuck"
 
 
-async def _next_run(client: Client, line: Timeline) -> str | None:
-    """Return the run that continues an ended one, if there is one."""
-    if line.status.status != "continued":
-        return None
-    row = await client.home_row(line.status.id)
-    return None if row.result is None else msgspec.json.decode(row.result, type=str)
-
-
 async def _follow_drawn(client: Client, id: str) -> Timeline:
     """Draw the timeline again and again over itself."""
     with Canvas() as canvas:
@@ -78,10 +69,9 @@ async def _follow_drawn(client: Client, id: str) -> Timeline:
             height = None if _is_over(line) else rows - 2
             canvas.draw(draw(line, width=columns - 1, unicode=is_unicode(), height=height))
             if _is_over(line):
-                following = await _next_run(client, line)
-                if following is None:
+                if not line.status.successor:
                     return line
-                id = following
+                id = line.status.successor
                 canvas.keep()
             await asyncio.sleep(FRAME_S)
 
@@ -97,9 +87,8 @@ async def _follow_lines(client: Client, id: str, output: Format) -> Timeline:
                 print_moment(moment, output, of=id, from_us=line.from_us, colours=_COLOURS)
         sys.stdout.flush()
         if _is_over(line):
-            following = await _next_run(client, line)
-            if following is None:
+            if not line.status.successor:
                 return line
-            id, told = following, set()
+            id, told = line.status.successor, set()
         else:
             await until_changed(client)

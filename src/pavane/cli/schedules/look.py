@@ -98,7 +98,7 @@ def show(where: Where, name: str, output: Format) -> None:
         async with connected(app, where.store) as client:
             status = await client.schedules.show(name)
             which = RunFilter(id_prefix=f"{name}@", limit=TIMES)
-            runs = [(run.id, run.status) for run in await client.list(which)]
+            runs = [(run.id, run.status) for run in await client.runs(which)]
             now_us = client.store.now_us()
         works = status.state == "working"
         times = nominal_times(status.cron, status.zone, now_us) if works else iter(())

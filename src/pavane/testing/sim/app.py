@@ -90,7 +90,7 @@ class Sim(Generic[World]):
         mode: Mode | None = None, timeout: Duration | None = None, **kwargs: Any,
     ) -> Run[R]:  # fmt: skip
         """Start a run; see `App.start`."""
-        return await self._customer().start(
+        return await self._customer().start_run(
             workflow, args, kwargs, id=id, mode=self.mode or mode, timeout=timeout
         )
 
@@ -100,7 +100,7 @@ class Sim(Generic[World]):
 
     def get(self, id: str) -> Run[Any]:
         """Return a handle on the run of this id, to send to it, cancel it, await its result."""
-        return Run(self._customer(), id)
+        return self._customer().get(id)
 
     async def skip(self, duration: Duration) -> None:
         """Let time pass, and all happen that is due by then."""

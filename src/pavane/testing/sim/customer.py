@@ -34,13 +34,13 @@ class Customer(Client):
             self._is_open = True
         return await insist(ask)
 
-    async def start(
+    async def start_run(
         self, workflow: Workflow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *,
         id: str | None = None, mode: Mode | None = None, timeout: Duration | None = None,
         priority: int = 0,
     ) -> Run[Any]:  # fmt: skip
         chosen = id or self._process.new_id()
-        start = super().start
+        start = super().start_run
         return await self._insist(
             lambda: start(
                 workflow, args, kwargs, id=chosen, mode=mode, timeout=timeout, priority=priority
@@ -87,6 +87,6 @@ class Customer(Client):
         history = super().history
         return await self._insist(lambda: history(id))
 
-    async def list(self, which: RunFilter) -> list[RunStatus]:
-        look = super().list
+    async def runs(self, which: RunFilter | None = None) -> list[RunStatus]:
+        look = super().runs
         return await self._insist(lambda: look(which))
