@@ -281,6 +281,8 @@ def test_an_edited_dead_letter_is_checked_then_handled(worker: None) -> None:
     assert "Nothing was written." in said
     said = refused(2, "dead", "edit", no, "--set", "order_id=e-2")
     assert "The key of dead letter" in said
+    said = refused(3, "dead", "edit", no, "--set", "cent=1")
+    assert "OrderPlaced has no field 'cent'. Did you mean 'cents'?" in said
     assert dead("-k", "e-1")[0]["asked"] == ""
     assert (
         good("dead", "edit", no, "--set", "cents=7") == f"asked to retry dead letter {no}, edited\n"
