@@ -518,6 +518,26 @@ async def publish(director: Director, event: Any, id: str | None = None) -> str:
 
 
 @in_loop
+async def test_a_handler_in_a_transaction_tells_how_long_its_work_took(one: World) -> None:
+    clerk = Service("clerk")
+
+    @clerk.on(Booked, transaction=True)
+    def enter(event: Booked, connection: Any) -> None:
+        time.sleep(0.05)
+        write(connection, event.account, event.cents)
+
+    async with one.working(clerk) as director:
+        id = await publish(director, Booked(account="a", cents=1))
+
+        async def done() -> Any:
+            (handled,) = (await director.client.events.story(id)).handled
+            return handled if handled.outcome == "done" else None
+
+        handled = await until(done)
+    assert 50_000 <= handled.took_us < 10_000_000
+
+
+@in_loop
 async def test_a_batch_with_a_bad_event_writes_the_others(one: World) -> None:
     clerk = Service("clerk")
 
