@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from pavane.cli import main
+from pavane.cli.bulk import with_bar
 from tests.integration import command_line, event_shop
 from tests.integration.command_line import good, in_folder_of, pavane, refused
 
@@ -347,9 +349,23 @@ def test_a_replay_publishes_anew_and_once_per_name(worker: None) -> None:
     assert good(*which, "--dry-run") == "1 event would be replayed into mail.thank\n"
     assert good(*which, "--yes", "--name", "again") == "asked mail.thank to handle 1 event again\n"
     published("Thanked", "y-1", 2)
-    good(*which, "--yes", "--name", "again")
+    result = pavane(*which, "--yes", "--name", "again")
+    assert result.stdout == "asked mail.thank to handle 0 events again\n"
+    assert "1 of 1 were asked for before under this name" in result.stderr
     good(*which, "--yes", "--name", "more")
     published("Thanked", "y-1", 3)
+
+
+def test_what_is_asked_for_in_bulk_and_interrupted_says_how_far_it_came(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def counts() -> AsyncIterator[int]:
+        yield 200
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(with_bar(counts(), 3001, "into mail.thank", "--name again goes on"))
+    assert capsys.readouterr().err == "interrupted after 200 of 3,001; --name again goes on\n"
 
 
 def test_a_replay_into_what_does_not_handle_the_type_is_refused(worker: None) -> None:

@@ -201,7 +201,8 @@ class Events:
     def replay(self, into: str, which: Replay, name: str, *, until: int | None = None) -> Asking:
         """Have events handled again: `await` it, or iterate for the progress.
 
-        `name` names this replay: what it asked for before, under that name, is asked for once.
+        `name` names this replay: what it asked for before, under that name, is passed over and not
+        counted, so that an interrupted call can be made again.
         """
         return Asking(self._replay(into, which, name, until))
 
@@ -229,7 +230,7 @@ class Events:
                 new = [request for request in requests if request[0] not in known]
                 if new:
                     await self._desk.ask(row, new)
-                yield len(part)
+                yield len(new)
                 if new and len(part) == PAGE:
                     await self._desk.let_catch_up(row, [id for id, _, _ in new], before)
 

@@ -77,7 +77,8 @@ async def _ask(
     client: Client, what: Ask, which: DeadQuery, counts: dict[str, int], output: Format
 ) -> None:
     asked = client.dead.retry(which) if what == "retry" else client.dead.drop(which)
-    done = await with_bar(asked, sum(counts.values()), what)
+    go_on = "the same command goes on with the rest"
+    done = await with_bar(asked, sum(counts.values()), what, go_on)
     if output == "table":
         click.echo(f"asked to {what} {counted(done, 'dead letter')}")
     else:
