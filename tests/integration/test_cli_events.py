@@ -291,7 +291,14 @@ def test_an_edited_dead_letter_is_checked_then_handled(worker: None) -> None:
     )
     assert published("Charged", "e-1")[0]["data"]["cents"] == 7
     assert published("OrderPlaced", "e-1")[0]["data"]["cents"] == 0, "the log stays as it was"
-    assert read("events", "show", id)["handled"][0]["outcome"] == "done"
+    handled = {h["handler"]: h for h in read("events", "show", id)["handled"]}["payments.charge"]
+    assert handled["outcome"] == "done"
+    assert handled["data"] == {"order_id": "e-1", "cents": 7}
+    assert 'with other data: {"order_id":"e-1","cents":7}' in good("events", "show", id)
+    good("events", "replay", "--into", "payments.charge", "-k", "e-1", "--yes")
+    again = until(lambda: dead("-k", "e-1"), "the replay with what was published")
+    assert (again[0]["cause"], len(again)) == ("ValueError: nothing to charge for …", 1)
+    assert "other data" not in good("events", "show", id)
 
 
 def test_an_editor_edits_a_dead_letter(worker: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from pavane.stores.eventlog import (
     ParkedEvent,
     Reaction,
     ShadowRow,
+    StateRow,
 )
 from pavane.stores.port import LAST_US, Commit, Conflict, InboxRow, Message
 
@@ -52,6 +53,8 @@ log = logging.getLogger("pavane.custody")
 FINAL = (BadEvent, NotDeclared, NotEncodable, NotDecodable, TooLarge)
 """Errors that another attempt would meet again."""
 CAUSE_MAX = 200
+EDITED = "~edited"
+"""Owns, as states by handler and position, the payloads with which events were handled again."""
 REDO_PAUSE_S = 0.01
 REDO_LATER_S = 0.5
 _CODE = re.compile(r"[1-5]\d\d")
@@ -440,7 +443,9 @@ class Custody:
             reaction = self._dropped(redo)
         else:
             redone = self._redone(subscription, redo, row, dead)
-            reaction = Reaction(undead=[redo.dead] if redo.dead else [], parked=[redone])
+            edited = StateRow(EDITED, str(subscription.no), str(row.pos), redone.data)
+            undead = [redo.dead] if redo.dead else []
+            reaction = Reaction(undead=undead, parked=[redone], states=[edited])
             self._about_to_park.add(place)
 
         def then(error: PavaneError | None) -> None:

@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec import Raw
 
 from pavane.contract import is_internal
 from pavane.core.codec import error_summary
 from pavane.core.envelope import Redo
+from pavane.engine.custody import EDITED
 from pavane.engine.held import decode_header
-from pavane.engine.publishing import cloud_event
+from pavane.engine.publishing import cloud_event, read_event
 from pavane.errors import BadArguments, UnknownName
 from pavane.steering.desk import PAGE, Asking, Desk, Place, full_name
 from pavane.stores.eventlog import (
@@ -41,8 +43,9 @@ class Handled(msgspec.Struct, frozen=True):
 
     `outcome`: "parked" waits for its next attempt at `due_us`, "behind" for an earlier event of its
     key, "waiting" is still in the log, "passed over" was never for it: filtered out, too old, or
-    published before the handler began. `variant` names the share that handled it; `dead` is the
-    number of its dead letter.
+    published before the handler began; `why` says which, if it is known. `variant` names the share
+    that handled it; `dead` is the number of its dead letter; `data` is what it was handled with, if
+    that is not what was published.
     """
 
     handler: str
@@ -54,6 +57,8 @@ class Handled(msgspec.Struct, frozen=True):
     error: str = ""
     due_us: int = 0
     dead: int = 0
+    why: str = ""
+    data: Raw | None = None
 
 
 class Taken(msgspec.Struct, frozen=True):
@@ -152,12 +157,35 @@ class Events:
             if no in parked:
                 found.append(_waits(name, parked[no]))
             elif no in marks:
-                found.append(_done(name, marks[no], dead.get(no)))
+                edited = await self._store.state(EDITED, str(no), str(event.pos))
+                found.append(_done(name, marks[no], dead.get(no), edited))
             elif event.type in row.types and not self._desk.is_abandoned(row):
                 position = (await self._store.cursors(no)).get(event.slot, 0)
-                found.append(Handled(name, "passed over" if event.pos <= position else "waiting"))
+                passed = event.pos <= position
+                found.append(
+                    Handled(name, "passed over", why=self._why_passed(row, event)) if passed
+                    else Handled(name, "waiting")
+                )  # fmt: skip
         order = {"waiting": 1, "passed over": 2}
         return sorted(found, key=lambda h: (order.get(h.outcome, 0), h.at_us, h.handler))
+
+    def _why_passed(self, row: HandlerRow, event: EventRow) -> str:
+        """Say why an event was not for a handler, as far as that can be told afterwards."""
+        handler = self._desk.declared(row)
+        if event.at_us < row.created_us and (handler is None or handler.options.since is None):
+            return "it is from before the handler began"
+        cls = None if handler is None else handler.events.get(event.type)
+        if handler is None or cls is None:
+            return ""
+        where, ttl_s = handler.options.where, cls.event_ttl_s
+        if where is not None:
+            try:
+                is_wanted = bool(where(read_event(cls, event)))
+            except Exception:  # of the user's function, too
+                return ""
+            if not is_wanted:
+                return "its where= filters it out"
+        return "" if ttl_s is None else f"it was older than its ttl of {ttl_s:g} s"
 
     async def _started(self, event: EventRow) -> list[str]:
         found: list[str] = []
@@ -279,16 +307,18 @@ class _Chosen(msgspec.Struct):
 
 def _waits(name: str, row: ParkedEvent) -> Handled:
     error = "" if row.error == b"null" else error_summary(row.error)
+    data = None if row.data is None else Raw(row.data)
     if row.due_us == LAST_US:
-        return Handled(name, "behind", row.began_us, error=error)
+        return Handled(name, "behind", row.began_us, error=error, data=data)
     return Handled(
-        name, "parked", row.began_us, attempts=row.attempt - 1, error=error, due_us=row.due_us
-    )
+        name, "parked", row.began_us, attempts=row.attempt - 1, error=error, due_us=row.due_us,
+        data=data,
+    )  # fmt: skip
 
 
-def _done(name: str, mark: MarkRow, letter: DeadRow | None) -> Handled:
+def _done(name: str, mark: MarkRow, letter: DeadRow | None, edited: bytes | None) -> Handled:
     return Handled(
         name, mark.outcome, mark.at_us, mark.took_us, mark.attempts, mark.by,
         "" if letter is None else error_summary(letter.error),
-        dead=0 if letter is None else letter.no,
+        dead=0 if letter is None else letter.no, data=None if edited is None else Raw(edited),
     )  # fmt: skip

@@ -174,7 +174,10 @@ def _handled_line(handled: Handled) -> str:
     fancy, plain, colour = _SIGNS[handled.outcome]
     sign = click.style(fancy if is_unicode() else plain, fg=colour)
     name = printable(handled.handler).ljust(24)
-    lines = wrapped(_said(handled), max(terminal_width() - 30, 30))
+    said = _said(handled)
+    if handled.data is not None and handled.outcome in ("done", "dead", "parked", "behind"):
+        said += f"\nwith other data: {printable(bytes(handled.data).decode())}"
+    lines = wrapped(said, max(terminal_width() - 30, 30))
     rest = "".join(f"\n{' ' * 30}{line}" for line in lines[1:])
     return f"  {sign} {name}  {lines[0]}{rest}"
 
@@ -201,5 +204,6 @@ def _said(handled: Handled) -> str:
     if handled.outcome == "waiting":
         return "waiting in the log"
     if handled.outcome == "passed over":
-        return "not for it: filtered out, too old, or from before it began"
+        why = handled.why or "filtered out, too old, or from before it began"
+        return f"not for it: {why}"
     return f"{handled.outcome} {short_clock(handled.at_us)}"
