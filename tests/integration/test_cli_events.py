@@ -342,6 +342,9 @@ def test_bulk_needs_a_choice_and_a_yes(worker: None) -> None:
     place("b-1", 0)
     given_up("b-1")
     assert "Which ones? Give numbers (pavane dead drop 7 8)" in refused(2, "dead", "drop")
+    assert "Give either numbers, or filters" in refused(2, "dead", "drop", "7", "-k", "b-1")
+    both = ("--all", "--handler", "payments.charge", "--dry-run")
+    assert "would be asked to drop" in good("dead", "drop", *both)
     assert "give --yes" in refused(2, "dead", "drop", "-k", "b-1")
     assert dead("-k", "b-1")
 
@@ -398,6 +401,8 @@ def test_a_paused_handler_waits_until_it_is_resumed(worker: None) -> None:
     assert "resumed mail.thank" in pavane("handlers", "resume", "mail.thank").stderr
     assert published("Thanked", "w-1")[0]["correlationid"] == id
     until(lambda: handler("mail.thank")["state"] == "working", "the state")
+    result = pavane("handlers", "resume", "mail.thank")
+    assert (result.exit_code, result.stderr) == (0, "mail.thank was not paused\n")
 
 
 def test_a_shadow_is_shown_with_its_difference(worker: None) -> None:
@@ -506,6 +511,13 @@ def test_a_handler_that_is_not_in_the_code_any_more_is_forgotten(folder: Path) -
     assert "No handler is called" in refused(3, "handlers", "forget", "payments.charge", *changed)
 
 
+def test_doctor_names_the_app_that_a_worker_is_to_be_started_for(folder: Path) -> None:
+    here = ("--store", "hint.db")
+    place("h-1", 5, *here)
+    (nodes,) = findings(*here)["nodes"]
+    assert nodes["remedy"] == f"Start a worker: pavane run {APP} --store hint.db."
+
+
 def test_doctor_tells_of_dead_letters(worker: None) -> None:
     place("c-2", 0)
     given_up("c-2")
@@ -529,6 +541,11 @@ def test_doctor_tells_of_dead_letters(worker: None) -> None:
             2,
             ["events", "publish", "OrderPlaced", "order_id=1", "cents=x"],
             "This is no OrderPlaced",
+        ),
+        (
+            2,
+            ["events", "publish", "OrderPlaced", "order_id=1", "--id", "we ird/id"],
+            "'we ird/id' is no event id",
         ),
         (3, ["dead", "show", "4711"], "No dead letter has number 4711"),
         (3, ["handlers", "show", "mail.thnk"], "Did you mean 'mail.thank'?"),

@@ -543,6 +543,29 @@ async def test_what_is_from_before_a_handler_began_says_so(one: World) -> None:
 
 
 @in_loop
+async def test_a_shadow_that_fails_is_not_logged_as_one_that_gave_up(
+    one: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    bank = Service("bank")
+
+    @bank.on(Placed)
+    async def charge(event: Placed) -> None: ...
+
+    @bank.on(Placed, shadow=True)
+    async def charge2(event: Placed) -> None:
+        raise ValueError("unlucky")
+
+    async with one.working(bank) as director:
+        await publish(director, Placed(order="a"), id="p-1")
+        no = await handler_no(director.client, "charge2")
+        await until(lambda: director.client.store.shadows(no, 10))
+    said = [record.getMessage() for record in caplog.records if "p-1" in record.getMessage()]
+    assert said == [
+        "shadow bank.charge2 failed on event p-1, which changes nothing: ValueError: unlucky"
+    ]
+
+
+@in_loop
 async def test_a_shadow_publishes_nothing_and_records_what_it_would_have(one: World) -> None:
     bank = Service("bank")
 

@@ -334,7 +334,13 @@ class Custody:
         raw = encode_error(error)
         cause = cause_of(raw, row)
         holds = subscription.options.on_dead == "stop" and bool(row.key)
-        log.error("%r gave up event %s: %s", subscription.handler, row.id, error_summary(raw))
+        if subscription.options.shadow:
+            log.warning(
+                "shadow %r failed on event %s, which changes nothing: %s", subscription.handler,
+                row.id, error_summary(raw),
+            )  # fmt: skip
+        else:
+            log.error("%r gave up event %s: %s", subscription.handler, row.id, error_summary(raw))
 
         def written(failure: PavaneError | None) -> None:
             if isinstance(failure, Conflict):

@@ -331,7 +331,9 @@ class Session:
             self._asked_to_drain()
         gone = [n for n in nodes if n.no != self.fence.node and self.process.is_gone(n, now)]
         if gone:
-            log.info("taking over from %s", ", ".join(n.name for n in gone))
+            theirs = [n.name for n in gone if not set(n.services).isdisjoint(self._shared)]
+            if theirs:
+                log.info("taking over from %s", ", ".join(theirs))
             await self.store.expire(gone)
             nodes = await self.store.nodes()
         give: list[PartitionRow] = []

@@ -34,7 +34,7 @@ def wanted_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.argument("numbers", nargs=-1, type=int, shell_complete=complete_dead)
     @filter_options
-    @click.option("--all", is_flag=True, help="All that there are.")
+    @click.option("--all", is_flag=True, help="All that there are, or that fit the filters.")
     @click.option("--dry-run", is_flag=True, help="Say how many; do nothing.")
     @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
     @functools.wraps(command)
@@ -51,7 +51,9 @@ def wanted_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _do(where: Where, what: Ask, wanted: Wanted, output: Format) -> None:
     which = wanted.which
     is_filtered = which != DeadQuery(numbers=which.numbers)
-    if wanted.all == bool(which.numbers or is_filtered) or (which.numbers and is_filtered):
+    if which.numbers and (is_filtered or wanted.all):
+        raise click.UsageError("Give either numbers, or filters and --all, not both.")
+    if not (which.numbers or is_filtered or wanted.all):
         raise click.UsageError(
             f"Which ones? Give numbers (pavane dead {what} 7 8), or a filter such as --cause TEXT, "
             f"or --all."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from difflib import get_close_matches
 
 import click
 
@@ -48,6 +49,7 @@ def tail(where: Where, types: tuple[str, ...], last: int, output: Format) -> Non
     async def follow() -> None:
         async with connected(app, where.store) as client:
             at = await client.store.events_head()
+            await _warn_of_unknown(client, types)
             if last:
                 old = await client.events.list(EventFilter(types=types, before=at + 1, limit=last))
                 _print(old[::-1], output, app_name(app))
@@ -56,6 +58,18 @@ def tail(where: Where, types: tuple[str, ...], last: int, output: Format) -> Non
             await _follow(client, at, types, output, app_name(app))
 
     asyncio.run(follow())
+
+
+async def _warn_of_unknown(client: Client, types: tuple[str, ...]) -> None:
+    """Say which of `types` nobody knows, if the app's code is there to tell."""
+    if not client.registry.events:
+        return
+    logged = {type for type, _, _ in await client.store.event_types()}
+    for type in types:
+        if type not in logged and type not in client.registry.events:
+            close = get_close_matches(type, logged | set(client.registry.events), 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            say(f"no event {type} is declared in the app or was ever published{hint}")
 
 
 async def _follow(
