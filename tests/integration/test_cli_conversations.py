@@ -144,7 +144,12 @@ def test_list_shows_how_each_stands_and_what_holds_it_up() -> None:
         ["dead", "sales", "dead", "stuck"],
         ["good", "sales", "good", "on-time"],
     ]
-    assert "ship.check gave up Paid after 1 attempts: ValueError: no van" in lines[1]
+    assert "ship.check gave up Paid after 1 attempt: ValueError: no van" in lines[1]
+
+
+def test_list_says_that_nobody_watches() -> None:
+    said = command_line.pavane("conversations", "list").stderr
+    assert "no worker watches sales now; what happened since is seen when one does" in said
 
 
 def test_list_filters_and_prints_json() -> None:

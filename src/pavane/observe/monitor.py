@@ -17,7 +17,7 @@ from functools import partial
 import msgspec
 
 from pavane.contract import Contract, ConversationOverdue
-from pavane.engine.duties import MARK
+from pavane.engine.duties import MONITOR, monitor_name
 from pavane.engine.node import Session
 from pavane.engine.publishing import derived_id, event_row
 from pavane.observe.progress import follow, milestones_of
@@ -35,7 +35,6 @@ from pavane.stores.port import Commit, Store, durable, submit_alone
 
 log = logging.getLogger("pavane.monitor")
 
-OWNER = f"{MARK}monitor"
 POLL_S = 0.2
 PAGE = 200
 PACE_S = 0.002
@@ -53,7 +52,7 @@ class Monitor:
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
-        self.name = f"{OWNER}.{contract.name}"
+        self.name = monitor_name(contract.name)
 
     async def prepare(self, store: Store) -> None:
         """Let a new contract begin at the end of the log."""
@@ -107,11 +106,11 @@ class Monitor:
         return list(rows.values())
 
     async def _position(self, store: Store) -> int | None:
-        body = await store.state(OWNER, self.contract.name, "")
+        body = await store.state(MONITOR, self.contract.name, "")
         return None if body is None else msgspec.json.decode(body, type=int)
 
     def _moved(self, position: int) -> Reaction:
-        return Reaction(states=[StateRow(OWNER, self.contract.name, "", b"%d" % position)])
+        return Reaction(states=[StateRow(MONITOR, self.contract.name, "", b"%d" % position)])
 
     # -- overdue -------------------------------------------------------------------------------
 
@@ -150,7 +149,7 @@ class Monitor:
         last = traffic.last
         return event_row(
             store, event, id=derived_id(row.id, f"overdue {self.contract.name}"),
-            source=OWNER, at_us=now_us, conversation=row.id, cause=last.id if last else "",
+            source=MONITOR, at_us=now_us, conversation=row.id, cause=last.id if last else "",
             trace=last.trace if last else "",
         )  # fmt: skip
 

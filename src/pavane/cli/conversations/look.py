@@ -59,7 +59,7 @@ def list_conversations(
     if contract is not None and app.registry.contracts:
         app.registry.contract(contract)
 
-    async def look() -> tuple[list[ConversationStatus], int]:
+    async def look() -> tuple[list[ConversationStatus], list[str], int]:
         async with connected(app, where.store) as client:
             found: list[ConversationStatus] = []
             for state in dict.fromkeys(states) or (None,):
@@ -67,9 +67,15 @@ def list_conversations(
                     contract=contract, state=state, limit=limit
                 )
             found.sort(key=lambda status: -status.started_us)
-            return found[:limit], client.store.now_us()
+            known = {status.contract for status in found}
+            known |= set(app.registry.contracts) if contract is None else {contract}
+            unwatched = await client.conversations.unwatched(known)
+            return found[:limit], unwatched, client.store.now_us()
 
-    found, now_us = asyncio.run(look())
+    found, unwatched, now_us = asyncio.run(look())
+    if unwatched:
+        listed = ", ".join(unwatched)
+        say(f"no worker watches {listed} now; what happened since is seen when one does")
     if output != "table":
         print_json(found, output)
         return
