@@ -176,7 +176,15 @@ def test_show_draws_the_tree_of_causes() -> None:
     text = good("show", "good")
     assert lines[0] == "conversation good"
     assert "sales on time, Shipped after" in text
-    order = ["Placed", "pay.charge", "Paid", "ship.start-send", "run send", "ship.load", "Shipped"]
+    order = [
+        "Placed",
+        "pay.charge",
+        "Paid",
+        "the start of ship.send",
+        "run send",
+        "ship.load",
+        "Shipped",
+    ]
     places = [text.index(name, text.index("0 ")) for name in order]
     assert places == sorted(places)
 

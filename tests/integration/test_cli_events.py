@@ -140,12 +140,49 @@ def test_show_tells_what_became_of_an_event(worker: None) -> None:
     published("Thanked", "s-2")
     drawn = good("events", "show", id)
     assert re.search(r"✓ payments.charge +done \d\d:\d\d:\d\d, took", drawn)
-    assert re.search(r"✓ audit.start-follow +done", drawn)
+    assert re.search(r"✓ the start of audit.follow +done", drawn)
     assert re.search(r"Charged +s-2 +" + re.escape(id), drawn)
     assert f"run {id}" in drawn
     thanked = published("Thanked", "s-2")[0]["id"]
     until(lambda: read("events", "show", thanked)["taken"], "the mailbox")
-    assert f"run {id}.follow of audit" in good("events", "show", thanked)
+    drawn = good("events", "show", thanked)
+    assert re.search(rf"✓ the mailbox of audit +run {id}.follow took it", drawn)
+    assert "~" not in drawn
+
+
+def test_the_run_that_took_an_event_is_named_and_names_it(worker: None) -> None:
+    """Wherever the event comes from, and whichever of the two one looks at."""
+    order = '{"order_id": "m-1", "cents": 5}'
+    good("runs", "start", "follow", order, "--id", "m-run")
+    mine = ("order_id=m-1", "text=hi")
+    good("events", "publish", "Thanked", *mine, "--id", "m-event")
+    until(lambda: read("events", "show", "m-event")["taken"], "the mailbox")
+    until(lambda: read("runs", "show", "m-run")["status"]["status"] == "completed", "the run")
+    assert "run m-run receives it" in good("conversations", "show", "m-event")
+    assert "event m-event" in good("conversations", "show", "m-run")
+    assert "event m-event" in good("runs", "show", "m-run")
+
+    good("events", "publish", "Thanked", *mine, "--id", "m-late")
+    until(lambda: read("events", "show", "m-late")["kept"], "the mailbox")
+    drawn = good("events", "show", "m-late")
+    assert re.search(r"· the mailbox of audit +kept until [-\d]+ [:\d]+, nobody took it", drawn)
+    took_another = "run m-run took another one of its key, and has ended"
+    assert took_another in re.sub(r"\s+", " ", drawn)
+    drawn = good("conversations", "show", "m-late")
+    assert "in the mailbox of audit" in drawn
+    assert took_another in re.sub(r"\s+", " ", drawn)
+    assert "~" not in drawn
+
+
+def test_tail_says_that_nobody_knows_a_type(worker: None, folder: Path) -> None:
+    command = [sys.executable, "-m", "pavane", "events", "tail", "-t", "Chargd"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    process.terminate()
+    process.communicate(timeout=DEADLINE_S)
+    expected = "no event Chargd is declared in the app or was ever published; did you mean Charged?"
+    assert said == f"{expected}\n"
 
 
 def test_list_filters_by_time(worker: None) -> None:

@@ -20,6 +20,7 @@ from pavane.contract import Contract, ConversationOverdue
 from pavane.engine.duties import MONITOR, monitor_name
 from pavane.engine.node import Session
 from pavane.engine.publishing import derived_id, event_row
+from pavane.engine.words import event_in_words
 from pavane.observe.progress import follow, milestones_of
 from pavane.observe.traffic import Traffic, read_traffic
 from pavane.observe.trouble import find_trouble
@@ -142,7 +143,8 @@ class Monitor:
         ]  # fmt: skip
         event = ConversationOverdue(
             contract=self.contract.name, conversation=row.id, subject=row.key,
-            started=_utc(row.started_us), due=_utc(row.due_us), last=trouble.last or row.last,
+            started=_utc(row.started_us), due=_utc(row.due_us),
+            last=event_in_words(trouble.last or row.last),
             last_at=_utc(trouble.last_us or row.last_us), missing=missing,
             trouble=trouble.sentence,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from pavane.core.codec import error_summary
 from pavane.core.envelope import Redo
 from pavane.engine.custody import EDITED
 from pavane.engine.held import decode_header
+from pavane.engine.mailbox import MAILBOX, Kept, read_mail
 from pavane.engine.publishing import cloud_event, read_event
 from pavane.errors import BadArguments, UnknownName
 from pavane.steering.desk import PAGE, Asking, Desk, Place, full_name
@@ -60,9 +61,18 @@ class Handled(msgspec.Struct, frozen=True):
     why: str = ""
     data: Raw | None = None
 
+    @property
+    def service(self) -> str:
+        return self.handler.partition(".")[0]
+
+    @property
+    def is_in_mailbox(self) -> bool:
+        """Tell whether this is a mailbox, which has kept the event or given it to runs."""
+        return self.outcome == "done" and self.handler == f"{self.service}.{MAILBOX}"
+
 
 class Taken(msgspec.Struct, frozen=True):
-    """A run that was given the event by its mailbox."""
+    """A run that was given the event by the mailbox of `service`."""
 
     service: str
     run: str
@@ -77,6 +87,8 @@ class EventStory(msgspec.Struct, frozen=True):
     caused: list[EventRow]
     started: list[str]
     taken: list[Taken]
+    kept: list[Kept]
+    """In which mailboxes it is, or was, without being taken."""
 
 
 class Replay(msgspec.Struct, frozen=True):
@@ -137,10 +149,17 @@ class Events:
         caused = await self._store.find_events(
             EventFilter(conversation=event.conversation, cause=event.id, limit=SCAN)
         )
+        handled = await self._handled(event)
+        taken: list[Taken] = []
+        kept: list[Kept] = []
+        for service in [h.service for h in handled if h.is_in_mailbox]:
+            given, left = await read_mail(self._store, service, event)
+            taken += [Taken(service, row.run) for row in given]
+            kept += [left] if left is not None else []
         return EventStory(
-            event, cloud_event(event, app), await self._handled(event),
-            sorted(caused, key=lambda row: row.pos), await self._started(event),
-            await self._taken(event),
+            event, cloud_event(event, app), [h for h in handled if not h.is_in_mailbox],
+            sorted((row for row in caused if not is_internal(row.type)), key=lambda row: row.pos),
+            await self._started(event), taken, kept,
         )  # fmt: skip
 
     async def _handled(self, event: EventRow) -> list[Handled]:
@@ -194,15 +213,6 @@ class Events:
             if any(r.service == r.home and decode_header(r.header).cause == event.id for r in rows):
                 found.append(id)
         return found
-
-    async def _taken(self, event: EventRow) -> list[Taken]:
-        services = {row.service for row in await self._desk.rows()}
-        return [
-            Taken(service, row.run)
-            for service in sorted(services)
-            for row in await self._store.awaits(service, event.type, event.key)
-            if row.pos == event.pos
-        ]
 
     # -- replaying -----------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from pavane.cli.output import (
 )
 from pavane.cli.text import clock, duration
 from pavane.cli.tree import STATE_COLOURS, draw_conversation
+from pavane.engine.words import event_in_words
 from pavane.observe.conversations import ConversationStatus
 from pavane.observe.progress import State
 
@@ -99,7 +100,7 @@ def _list_row(status: ConversationStatus, now_us: int) -> list[str]:
         about = f"{status.end}, and {status.ends - 1} more"
     elif not status.end:
         missed = [m.type for m in status.milestones if m.state in ("late", "missed")]
-        about = f"{', '.join(missed)} late" if missed else f"after {status.last}"
+        about = f"{', '.join(missed)} late" if missed else f"after {event_in_words(status.last)}"
     return [
         status.id, status.contract, status.key, status.state, clock(status.started_us),
         duration((status.ended_us or now_us) - status.started_us),

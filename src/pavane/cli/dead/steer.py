@@ -17,6 +17,7 @@ from pavane.cli.dead.look import filter_options
 from pavane.cli.names import complete_dead
 from pavane.cli.output import Format, output_option, print_one, say
 from pavane.cli.text import counted
+from pavane.engine.words import handler_with_words
 from pavane.steering.dead import Ask, DeadQuery
 
 
@@ -69,7 +70,8 @@ def _do(where: Where, what: Ask, wanted: Wanted, output: Format) -> None:
                 return
             if not which.numbers:
                 question = f"{what.capitalize()} {counted(total, 'dead letter')}"
-                confirmed(f"{question} of {', '.join(counts)}?", yes=wanted.yes)
+                of = ", ".join(handler_with_words(name) for name in counts)
+                confirmed(f"{question} of {of}?", yes=wanted.yes)
             await _ask(client, what, which, counts, output)
 
     asyncio.run(work())

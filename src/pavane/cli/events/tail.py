@@ -17,6 +17,7 @@ from pavane.cli.runs.record import until_changed
 from pavane.cli.text import fit, printable, short_clock
 from pavane.contract import is_internal
 from pavane.engine.publishing import cloud_event
+from pavane.engine.words import source_in_words
 from pavane.stores.eventlog import EventFilter, EventRow
 
 PAGE = 500
@@ -92,7 +93,7 @@ def _print(rows: list[EventRow], output: Format, name: str) -> None:
             continue
         data = printable(row.data.decode(errors="replace"))
         head = f"{short_clock(row.at_us)}  {row.type.ljust(20)}  {printable(row.key).ljust(12)}  "
-        line = f"{head}{row.source.ljust(10)}  {data}"
+        line = f"{head}{source_in_words(row.source).ljust(10)}  {data}"
         if room is not None:
             line = fit(line, room).rstrip()
         click.echo(click.style(line[: len(head)], bold=True) + line[len(head) :])
