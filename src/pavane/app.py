@@ -585,7 +585,7 @@ class Client:
             raise BadArguments(
                 f"{event!r} is no event. Derive its class from pavane.Event, or use @event."
             )
-        chosen = self._process.new_id() if id is None else checked_run_id(id)
+        chosen = self._process.new_id() if id is None else checked_id(id, "event id")
         row = event_row(
             self.store, event, id=chosen, source=source, at_us=self.store.now_us(),
             conversation=conversation or chosen, cause="", trace=traceparent,
@@ -970,9 +970,13 @@ def _check_open(row: RunRow) -> None:
 
 
 def checked_run_id(id: str) -> str:
+    return checked_id(id, "run id")
+
+
+def checked_id(id: str, what: str) -> str:
     if not id or len(id) > RUN_ID_MAX or any(c in id for c in "#/~ ") or not id.isprintable():
         raise BadArguments(
-            f"{id!r} is no run id: 1 to {RUN_ID_MAX} printable characters without spaces and "
+            f"{id!r} is no {what}: 1 to {RUN_ID_MAX} printable characters without spaces and "
             f"without '#', '/' and '~', which Pavane uses."
         )
     return id

@@ -47,8 +47,8 @@ class ConversationOverdue(Event, key="conversation"):
     """A conversation has not ended within its time; published once for it by the monitor.
 
     `subject` is the key of the event that began it (or the id of the run), `last` the type of the
-    newest event seen in it, `missing` its milestones that were not reached, and `trouble` says in a
-    sentence what holds it up.
+    newest event seen in it (or "the start of fulfil", of a run), `missing` its milestones that were
+    not reached, and `trouble` says in a sentence what holds it up.
     """
 
     contract: str
@@ -64,11 +64,12 @@ class ConversationOverdue(Event, key="conversation"):
 
 INTERNAL = "~"
 """Begins the types of Pavane's own events; names that users give cannot begin so."""
+START = f"{INTERNAL}start-"
 
 
 def start_type(workflow: str) -> str:
     """Return the type of the event that tells that a run of a workflow began."""
-    return f"{INTERNAL}start-{workflow}"
+    return f"{START}{workflow}"
 
 
 def is_internal(type: str) -> bool:

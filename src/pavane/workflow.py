@@ -33,6 +33,8 @@ E = TypeVar("E")
 
 Attribute = str | int | float | bool
 
+STARTER = "start-"
+"""What names of the handlers that start runs begin with."""
 KEEPER = "~schedule:"
 """What names of the workflows that keep schedules, and ids of their runs, begin with."""
 
@@ -103,7 +105,7 @@ class Workflow(Generic[P, R]):
             # An event that a run published has an id that begins like those of the run's messages.
             handling.start(self, raw, None if "#" in id else f"{id}.{self.name}")
 
-        name = f"start-{self.name}"
+        name = f"{STARTER}{self.name}"
         known = self.service.handlers.get(name)
         if known is not None and known.starts is not None and known.starts.name == self.name:
             if known.starts.version > self.version:

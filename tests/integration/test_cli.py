@@ -371,7 +371,7 @@ def test_doctor_warns_when_nobody_works() -> None:
     good("runs", "start", "fulfil", '"x"', "--store", "idle.db")
     drawn = good("doctor", "--store", "idle.db")
     assert "warn  nodes" in drawn
-    assert "→ Start a worker: pavane run shop.py." in drawn
+    assert "→ Start a worker: pavane run cli_shop.py --store idle.db." in drawn
 
 
 def test_doctor_fails_for_a_file_that_is_no_store() -> None:

@@ -144,7 +144,12 @@ def test_list_shows_how_each_stands_and_what_holds_it_up() -> None:
         ["dead", "sales", "dead", "stuck"],
         ["good", "sales", "good", "on-time"],
     ]
-    assert "ship.check gave up Paid after 1 attempts: ValueError: no van" in lines[1]
+    assert "ship.check gave up Paid after 1 attempt: ValueError: no van" in lines[1]
+
+
+def test_list_says_that_nobody_watches() -> None:
+    said = command_line.pavane("conversations", "list").stderr
+    assert "no worker watches sales now; what happened since is seen when one does" in said
 
 
 def test_list_filters_and_prints_json() -> None:
@@ -171,7 +176,15 @@ def test_show_draws_the_tree_of_causes() -> None:
     text = good("show", "good")
     assert lines[0] == "conversation good"
     assert "sales on time, Shipped after" in text
-    order = ["Placed", "pay.charge", "Paid", "ship.start-send", "run send", "ship.load", "Shipped"]
+    order = [
+        "Placed",
+        "pay.charge",
+        "Paid",
+        "the start of ship.send",
+        "run send",
+        "ship.load",
+        "Shipped",
+    ]
     places = [text.index(name, text.index("0 ")) for name in order]
     assert places == sorted(places)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from pavane.cli import main
+from pavane.cli.bulk import with_bar
 from tests.integration import command_line, event_shop
 from tests.integration.command_line import good, in_folder_of, pavane, refused
 
@@ -171,12 +173,49 @@ def test_show_tells_what_became_of_an_event(worker: None) -> None:
     published("Thanked", "s-2")
     drawn = good("events", "show", id)
     assert re.search(r"✓ payments.charge +done \d\d:\d\d:\d\d, took", drawn)
-    assert re.search(r"✓ audit.start-follow +done", drawn)
+    assert re.search(r"✓ the start of audit.follow +done", drawn)
     assert re.search(r"Charged +s-2 +" + re.escape(id), drawn)
     assert f"run {id}" in drawn
     thanked = published("Thanked", "s-2")[0]["id"]
     until(lambda: read("events", "show", thanked)["taken"], "the mailbox")
-    assert f"run {id}.follow of audit" in good("events", "show", thanked)
+    drawn = good("events", "show", thanked)
+    assert re.search(rf"✓ the mailbox of audit +run {id}.follow took it", drawn)
+    assert "~" not in drawn
+
+
+def test_the_run_that_took_an_event_is_named_and_names_it(worker: None) -> None:
+    """Wherever the event comes from, and whichever of the two one looks at."""
+    order = '{"order_id": "m-1", "cents": 5}'
+    good("runs", "start", "follow", order, "--id", "m-run")
+    mine = ("order_id=m-1", "text=hi")
+    good("events", "publish", "Thanked", *mine, "--id", "m-event")
+    until(lambda: read("events", "show", "m-event")["taken"], "the mailbox")
+    until(lambda: read("runs", "show", "m-run")["status"]["status"] == "completed", "the run")
+    assert "run m-run receives it" in good("conversations", "show", "m-event")
+    assert "event m-event" in good("conversations", "show", "m-run")
+    assert "event m-event" in good("runs", "show", "m-run")
+
+    good("events", "publish", "Thanked", *mine, "--id", "m-late")
+    until(lambda: read("events", "show", "m-late")["kept"], "the mailbox")
+    drawn = good("events", "show", "m-late")
+    assert re.search(r"· the mailbox of audit +kept until [-\d]+ [:\d]+, nobody took it", drawn)
+    took_another = "run m-run took another one of its key, and has ended"
+    assert took_another in re.sub(r"\s+", " ", drawn)
+    drawn = good("conversations", "show", "m-late")
+    assert "in the mailbox of audit" in drawn
+    assert took_another in re.sub(r"\s+", " ", drawn)
+    assert "~" not in drawn
+
+
+def test_tail_says_that_nobody_knows_a_type(worker: None, folder: Path) -> None:
+    command = [sys.executable, "-m", "pavane", "events", "tail", "-t", "Chargd"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    process.terminate()
+    process.communicate(timeout=DEADLINE_S)
+    expected = "no event Chargd is declared in the app or was ever published; did you mean Charged?"
+    assert said == f"{expected}\n"
 
 
 def test_the_schema_of_an_event_is_found_by_its_dataschema(worker: None) -> None:
@@ -324,13 +363,22 @@ def test_an_edited_dead_letter_is_checked_then_handled(worker: None) -> None:
     assert "Nothing was written." in said
     said = refused(2, "dead", "edit", no, "--set", "order_id=e-2")
     assert "The key of dead letter" in said
+    said = refused(3, "dead", "edit", no, "--set", "cent=1")
+    assert "OrderPlaced has no field 'cent'. Did you mean 'cents'?" in said
     assert dead("-k", "e-1")[0]["asked"] == ""
     assert (
         good("dead", "edit", no, "--set", "cents=7") == f"asked to retry dead letter {no}, edited\n"
     )
     assert published("Charged", "e-1")[0]["data"]["cents"] == 7
     assert published("OrderPlaced", "e-1")[0]["data"]["cents"] == 0, "the log stays as it was"
-    assert read("events", "show", id)["handled"][0]["outcome"] == "done"
+    handled = {h["handler"]: h for h in read("events", "show", id)["handled"]}["payments.charge"]
+    assert handled["outcome"] == "done"
+    assert handled["data"] == {"order_id": "e-1", "cents": 7}
+    assert 'with other data: {"order_id":"e-1","cents":7}' in good("events", "show", id)
+    good("events", "replay", "--into", "payments.charge", "-k", "e-1", "--yes")
+    again = until(lambda: dead("-k", "e-1"), "the replay with what was published")
+    assert (again[0]["cause"], len(again)) == ("ValueError: nothing to charge for …", 1)
+    assert "other data" not in good("events", "show", id)
 
 
 def test_an_editor_edits_a_dead_letter(worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +422,9 @@ def test_bulk_needs_a_choice_and_a_yes(worker: None) -> None:
     place("b-1", 0)
     given_up("b-1")
     assert "Which ones? Give numbers (pavane dead drop 7 8)" in refused(2, "dead", "drop")
+    assert "Give either numbers, or filters" in refused(2, "dead", "drop", "7", "-k", "b-1")
+    both = ("--all", "--handler", "payments.charge", "--dry-run")
+    assert "would be asked to drop" in good("dead", "drop", *both)
     assert "give --yes" in refused(2, "dead", "drop", "-k", "b-1")
     assert dead("-k", "b-1")
 
@@ -388,9 +439,23 @@ def test_a_replay_publishes_anew_and_once_per_name(worker: None) -> None:
     assert good(*which, "--dry-run") == "1 event would be replayed into mail.thank\n"
     assert good(*which, "--yes", "--name", "again") == "asked mail.thank to handle 1 event again\n"
     published("Thanked", "y-1", 2)
-    good(*which, "--yes", "--name", "again")
+    result = pavane(*which, "--yes", "--name", "again")
+    assert result.stdout == "asked mail.thank to handle 0 events again\n"
+    assert "1 of 1 were asked for before under this name" in result.stderr
     good(*which, "--yes", "--name", "more")
     published("Thanked", "y-1", 3)
+
+
+def test_what_is_asked_for_in_bulk_and_interrupted_says_how_far_it_came(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def counts() -> AsyncIterator[int]:
+        yield 200
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(with_bar(counts(), 3001, "into mail.thank", "--name again goes on"))
+    assert capsys.readouterr().err == "interrupted after 200 of 3,001; --name again goes on\n"
 
 
 def test_a_replay_into_what_does_not_handle_the_type_is_refused(worker: None) -> None:
@@ -416,6 +481,8 @@ def test_a_paused_handler_waits_until_it_is_resumed(worker: None) -> None:
     assert "resumed mail.thank" in pavane("handlers", "resume", "mail.thank").stderr
     assert published("Thanked", "w-1")[0]["correlationid"] == id
     until(lambda: handler("mail.thank")["state"] == "working", "the state")
+    result = pavane("handlers", "resume", "mail.thank")
+    assert (result.exit_code, result.stderr) == (0, "mail.thank was not paused\n")
 
 
 def test_a_shadow_is_shown_with_its_difference(worker: None) -> None:
@@ -534,6 +601,13 @@ def test_a_handler_that_is_not_in_the_code_any_more_is_forgotten(folder: Path) -
     assert "No handler is called" in refused(3, "handlers", "forget", "payments.charge", *changed)
 
 
+def test_doctor_names_the_app_that_a_worker_is_to_be_started_for(folder: Path) -> None:
+    here = ("--store", "hint.db")
+    place("h-1", 5, *here)
+    (nodes,) = findings(*here)["nodes"]
+    assert nodes["remedy"] == f"Start a worker: pavane run {APP} --store hint.db."
+
+
 def test_doctor_tells_of_dead_letters(worker: None) -> None:
     place("c-2", 0)
     given_up("c-2")
@@ -563,6 +637,11 @@ def test_doctor_tells_of_dead_letters(worker: None) -> None:
             2,
             ["events", "publish", "OrderPlaced", "order_id=1", "cents=x"],
             "This is no OrderPlaced",
+        ),
+        (
+            2,
+            ["events", "publish", "OrderPlaced", "order_id=1", "--id", "we ird/id"],
+            "'we ird/id' is no event id",
         ),
         (3, ["dead", "show", "4711"], "No dead letter has number 4711"),
         (3, ["handlers", "show", "mail.thnk"], "Did you mean 'mail.thank'?"),

@@ -98,6 +98,16 @@ async def fulfil(id: str) -> str:
     return overdue.contract
 
 
+@pay.step
+async def bill(id: str) -> None: ...
+
+
+@orders.workflow
+async def billed(id: str) -> None:
+    await bill(id)
+    await orders.publish(Cancelled(id=id))
+
+
 @orders.workflow
 async def family(id: str) -> None:
     await child(id)
@@ -200,7 +210,7 @@ async def test_a_dead_letter_makes_it_stuck_and_says_where(path: str) -> None:
         await publish(client, Placed(id="dead"))
         status = await in_state(client, "dead", "stuck")
         (grave,) = status.trouble.dead
-        assert (grave.handler, grave.type, grave.cause) == (
+        assert (grave.handler, grave.type, grave.error) == (
             "ship.send",
             "Paid",
             "ValueError: no van",
@@ -224,8 +234,23 @@ async def test_the_consumer_expected_next_is_told_with_its_backlog_dead_letters_
         (expected,) = status.trouble.expected
         assert (expected.name, expected.waits_for) == ("ship.send", "Paid")
         assert (expected.backlog, expected.dead) == (2, 1)
-        assert expected.paused == "(stocktaking)"
+        assert (expected.paused, expected.idle) == ("stocktaking", ["ship"])
+        assert "(no node hosts ship, 2 in its backlog, 1 dead letter)" in status.trouble.sentence
         assert status.trouble.last == "Paid"
+
+
+@pytest.mark.parametrize("mode", ["orchestration", "choreography"])
+@in_loop
+async def test_a_run_that_needs_a_service_that_no_node_hosts_is_stuck_and_says_so(
+    path: str, mode: Any
+) -> None:
+    app = app_on(path, "200ms", start=billed, ends=[Cancelled])
+    async with app.worker(["orders", "desk"]) as client:
+        await client.start(billed, ("b",), {}, id="b", mode=mode)
+        status = await in_state(client, "b", "stuck")
+        assert status.trouble.sentence == "run b waits for pay (no node hosts pay)"
+        await until(lambda: told(1))
+    assert (TOLD[0].last, TOLD[0].trouble) == ("the start of billed", status.trouble.sentence)
 
 
 @in_loop
@@ -425,6 +450,8 @@ async def test_a_workflow_receives_that_its_conversation_is_overdue(path: str) -
         run = await client.start(fulfil, "f-1", id="f-1")
         assert await run.result(timeout=10) == "fulfilment"
         status = await in_state(client, "f-1", "late", contract="fulfilment")
+        row = await until(lambda: first_event(client, "ConversationOverdue", "f-1"))
+        assert b'"last":"the start of fulfil"' in row.data
     assert (status.key, status.end) == ("f-1", "Cancelled")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import threading
 import time
 from contextlib import suppress
@@ -1519,3 +1520,19 @@ WHAT_IS_LEFT = (
     "SELECT id FROM mailbox WHERE run",
     "SELECT id FROM parked WHERE run",
 )
+
+
+@in_loop
+async def test_only_who_takes_something_over_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pavane.node")
+    world = World(tmp_path / "world.db", "orchestration", "one node")
+    for hosted, said in (("other", []), ("shop", ["taking over from gone"])):
+        async with world.idle(Service("shop")) as director:
+            await director.client.store.join("gone", "elsewhere", 1, [hosted], 1)
+        caplog.clear()
+        async with world.working(Service("shop")):
+            pass
+        told = [record.getMessage() for record in caplog.records]
+        assert [text for text in told if text.startswith("taking over")] == said

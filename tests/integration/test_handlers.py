@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections import Counter
@@ -498,7 +499,70 @@ async def test_where_filters_and_a_ttl_expires(one: World) -> None:
         await publish(director, Price(sku="new"))
         await publish(director, Placed(order="a", cents=10))
         await seen(3)
+        assert await whys(director.client) == {
+            "a 1": "its where= filters it out", "a 2": "its where= filters it out",
+            "old": "it was older than its ttl of 0.05 s",
+        }  # fmt: skip
     assert sorted(map(str, SEEN)) == ["10", "9", "new"]
+
+
+async def whys(client: Client) -> dict[str, str]:
+    """Say why events were passed over, by what is in them, once all cursors are written."""
+
+    async def found() -> dict[str, str]:
+        stories = [await client.events.story(row.id) for row in await client.events.list()]
+        handled = [(s.event, handled) for s in stories for handled in s.handled]
+        if any(one.outcome == "waiting" for _, one in handled):
+            return {}
+        said = {
+            " ".join(map(str, json.loads(event.data).values())): one.why
+            for event, one in handled if one.outcome == "passed over"
+        }  # fmt: skip
+        return said
+
+    return await until(found)
+
+
+@in_loop
+async def test_what_is_from_before_a_handler_began_says_so(one: World) -> None:
+    early, late = Service("bank"), Service("bank")
+
+    @early.on(Placed)
+    async def first(event: Placed) -> None: ...
+
+    late.on(Placed)(first)
+
+    @late.on(Placed)
+    async def second(event: Placed) -> None: ...
+
+    async with one.idle(early) as director:
+        await publish(director, Placed(order="a"))
+    async with one.working(late) as director:
+        said = await whys(director.client)
+    assert list(said.values()) == ["it is from before the handler began"]
+
+
+@in_loop
+async def test_a_shadow_that_fails_is_not_logged_as_one_that_gave_up(
+    one: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    bank = Service("bank")
+
+    @bank.on(Placed)
+    async def charge(event: Placed) -> None: ...
+
+    @bank.on(Placed, shadow=True)
+    async def charge2(event: Placed) -> None:
+        raise ValueError("unlucky")
+
+    async with one.working(bank) as director:
+        await publish(director, Placed(order="a"), id="p-1")
+        no = await handler_no(director.client, "charge2")
+        await until(lambda: director.client.store.shadows(no, 10))
+    said = [record.getMessage() for record in caplog.records if "p-1" in record.getMessage()]
+    assert said == [
+        "shadow bank.charge2 failed on event p-1, which changes nothing: ValueError: unlucky"
+    ]
 
 
 @in_loop

@@ -139,6 +139,9 @@ async def test_a_step_and_a_handler_take_effect_once_with_their_commit(url: str,
             return len(found) == 3
 
         await until(all_counted)
+        (sold, *_) = await director.client.store.find_events(EventFilter(types=("Sold",)))
+        (handled,) = (await director.client.events.story(sold.id)).handled
+        assert handled.took_us > 0
     assert sorted(await rows(url, "SELECT * FROM bookings")) == [("a", 1), ("a", 5), ("other", 2)]
     assert sorted(await rows(url, "SELECT * FROM seen")) == [(1,), (2,), (5,)]
     assert (len(CALLS), len(SEEN)) == (4, 4), "what failed left nothing and came again"

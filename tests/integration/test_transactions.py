@@ -408,6 +408,27 @@ async def test_bad_work_fails_alone_and_leaves_nothing(
     assert [account for account, _ in bookings(one)] == ["g0", "g1", "g2", "h0", "h1", "h2"]
 
 
+@pytest.mark.parametrize("misdeed", [commits, rolls_back, begins])
+@in_loop
+async def test_who_ends_the_transaction_is_told_that_pavane_does(
+    one: World, misdeed: Callable[[Any], None]
+) -> None:
+    ledger, desk = Service("ledger"), Service("desk")
+
+    @ledger.transaction
+    def bad(connection: Any) -> None:
+        misdeed(connection)
+
+    @desk.workflow
+    async def pay_badly() -> None:
+        await bad()
+
+    why = "COMMIT, ROLLBACK and BEGIN are not for .* commits it with the result. Leave them out"
+    async with one.working(desk, ledger) as director:
+        with pytest.raises(RunFailed, match=why):
+            await director.result(pay_badly)
+
+
 @in_loop
 async def test_a_heartbeat_in_a_transaction_does_no_harm(one: World) -> None:
     desk, ledger = Service("desk"), Service("ledger")
@@ -515,6 +536,26 @@ class Account:
 
 async def publish(director: Director, event: Any, id: str | None = None) -> str:
     return await director.client.publish(event, source="test", id=id)
+
+
+@in_loop
+async def test_a_handler_in_a_transaction_tells_how_long_its_work_took(one: World) -> None:
+    clerk = Service("clerk")
+
+    @clerk.on(Booked, transaction=True)
+    def enter(event: Booked, connection: Any) -> None:
+        time.sleep(0.05)
+        write(connection, event.account, event.cents)
+
+    async with one.working(clerk) as director:
+        id = await publish(director, Booked(account="a", cents=1))
+
+        async def done() -> Any:
+            (handled,) = (await director.client.events.story(id)).handled
+            return handled if handled.outcome == "done" else None
+
+        handled = await until(done)
+    assert 50_000 <= handled.took_us < 10_000_000
 
 
 @in_loop

@@ -9,11 +9,12 @@ import pytest
 from msgspec import Raw
 
 from pavane.app import RunHistory, RunStatus
-from pavane.cli.text import columns
+from pavane.cli.text import clock, columns
 from pavane.cli.tree import draw_conversation
 from pavane.core.baton import Stop
 from pavane.core.codec import encode_error
 from pavane.core.journal import Entry
+from pavane.engine.mailbox import MAILBOX, Kept
 from pavane.engine.publishing import derived_id
 from pavane.insight.causes import DEPTH_MAX, Node, Tree, tree_of, walk
 from pavane.insight.timeline import Timeline, timeline
@@ -68,9 +69,11 @@ class Story:
         row = ParkedEvent(handler.no, event.pos, 0, event.key, 3, due_us, at(5), error)
         self.traffic.parked.append(row)
 
-    def dead(self, handler: HandlerRow, event: EventRow, cause: str) -> None:
-        row = DeadRow(7, handler.no, event.pos, 0, event.key, event.type, event.id, at(90), 5,
-                      cause, b"null", b"{}")  # fmt: skip
+    def dead(
+        self, handler: HandlerRow, event: EventRow, error: Exception, attempts: int = 5
+    ) -> None:
+        row = DeadRow(7, handler.no, event.pos, 0, event.key, event.type, event.id, at(90),
+                      attempts, "what is the same for all", encode_error(error), b"{}")  # fmt: skip
         self.traffic.dead.append(row)
         self.traffic.marks.append(MarkRow(handler.no, event.pos, at(90), 80 * MS, 5, "dead"))
 
@@ -178,9 +181,9 @@ def test_what_is_behind_another_of_its_key_waits() -> None:
     assert (node.condition, node.text) == ("waiting", "behind an earlier event of its key")
 
 
-def test_a_dead_letter_is_a_leaf_with_its_cause() -> None:
+def test_a_dead_letter_is_a_leaf_with_its_error() -> None:
     story = Story(CHARGE)
-    story.dead(CHARGE, story.event("Placed", 0), "ValueError: no funds")
+    story.dead(CHARGE, story.event("Placed", 0), ValueError("no funds"))
     node = only(story.tree(), "handler")
     assert (node.condition, node.attempts, node.text) == ("dead", 5, "ValueError: no funds")
     assert (node.from_us, node.until_us) == (at(10), at(90))
@@ -271,6 +274,40 @@ def test_a_run_that_was_given_an_event_is_shown_below_it() -> None:
     assert outline(story.tree()) == ["run fulfil", "event Paid", "  receive fulfil"]
 
 
+def test_a_run_of_another_conversation_that_took_the_event_is_shown_below_it() -> None:
+    story = Story()
+    event = story.event("Paid", 20, id="c")
+    story.traffic.awaits.append(
+        AwaitRow("orders", "Paid", "k", "r-1", "r-1#0", at(15), b"", pos=event.pos)
+    )
+    assert outline(story.tree()) == ["event Paid", "  receive r-1"]
+    assert "run r-1 receives it" in "\n".join(picture(story, 100))
+
+
+def test_an_event_that_stays_in_a_mailbox_says_so_and_who_took_another_one() -> None:
+    mailbox = HandlerRow(6, "orders", MAILBOX, ["Paid"], 0)
+    story = Story(mailbox)
+    event = story.event("Paid", 20, id="c")
+    story.handled(mailbox, event, 21, 1)
+    story.traffic.mailed.add((mailbox.no, event.pos))
+    story.traffic.kept.append(Kept("orders", event.pos, at(9000), {"r": True}))
+    text = "\n".join(picture(story, 100))
+    assert "unhandled" not in text
+    assert "in the mailbox of orders" in text
+    assert f"kept until {clock(at(9000))}, nobody took it; run r took another one" in text
+
+
+def test_an_event_that_a_mailbox_has_yet_to_take_waits_there() -> None:
+    mailbox = HandlerRow(6, "orders", MAILBOX, ["Paid"], 0)
+    story = Story(mailbox)
+    story.event("Paid", 20, id="c")
+    story.waits(mailbox)
+    text = "\n".join(picture(story, 100))
+    assert "the mailbox of orders" in text
+    assert "~" not in text
+    assert story.trouble().sentence == "the mailbox of orders has yet to handle Paid"
+
+
 def test_what_has_an_unknown_cause_is_a_root() -> None:
     story = Story()
     story.event("Placed", 0)
@@ -307,7 +344,7 @@ def test_the_event_that_tells_of_a_start_is_not_shown() -> None:
 
 def test_a_dead_letter_makes_it_stuck_and_names_the_handler() -> None:
     story = Story(CHARGE)
-    story.dead(CHARGE, story.event("Placed", 0), "ValueError: no funds")
+    story.dead(CHARGE, story.event("Placed", 0), ValueError("no funds"))
     trouble = story.trouble()
     assert trouble.stuck
     assert trouble.last == "Placed"
@@ -320,6 +357,59 @@ def test_a_handler_that_has_yet_to_come_is_the_consumer_expected_next() -> None:
     story.waits(CHARGE)
     (expected,) = story.trouble().expected
     assert (expected.what, expected.name, expected.waits_for) == ("handler", "pay.charge", "Placed")
+    assert story.trouble().stuck
+
+
+def test_what_only_starts_runs_is_told_in_words() -> None:
+    start = HandlerRow(4, "orders", "start-fulfil", ["Placed"], 0)
+    story = Story(start)
+    story.dead(start, story.event("Placed", 0), ValueError("no"), attempts=1)
+    said = "the start of orders.fulfil gave up Placed after 1 attempt: ValueError: no"
+    assert story.trouble().sentence == said
+    assert "✗ the start of orders.fulfil" in "\n".join(picture(story, 100))
+
+
+def test_a_run_whose_start_is_the_last_event_is_told_in_words() -> None:
+    story = Story()
+    story.event("~start-fulfil", 10, id="c#start")
+    assert story.trouble().sentence == "nothing reacts to the start of fulfil"
+    lines = picture(story, 100)
+    assert any(line.startswith("last event     the start of fulfil") for line in lines)
+
+
+def test_a_service_that_no_node_hosts_is_the_cause() -> None:
+    story = Story(CHARGE)
+    story.event("Placed", 0)
+    story.waits(CHARGE)
+    story.traffic.hosted = {"ship"}
+    said = "pay.charge has yet to handle Placed (no node hosts pay)"
+    assert story.trouble().sentence == said
+    story.parked(CHARGE, story.traffic.events[0], at(1500), b"null")
+    assert story.trouble().sentence == said
+    assert story.trouble().stuck
+
+
+def test_a_run_that_waits_for_a_service_that_no_node_hosts_is_stuck() -> None:
+    story = Story()
+    story.run("r", Entry("start", at(10), issued=["step pay.charge"]), status="running")
+    story.traffic.hosted = {"orders"}
+    story.traffic.needs["r"] = {"pay"}
+    assert story.trouble().sentence == "run r waits for pay (no node hosts pay)"
+    assert story.trouble().stuck
+    story.traffic.hosted = {"orders", "pay"}
+    assert not story.trouble().stuck
+
+
+def test_a_breaker_that_tries_again_by_itself_is_not_stuck() -> None:
+    reason = "breaker: 20 of 20 failed"
+    broken = HandlerRow(1, "pay", "charge", ["Placed"], 0, at(2000), reason)
+    story = Story(broken)
+    story.event("Placed", 0)
+    story.waits(broken)
+    assert not story.trouble().stuck
+    said = "pay.charge has yet to handle Placed (paused: breaker: 20 of 20 failed)"
+    assert story.trouble().sentence == said
+    story.traffic.hosted = set()
     assert story.trouble().stuck
 
 
@@ -360,6 +450,15 @@ def test_the_last_event_is_not_the_one_that_tells_it_is_overdue() -> None:
     assert story.trouble().last == "Placed"
 
 
+def test_the_last_event_is_not_one_that_reacts_to_it_being_overdue() -> None:
+    story = Story()
+    story.event("Placed", 0)
+    story.event("ConversationOverdue", 500, id="o", cause="c")
+    story.event("Escalated", 510, id="e", cause="o")
+    story.event("Mailed", 520, id="m", cause="e")
+    assert story.trouble().last == "Placed"
+
+
 def test_who_is_told_that_it_is_overdue_is_not_expected_next() -> None:
     alarm = HandlerRow(5, "desk", "alarm", ["ConversationOverdue"], 0)
     story = Story(alarm)
@@ -376,7 +475,7 @@ def full_story() -> Story:
     story = Story(CHARGE, SEND, AUDIT)
     placed = story.event("Placed", 0, key="o-1")
     story.handled(CHARGE, placed, 20, 15)
-    story.dead(AUDIT, placed, "ValueError: " + "much too long a text " * 9)
+    story.dead(AUDIT, placed, ValueError("much too long a text " * 9))
     paid = story.published(CHARGE, placed, "Paid", 20)
     story.parked(SEND, paid, at(1500), encode_error(OSError("no van")))
     story.run("r", Entry("start", at(10), issued=["step pay.charge"]), cause="c", status="running")

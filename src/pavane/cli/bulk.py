@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterable, Awaitable, Callable
+from contextlib import nullcontext
 
 import click
 
@@ -24,17 +25,24 @@ def confirmed(question: str, *, yes: bool) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-async def with_bar(counts: AsyncIterable[int], total: int, label: str) -> int:
-    """Show a progress bar on stderr while `counts` comes in; return their sum."""
+async def with_bar(counts: AsyncIterable[int], total: int, label: str, go_on: str = "") -> int:
+    """Show a progress bar on stderr while `counts` comes in; return their sum.
+
+    If that is interrupted, say how far it came, and by `go_on` how to go on.
+    """
     done = 0
-    if not sys.stderr.isatty():
-        async for count in counts:
-            done += count
-        return done
-    with click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True) as bar:
-        async for count in counts:
-            done += count
-            bar.update(count)
+    bar = None
+    if sys.stderr.isatty():
+        bar = click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True)
+    try:
+        with bar or nullcontext():
+            async for count in counts:
+                done += count
+                if bar is not None:
+                    bar.update(count)
+    except BaseException:
+        say(f"interrupted after {done:,} of {total:,}" + (f"; {go_on}" if go_on else ""))
+        raise
     return done
 
 

@@ -65,7 +65,7 @@ def doctor(where: Where, strict: bool, output: Format) -> None:
         remedy = "Give --app or --store to have more checked."
         findings.append(Finding("app", "warn", "no app and no store was named", remedy))
     if app is not None:
-        findings += asyncio.run(_look(app, where.store))
+        findings += asyncio.run(_look(app, where))
     _print(findings, output)
     levels = {finding.level for finding in findings}
     if "fail" in levels or (strict and "warn" in levels):
@@ -114,7 +114,8 @@ def _sqlite() -> Finding:
 # -- the store ---------------------------------------------------------------------------------
 
 
-async def _look(app: App, store: str | None) -> list[Finding]:
+async def _look(app: App, where: Where) -> list[Finding]:
+    store = where.store
     findings: list[Finding] = []
     if app.registry.services:
         steps = sum(len(service.steps) for service in app.registry.services.values())
@@ -135,12 +136,18 @@ async def _look(app: App, store: str | None) -> list[Finding]:
         return [*findings, Finding("store", level, str(error), remedy)]
     try:
         async with connected(app, store) as client:
-            return findings + await _look_inside(client)
+            return findings + await _look_inside(client, _worker(where))
     except PavaneError as error:
         return [*findings, Finding("store", "fail", str(error), "See the message.")]
 
 
-async def _look_inside(client: Client) -> list[Finding]:
+def _worker(where: Where) -> str:
+    """Return the command that starts a worker for the app and store that were named."""
+    store = "" if where.store is None else f" --store {where.store}"
+    return f"pavane run {where.target or 'APP'}{store}"
+
+
+async def _look_inside(client: Client, worker: str) -> list[Finding]:
     facts = await client.store.describe()
     held = ", ".join(
         counted(int(facts[word]), word[:-1]) for word in ("runs", "events", "messages")
@@ -158,8 +165,8 @@ async def _look_inside(client: Client) -> list[Finding]:
     nodes = await client.store.nodes()
     now_us, host = client.store.now_us(), this_host()
     live = [node for node in nodes if not is_gone(node, now_us, host)]
-    findings.append(_nodes(live, len(nodes) - len(live)))
-    findings += await _partitions(client, live)
+    findings.append(_nodes(live, len(nodes) - len(live), worker))
+    findings += await _partitions(client, live, worker)
     findings.append(await _stuck(client))
     findings.append(await _parked(client, bool(live)))
     findings += await look_at_events(client)
@@ -209,17 +216,15 @@ def _intact(path: Path) -> Finding:
 # -- nodes -------------------------------------------------------------------------------------
 
 
-def _nodes(live: list[NodeRow], gone: int) -> Finding:
+def _nodes(live: list[NodeRow], gone: int, worker: str) -> Finding:
     left = f"; {counted(gone, 'node')} ended without leaving" if gone else ""
     if not live:
-        return Finding(
-            "nodes", "warn", f"no node is at work{left}", "Start a worker: pavane run shop.py."
-        )
+        return Finding("nodes", "warn", f"no node is at work{left}", f"Start a worker: {worker}.")
     listed = ", ".join(f"{node.name} ({', '.join(without_duties(node.services))})" for node in live)
     return Finding("nodes", "ok", f"{counted(len(live), 'live node')}: {listed}{left}")
 
 
-async def _partitions(client: Client, live: list[NodeRow]) -> list[Finding]:
+async def _partitions(client: Client, live: list[NodeRow], worker: str) -> list[Finding]:
     hosted = {service for node in live for service in without_duties(node.services)}
     names = sorted(hosted | set(client.registry.services))
     if not names or not live:
@@ -236,7 +241,7 @@ async def _partitions(client: Client, live: list[NodeRow]) -> list[Finding]:
         return [
             Finding(
                 "partitions", "warn", f"no live node hosts {', '.join(idle)}: their steps wait",
-                f"Start a worker for them: pavane run shop.py {options}.",
+                f"Start a worker for them: {worker} {options}.",
             )
         ]  # fmt: skip
     free = [f"{name} ({count})" for name, count in unowned.items() if count]

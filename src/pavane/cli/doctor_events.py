@@ -17,6 +17,7 @@ from pavane.contract import is_internal
 from pavane.engine.mailbox import MAILBOX
 from pavane.engine.publishing import read_event
 from pavane.engine.registry import Registry
+from pavane.engine.words import handler_in_words, handler_with_words
 from pavane.errors import BadEvent
 from pavane.steering.handlers import HandlerStatus
 from pavane.stores.eventlog import EventFilter, EventRow
@@ -78,7 +79,7 @@ def _takers(registry: Registry) -> dict[str, list[str]]:
     for handler in registry.handlers():
         if handler.name != MAILBOX:
             for type in handler.events:
-                takers.setdefault(type, []).append(repr(handler))
+                takers.setdefault(type, []).append(handler_in_words(repr(handler)))
     for workflow in registry.workflows.values():
         for event in workflow.receives:
             kind: Any = event
@@ -186,7 +187,8 @@ async def _dead(client: Client) -> Finding:
     worst = groups[0]
     return Finding(
         "dead letters", "warn",
-        f"{total:,}; most often ({worst.count:,}) {worst.handler}: {worst.cause}",
+        f"{total:,}; most often ({worst.count:,}) {handler_with_words(worst.handler)}: "
+        f"{worst.cause}",
         "`pavane dead list` groups them by cause; repair the cause, then `pavane dead retry`, "
         "`edit` or `drop`.",
     )  # fmt: skip
@@ -200,7 +202,7 @@ def _handlers(handlers: Sequence[HandlerStatus]) -> list[Finding]:
     found: list[Finding] = []
     if paused := by_state.get("paused"):
         reasons = ", ".join(f"{_name(h)} ({h.reason})" for h in paused)
-        names = " ".join(_name(h) for h in paused)
+        names = " ".join(f"{h.service}.{h.name}" for h in paused)
         found.append(
             Finding("handlers", "warn", f"paused: {reasons}", f"`pavane handlers resume {names}`.")
         )
@@ -236,4 +238,4 @@ def _gone(gone: list[HandlerStatus]) -> Finding:
 
 
 def _name(handler: HandlerStatus) -> str:
-    return f"{handler.service}.{handler.name}"
+    return handler_with_words(f"{handler.service}.{handler.name}")

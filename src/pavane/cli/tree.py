@@ -12,6 +12,7 @@ import click
 
 from pavane.cli.text import clock, columns, counted, duration, fit, joined, printable, wrapped
 from pavane.cli.timeline import ASCII, HUES, UNICODE, Glyphs
+from pavane.engine.words import event_in_words, handler_in_words
 from pavane.insight.causes import Node, Tree, walk
 from pavane.observe.conversations import ConversationStatus
 from pavane.observe.progress import Passed
@@ -30,7 +31,7 @@ _SIGNS = {
 }  # fmt: skip
 _KINDS = {
     "event": "receive", "undo": "undo", "timer": "timer", "receive": "receive", "spawn": "spawn",
-    "hop": "publish", "mark": "retry",
+    "hop": "publish", "mark": "retry", "kept": "dropped",
 }  # fmt: skip
 _COLOURS = {
     "failed": "red", "dead": "red", "stuck": "red", "parked": "yellow", "waiting": "blue",
@@ -165,7 +166,8 @@ class _Drawing:
         if node.kind == "run":
             return f"run {name}  {printable(node.id)}"
         if node.kind == "receive" and node.id:
-            return f"run {name} receives it"
+            named = "" if name == node.id else f"{name} "
+            return f"run {named}{printable(node.id)} receives it"
         if node.kind == "event":
             name = f"{name}  {printable(node.key)}" if node.key and shows_key else name
             return f"{name}  unhandled" if node.condition == "unhandled" else name
@@ -173,11 +175,15 @@ class _Drawing:
             return f"receive {printable(node.name)}"
         if node.kind == "hop":
             return f"{node.name} to {printable(node.service)}"
-        return name if node.kind in ("step", "timer", "handler", "mark") else f"{node.kind} {name}"
+        if node.kind == "kept":
+            return f"in {handler_in_words(name)}"
+        if node.kind == "handler":
+            return handler_in_words(name)
+        return name if node.kind in ("step", "timer", "mark") else f"{node.kind} {name}"
 
     def _row(self, node: Node, depth: int, *, shows_key: bool) -> str:
         colour = _COLOURS.get(node.condition, "green")
-        faint = node.condition in ("dropped", "expired") or node.kind in ("hop", "mark")
+        faint = node.condition in ("dropped", "expired") or node.kind in ("hop", "mark", "kept")
         sign = self.glyphs.signs[_SIGNS[node.condition]]
         if node.kind in _KINDS and node.condition in ("done", "unhandled"):
             sign = self.glyphs.signs[_KINDS[node.kind]]
@@ -190,7 +196,9 @@ class _Drawing:
         if self._tries:
             tries = f" {self.glyphs.times}{node.attempts}" if node.attempts > 1 else ""
             tries = tries.ljust(self._tries)
-        is_moment = node.kind in ("event", "mark") or (node.kind == "receive" and bool(node.id))
+        is_moment = node.kind in ("event", "mark", "kept") or (
+            node.kind == "receive" and bool(node.id)
+        )
         until_us = self._tree.now_us if node.until_us is None else node.until_us
         length = "" if is_moment else duration(until_us - node.from_us)
         text = _dim(offset) + " " + indent + click.style(f"{sign} ", fg=colour, dim=faint)
@@ -240,6 +248,9 @@ class _Drawing:
             text = f"gave up: {text}"
         elif node.condition == "expired":
             text = text or "too old, or not for it"
+        elif node.kind == "kept":
+            until = f"kept until {clock(node.next_us)}" if node.next_us else "not kept any more"
+            text = f"{until}, nobody took it" + (f"; {text}" if text else "")
         elif node.condition == "unhandled":
             return []
         elif node.kind in ("child", "spawn"):
@@ -267,21 +278,21 @@ class _Drawing:
         said: list[tuple[str, str]] = []
         if waits and trouble.last:
             after = duration(self._tree.now_us - trouble.last_us)
-            said.append(("last event", f"{trouble.last}, {after} ago"))
+            said.append(("last event", f"{event_in_words(trouble.last)}, {after} ago"))
         for grave in trouble.dead[:5]:
-            said.append(
-                ("dead letter", f"{grave.no}: {grave.handler} gave up {grave.type}: {grave.cause}")
-            )
+            who = handler_in_words(grave.handler)
+            said.append(("dead letter", f"{grave.no}: {who} gave up {grave.type}: {grave.error}"))
         for run in (*trouble.blocked[:5], *(trouble.failed[:5] if waits else ())):
             said.append((f"{run.status} run", run.sentence))
         for one in trouble.expected[:5] if waits else ():
             facts = [f"for {one.waits_for}"]
             if one.what == "handler":
                 facts += [f"backlog {one.backlog:,}", f"dead letters {one.dead:,}"]
-            facts += [f"paused {one.paused}"] if one.paused else []
-            said.append(("expected next", f"{one.name} {', '.join(facts)}"))
+            facts += [one.cause] if one.cause else []
+            who = handler_in_words(one.name) if one.what == "handler" else one.name
+            said.append(("expected next", f"{who} {', '.join(facts)}"))
         if waits and trouble.stuck and len(said) == 1:
-            said.append(("expected next", f"nothing reacts to {trouble.last}"))
+            said.append(("expected next", f"nothing reacts to {event_in_words(trouble.last)}"))
         label = max((len(name) for name, _ in said), default=0)
         lines: list[str] = []
         for name, text in said:

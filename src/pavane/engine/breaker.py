@@ -9,6 +9,8 @@ from pavane.policy import seconds
 
 BREAKER = "breaker"
 """How the reason of a pause begins that a breaker made."""
+BY_HAND = "by hand"
+"""The reason of a pause that a person made without one."""
 
 
 class Circuit:

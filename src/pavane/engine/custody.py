@@ -41,6 +41,7 @@ from pavane.stores.eventlog import (
     ParkedEvent,
     Reaction,
     ShadowRow,
+    StateRow,
 )
 from pavane.stores.port import LAST_US, Commit, Conflict, InboxRow, Message
 
@@ -52,6 +53,8 @@ log = logging.getLogger("pavane.custody")
 FINAL = (BadEvent, NotDeclared, NotEncodable, NotDecodable, TooLarge)
 """Errors that another attempt would meet again."""
 CAUSE_MAX = 200
+EDITED = "~edited"
+"""Owns, as states by handler and position, the payloads with which events were handled again."""
 REDO_PAUSE_S = 0.01
 REDO_LATER_S = 0.5
 _CODE = re.compile(r"[1-5]\d\d")
@@ -331,7 +334,13 @@ class Custody:
         raw = encode_error(error)
         cause = cause_of(raw, row)
         holds = subscription.options.on_dead == "stop" and bool(row.key)
-        log.error("%r gave up event %s: %s", subscription.handler, row.id, error_summary(raw))
+        if subscription.options.shadow:
+            log.warning(
+                "shadow %r failed on event %s, which changes nothing: %s", subscription.handler,
+                row.id, error_summary(raw),
+            )  # fmt: skip
+        else:
+            log.error("%r gave up event %s: %s", subscription.handler, row.id, error_summary(raw))
 
         def written(failure: PavaneError | None) -> None:
             if isinstance(failure, Conflict):
@@ -440,7 +449,9 @@ class Custody:
             reaction = self._dropped(redo)
         else:
             redone = self._redone(subscription, redo, row, dead)
-            reaction = Reaction(undead=[redo.dead] if redo.dead else [], parked=[redone])
+            edited = StateRow(EDITED, str(subscription.no), str(row.pos), redone.data)
+            undead = [redo.dead] if redo.dead else []
+            reaction = Reaction(undead=undead, parked=[redone], states=[edited])
             self._about_to_park.add(place)
 
         def then(error: PavaneError | None) -> None:

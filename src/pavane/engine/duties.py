@@ -24,6 +24,7 @@ PAUSE_S = 0.5
 PAUSE_MAX_S = 60.0
 MARK = "~"
 """Names of duties begin so, which those of services cannot."""
+MONITOR = f"{MARK}monitor"
 
 
 class Duty(Protocol):
@@ -77,6 +78,11 @@ class Duties:
                 log.exception("%s failed and begins anew in %.1f s", duty.name, pause_s)
             await asyncio.sleep(pause_s)
             pause_s = min(PAUSE_MAX_S, 2 * pause_s)
+
+
+def monitor_name(contract: str) -> str:
+    """Return the name of the duty that watches the conversations of a contract."""
+    return f"{MONITOR}.{contract}"
 
 
 def without_duties(names: Sequence[str]) -> list[str]:

@@ -473,6 +473,9 @@ class Handlers:
                 context.close()
                 commit.events, commit.messages = context.events, context.messages
                 context.reaction.members = context.members
+                ends_us = self._session.now_us()
+                for made in (*context.reaction.marks, *context.reaction.remarks):
+                    made.took_us, made.at_us = made.took_us + ends_us - made.at_us, ends_us
 
             result = variables.run(handler.fn, *args, connection)
             return then(result, variables, collect) if handler.is_async else collect(result)

@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 from msgspec import Raw
 
-from pavane.core.baton import chain_of
+from pavane.core.baton import ENDED, chain_of
 from pavane.core.envelope import Await, Reply, pack, unpack
 from pavane.errors import PavaneError
 from pavane.handler import Handler, HandlerOptions, current_handler
 from pavane.service import Service
 from pavane.stores.eventlog import AwaitRow, EventRow, KeptRow, Reaction
-from pavane.stores.port import Commit, InboxRow, Message
+from pavane.stores.port import Commit, InboxRow, Message, Store
 
 if TYPE_CHECKING:
     from pavane.engine.handling import Handling
@@ -29,6 +30,28 @@ if TYPE_CHECKING:
 MAILBOX = "~mailbox"
 Place = tuple[str, str, str]
 """Home service, event type, key."""
+OTHERS_MAX = 3
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """An event that the mailbox of `service` kept, or keeps until `until_us`, and nobody took.
+
+    `others` are runs that took another one of its type and key instead, and whether they have ended
+    since.
+    """
+
+    service: str
+    pos: int
+    until_us: int
+    others: dict[str, bool]
+
+    @property
+    def said(self) -> str:
+        """Say who took another one."""
+        return "; ".join(
+            f"run {run} took another one of its key{', and has ended' if has_ended else ''}"
+            for run, has_ended in self.others.items()
+        )
 
 
 class Mailbox:
@@ -153,6 +176,23 @@ class Mailbox:
         users[0] -= 1
         if not users[0]:
             del self._locks[place]
+
+
+async def read_mail(
+    store: Store, service: str, event: EventRow
+) -> tuple[list[AwaitRow], Kept | None]:
+    """Return who took an event from the mailbox of `service`, or that nobody did."""
+    place = (service, event.type, event.key)
+    given = [row for row in await store.awaits(*place) if row.pos]
+    taken = [row for row in given if row.pos == event.pos]
+    if taken:
+        return taken, None
+    kept = [row.expires_us for row in await store.kept_events(*place) if row.pos == event.pos]
+    others: dict[str, bool] = {}
+    for run in dict.fromkeys(row.run for row in given[-OTHERS_MAX:]):
+        rows = await store.run_rows(run)
+        others[run] = any(r.service == r.home and r.status in ENDED for r in rows)
+    return [], Kept(service, event.pos, max(kept, default=0), others)
 
 
 def mailbox_of(service: Service) -> Handler | None:

@@ -339,7 +339,9 @@ class Session:
         if any(n.no == self.fence.node and n.asked == DRAIN for n in nodes):
             self._asked_to_drain()
         if gone := self._gone():
-            log.info("taking over from %s", ", ".join(n.name for n in gone))
+            theirs = [n.name for n in gone if not set(n.services).isdisjoint(self._shared)]
+            if theirs:
+                log.info("taking over from %s", ", ".join(theirs))
             await self.store.expire(gone)
             nodes = await self._present()
         give: list[PartitionRow] = []

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from pavane.stores.port import NodeRow
+from pavane.stores.port import NodeRow, Store
 
 
 class Rounds(Protocol):
@@ -79,6 +79,13 @@ def this_host() -> str:
         except OSError:
             parts.append(os.uname().nodename)
     return "/".join(parts)
+
+
+async def hosted_services(store: Store) -> set[str]:
+    """Return the services that a live node works for."""
+    now_us, host = store.now_us(), this_host()
+    nodes = await store.nodes()
+    return {name for n in nodes if not is_gone(n, now_us, host) for name in n.services}
 
 
 def is_gone(node: NodeRow, now_us: int, host: str) -> bool:

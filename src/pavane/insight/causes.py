@@ -15,15 +15,19 @@ import msgspec
 from pavane.contract import is_internal
 from pavane.core.codec import error_summary
 from pavane.core.operations import EXPIRY
+from pavane.engine.mailbox import MAILBOX, Kept
 from pavane.engine.publishing import derived_id
 from pavane.insight.timeline import Leg, Mark, Span, Timeline
 from pavane.observe.traffic import Traffic
+from pavane.observe.trouble import shown_error
 from pavane.stores.eventlog import AwaitRow, EventRow, HandlerRow
 from pavane.stores.port import LAST_US
+from pavane.workflow import STARTER
 
 Kind = Literal[
-    "event", "handler", "run", "step", "undo", "timer", "receive", "child", "spawn", "hop", "mark"
-]
+    "event", "handler", "kept", "run", "step", "undo", "timer", "receive", "child", "spawn", "hop",
+    "mark",
+]  # fmt: skip
 Condition = Literal[
     "done", "failed", "running", "waiting", "parked", "stuck", "dropped", "dead", "expired",
     "unhandled", "cut",
@@ -47,8 +51,9 @@ class Node(msgspec.Struct, frozen=True):
     """One thing that happened, or is to happen, with what it caused.
 
     `until_us` is None while it is open; `began_us` is when its last attempt began, if that is known
-    (0: not). `next_us` is when it goes on by itself. `text` says what there is to say: an error,
-    what is waited for. `id` is that of the event or run; `key` the event's.
+    (0: not). `next_us` is when it goes on by itself; of what is "kept", by the mailbox of
+    `service`, when that ends (0: it has). `text` says what there is to say: an error, what is
+    waited for. `id` is that of the event or run; `key` the event's.
     """
 
     kind: Kind
@@ -181,6 +186,7 @@ class _Builder:
         children += [
             self._given(row, event) for row in self._traffic.awaits if row.pos == event.pos
         ]
+        children += [_kept(one, event) for one in self._traffic.kept if one.pos == event.pos]
         children += self._taken(self._caused.get(event.id, ()), depth + 1)
         condition: Condition = "done" if children else "unhandled"
         return Node(
@@ -212,7 +218,7 @@ class _Builder:
         elif dead is not None:
             facts = {
                 "condition": "dead", "from_us": event.at_us, "until_us": dead.at_us,
-                "attempts": dead.attempts, "text": dead.cause,
+                "attempts": dead.attempts, "text": shown_error(dead),
             }  # fmt: skip
             if mark is not None:
                 facts["from_us"] = mark.at_us - mark.took_us
@@ -250,7 +256,7 @@ class _Builder:
         by_id = {_id(self._left[place]): place for place in open_}
         found: list[str] = []
         for name in names:
-            started = f"{event.id}.{name.removeprefix('start-')}"
+            started = f"{event.id}.{name.removeprefix(STARTER)}"
             if started in by_id:
                 found.append(by_id[started])
             for number in range(1, len(open_) + TRIES_MAX):
@@ -259,7 +265,8 @@ class _Builder:
                     found.append(by_id[id])
                 if len(found) == len(open_):
                     return found
-        if sum(h.service == service for h in self._traffic.subscribers(event)) == 1:
+        others = [h for h in self._traffic.subscribers(event) if h.name != MAILBOX]
+        if sum(handler.service == service for handler in others) == 1:
             # A replay derives other ids, but nobody else here can have published these.
             found += [p for p in open_ if isinstance(self._left[p], EventRow) and p not in found]
         return found
@@ -304,6 +311,13 @@ class _Builder:
 
 def _id(what: EventRow | Timeline) -> str:
     return what.id if isinstance(what, EventRow) else what.status.id
+
+
+def _kept(kept: Kept, event: EventRow) -> Node:
+    return Node(
+        "kept", "unhandled", kept.service, MAILBOX, event.at_us, event.at_us,
+        next_us=kept.until_us, text=kept.said,
+    )  # fmt: skip
 
 
 def _hop(leg: Leg) -> Node:

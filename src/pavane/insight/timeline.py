@@ -8,7 +8,7 @@ does not wait for one, counts as dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -104,11 +104,13 @@ class Moment(msgspec.Struct, frozen=True):
 
 
 def timeline(
-    history: RunHistory, *, now_us: int, result: bytes | None = None, wake_us: int | None = None
-) -> Timeline:
+    history: RunHistory, *, now_us: int, result: bytes | None = None, wake_us: int | None = None,
+    taken: Mapping[int, str] | None = None,
+) -> Timeline:  # fmt: skip
     """Return the timeline of a run as it is at `now_us`.
 
-    `result` is the stored result of its row; `wake_us` when its next timer is due, if known.
+    `result` is the stored result of its row; `wake_us` when its next timer is due, if known;
+    `taken` the ids of the published events that it received, by its operations.
     """
     status = history.status
     delivered = effective(history.entries)
@@ -121,7 +123,7 @@ def timeline(
         until_us=max(until_us, first_us, *(entry.at_us for entry in delivered)),
         now_us=now_us,
         legs=legs,
-        spans=_Spans(history, delivered, now_us, wake_us).all(),
+        spans=_Spans(history, delivered, now_us, wake_us, taken or {}).all(),
         marks=_marks(history.entries),
         mail=[mail.type for mail in history.mail],
         result=msgspec.json.decode(result) if result and status.status == "completed" else None,
@@ -176,12 +178,14 @@ class _Spans:
     """Works out what became of each operation of one history."""
 
     def __init__(
-        self, history: RunHistory, delivered: Sequence[Entry], now_us: int, wake_us: int | None
-    ) -> None:
+        self, history: RunHistory, delivered: Sequence[Entry], now_us: int, wake_us: int | None,
+        taken: Mapping[int, str],
+    ) -> None:  # fmt: skip
         self._status = history.status
         self._delivered = delivered
         self._now_us = now_us
         self._wake_us = wake_us
+        self._taken = taken
         self._results = {e.op: e for e in delivered if e.what in _DELIVERIES}
         self._cancelled_us = max((e.at_us for e in delivered if e.what == "cancel"), default=0)
         self._waits = self._status.reason.split(", ")
@@ -219,6 +223,8 @@ class _Spans:
         text = error_summary(bytes(entry.value)) if state == "failed" else ""
         if kind == "child" and not text:
             text = f"run {self._status.id}/{op}"
+        if kind == "receive" and op in self._taken:
+            text = f"event {self._taken[op]}"
         began_us = entry.began_us if kind in ("step", "undo") else 0
         ended_us = max(issued_us, entry.at_us)
         return Span(

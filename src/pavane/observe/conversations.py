@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
 
 from pavane.contract import Contract
+from pavane.engine.duties import monitor_name
+from pavane.engine.process import hosted_services
 from pavane.observe.progress import Passed, State, milestones_of, state_of
 from pavane.observe.traffic import Traffic, conversation_of, read_traffic
 from pavane.observe.trouble import Trouble, read_trouble
@@ -82,6 +84,11 @@ class Conversations:
             if len(found) == limit:
                 break
         return found
+
+    async def unwatched(self, contracts: Iterable[str]) -> list[str]:
+        """Return those of `contracts` that no node watches now."""
+        hosted = await hosted_services(self._store)
+        return sorted({name for name in contracts if monitor_name(name) not in hosted})
 
     async def show(self, id: str) -> Conversation:
         """Return the conversation that `id` (of itself, an event or a run) belongs to.

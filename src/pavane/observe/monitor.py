@@ -17,9 +17,10 @@ from functools import partial
 import msgspec
 
 from pavane.contract import Contract, ConversationOverdue
-from pavane.engine.duties import MARK
+from pavane.engine.duties import MONITOR, monitor_name
 from pavane.engine.node import Session
 from pavane.engine.publishing import derived_id, event_row
+from pavane.engine.words import event_in_words
 from pavane.observe.progress import follow, milestones_of
 from pavane.observe.traffic import Traffic, read_traffic
 from pavane.observe.trouble import find_trouble
@@ -35,7 +36,6 @@ from pavane.stores.port import Commit, Store, durable, submit_alone
 
 log = logging.getLogger("pavane.monitor")
 
-OWNER = f"{MARK}monitor"
 POLL_S = 0.2
 PAGE = 200
 PACE_S = 0.002
@@ -53,7 +53,7 @@ class Monitor:
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
-        self.name = f"{OWNER}.{contract.name}"
+        self.name = monitor_name(contract.name)
 
     async def prepare(self, store: Store) -> None:
         """Let a new contract begin at the end of the log."""
@@ -107,11 +107,11 @@ class Monitor:
         return list(rows.values())
 
     async def _position(self, store: Store) -> int | None:
-        body = await store.state(OWNER, self.contract.name, "")
+        body = await store.state(MONITOR, self.contract.name, "")
         return None if body is None else msgspec.json.decode(body, type=int)
 
     def _moved(self, position: int) -> Reaction:
-        return Reaction(states=[StateRow(OWNER, self.contract.name, "", b"%d" % position)])
+        return Reaction(states=[StateRow(MONITOR, self.contract.name, "", b"%d" % position)])
 
     # -- overdue -------------------------------------------------------------------------------
 
@@ -143,14 +143,15 @@ class Monitor:
         ]  # fmt: skip
         event = ConversationOverdue(
             contract=self.contract.name, conversation=row.id, subject=row.key,
-            started=_utc(row.started_us), due=_utc(row.due_us), last=trouble.last or row.last,
+            started=_utc(row.started_us), due=_utc(row.due_us),
+            last=event_in_words(trouble.last or row.last),
             last_at=_utc(trouble.last_us or row.last_us), missing=missing,
             trouble=trouble.sentence,
         )  # fmt: skip
         last = traffic.last
         return event_row(
             store, event, id=derived_id(row.id, f"overdue {self.contract.name}"),
-            source=OWNER, at_us=now_us, conversation=row.id, cause=last.id if last else "",
+            source=MONITOR, at_us=now_us, conversation=row.id, cause=last.id if last else "",
             trace=last.trace if last else "",
         )  # fmt: skip
 

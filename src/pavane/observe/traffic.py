@@ -6,15 +6,18 @@ have a contract, and is found by its id, by an event in it or by a run in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import msgspec
 
 from pavane.contract import ConversationOverdue
 from pavane.core.envelope import Start, unpack
+from pavane.core.journal import Entry, decode_chunk, effective
 from pavane.engine.held import decode_header
-from pavane.engine.mailbox import MAILBOX
-from pavane.errors import UnknownName
+from pavane.engine.mailbox import MAILBOX, Kept, read_mail
+from pavane.engine.process import hosted_services
+from pavane.errors import CorruptJournal, UnknownName
 from pavane.stores.eventlog import (
     AwaitRow,
     DeadFilter,
@@ -30,13 +33,18 @@ from pavane.stores.port import RunRow, Store
 EVENTS_MAX = 5000
 """Of a larger conversation only the newest events are read."""
 RUNS_MAX = 1000
+NEEDS_MAX = 100
+"""Of so many runs that are under way it is read what they wait for."""
+MAIL_MAX = 200
+"""Of so many events, the newest, it is told who took them from a mailbox."""
 
 
 class Traffic(msgspec.Struct):
     """See the module. Events are in log order; `runs` are the rows at all services.
 
     `reached` tells, for handlers and slots of these events, up to where everything is handled.
-    `cut`: there is more than was read.
+    `hosted` are the services that a live node works for, None if that is not known; `needs` those
+    from which a run waits for an answer. `cut`: there is more than was read.
     """
 
     id: str
@@ -47,18 +55,48 @@ class Traffic(msgspec.Struct):
     handlers: list[HandlerRow] = []
     reached: dict[tuple[int, int], int] = {}
     awaits: list[AwaitRow] = []
+    """Who took which of the events from a mailbox, also runs of other conversations."""
+    kept: list[Kept] = []
+    mailed: set[tuple[int, int]] = set()
+    """(mailbox, position) of the events that are, or were, in a mailbox."""
     runs: list[RunRow] = []
+    hosted: set[str] | None = None
+    needs: dict[str, set[str]] = {}
     cut: bool = False
 
     @property
+    def flow(self) -> list[EventRow]:
+        """The events without those that say that it is overdue, and what came of these."""
+        late = {e.id for e in self.events if e.type == ConversationOverdue.event_type}
+        if not late:
+            return self.events
+        causes = {row.id: decode_header(row.header).cause for row in homes(self.runs)}
+        causes |= {event.id: event.cause for event in self.events}
+
+        def is_late(id: str) -> bool:
+            seen: set[str] = set()
+            while id in causes and id not in seen and id not in late:
+                seen.add(id)
+                id = causes[id]
+            return id in late
+
+        return [event for event in self.events if not is_late(event.id)]
+
+    @property
     def last(self) -> EventRow | None:
-        """The newest event, but for one that says that the conversation is overdue."""
-        overdue = ConversationOverdue.event_type
-        return next((event for event in reversed(self.events) if event.type != overdue), None)
+        """The newest event of its flow."""
+        return next(reversed(self.flow), None)
+
+    def idle(self, services: Iterable[str]) -> set[str]:
+        """Return those of `services` that no node hosts."""
+        return set() if self.hosted is None else set(services) - self.hosted
 
     def subscribers(self, event: EventRow) -> list[HandlerRow]:
-        """Return the handlers of an event's type, without those that keep it for runs."""
-        return [h for h in self.handlers if event.type in h.types and h.name != MAILBOX]
+        """Return the handlers of an event's type; a mailbox until the event is in it."""
+        return [
+            handler for handler in self.handlers
+            if event.type in handler.types and (handler.no, event.pos) not in self.mailed
+        ]  # fmt: skip
 
     def is_ahead(self, handler: HandlerRow, event: EventRow) -> bool:
         """Tell whether the handler has yet to come to this event."""
@@ -101,14 +139,49 @@ async def read_traffic(store: Store, conversation: str) -> Traffic:
         if types & set(handler.types):
             cursors = await store.cursors(handler.no)
             traffic.reached |= {(handler.no, slot): cursors.get(slot, 0) for slot in slots}
+    traffic.hosted = await hosted_services(store)
     runs = await store.runs_in(conversation)
     traffic.cut = traffic.cut or len(runs) > RUNS_MAX
     for run in runs[:RUNS_MAX]:
         rows = await store.run_rows(run)
         if rows and decode_header(rows[0].header).conversation == conversation:
             traffic.runs += rows
-            traffic.awaits += await store.awaits_of(run)
+    await _read_mail(store, traffic)
+    await _read_needs(store, traffic)
     return traffic
+
+
+async def _read_needs(store: Store, traffic: Traffic) -> None:
+    live = [row for row in traffic.runs if row.status in ("running", "waiting")]
+    for row in live[:NEEDS_MAX]:
+        entries: list[Entry] = []
+        with suppress(CorruptJournal):  # then the run tells of it
+            for chunk in (await store.journals([row.no])).get(row.no, ()):
+                entries += decode_chunk(chunk.body)
+        traffic.needs[row.id] = set(_asked(effective(entries)))
+
+
+def _asked(delivered: Sequence[Entry]) -> Iterator[str]:
+    """Yield the services of steps and children that a run has asked for and waits for."""
+    issued = [mark for e in delivered for mark in e.issued if not mark.startswith("patch ")]
+    done = {entry.op for entry in delivered}
+    for op, mark in enumerate(issued):
+        kind, _, name = mark.partition(" ")
+        if op not in done and kind in ("step", "undo", "child"):
+            yield name.partition(".")[0]
+
+
+async def _read_mail(store: Store, traffic: Traffic) -> None:
+    mailboxes = {row.no: row for row in traffic.handlers if row.name == MAILBOX}
+    events = {event.pos: event for event in traffic.events}
+    traffic.mailed = {
+        (mark.handler, mark.pos) for mark in traffic.marks
+        if mark.handler in mailboxes and mark.outcome == "done"
+    }  # fmt: skip
+    for pos, no in sorted((pos, no) for no, pos in traffic.mailed)[-MAIL_MAX:]:
+        taken, kept = await read_mail(store, mailboxes[no].service, events[pos])
+        traffic.awaits += taken
+        traffic.kept += [kept] if kept is not None else []
 
 
 def homes(runs: Sequence[RunRow]) -> list[RunRow]:

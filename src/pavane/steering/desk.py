@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from pavane.core.envelope import Redo, pack
-from pavane.engine.process import is_gone, this_host
+from pavane.engine.process import hosted_services
 from pavane.engine.registry import Registry
 from pavane.errors import BadArguments, UnknownName
 from pavane.handler import Handler
@@ -106,9 +106,7 @@ class Desk:
 
     async def hosted(self) -> set[str]:
         """Return the services that a live node works for."""
-        now_us, host = self.store.now_us(), this_host()
-        nodes = await self.store.nodes()
-        return {name for n in nodes if not is_gone(n, now_us, host) for name in n.services}
+        return await hosted_services(self.store)
 
     # -- requests ------------------------------------------------------------------------------
 

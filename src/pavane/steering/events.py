@@ -11,12 +11,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec import Raw
 
 from pavane.contract import is_internal
 from pavane.core.codec import error_summary
 from pavane.core.envelope import Redo
+from pavane.engine.custody import EDITED
 from pavane.engine.held import decode_header
-from pavane.engine.publishing import cloud_event
+from pavane.engine.mailbox import MAILBOX, Kept, read_mail
+from pavane.engine.publishing import cloud_event, read_event
 from pavane.errors import BadArguments, UnknownName
 from pavane.steering.desk import PAGE, Asking, Desk, Place, full_name
 from pavane.stores.eventlog import (
@@ -41,8 +44,9 @@ class Handled(msgspec.Struct, frozen=True):
 
     `outcome`: "parked" waits for its next attempt at `due_us`, "behind" for an earlier event of its
     key, "waiting" is still in the log, "passed over" was never for it: filtered out, too old, or
-    published before the handler began. `variant` names the share that handled it; `dead` is the
-    number of its dead letter.
+    published before the handler began; `why` says which, if it is known. `variant` names the share
+    that handled it; `dead` is the number of its dead letter; `data` is what it was handled with, if
+    that is not what was published.
     """
 
     handler: str
@@ -54,10 +58,21 @@ class Handled(msgspec.Struct, frozen=True):
     error: str = ""
     due_us: int = 0
     dead: int = 0
+    why: str = ""
+    data: Raw | None = None
+
+    @property
+    def service(self) -> str:
+        return self.handler.partition(".")[0]
+
+    @property
+    def is_in_mailbox(self) -> bool:
+        """Tell whether this is a mailbox, which has kept the event or given it to runs."""
+        return self.outcome == "done" and self.handler == f"{self.service}.{MAILBOX}"
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """A run that was given the event by its mailbox."""
+    """A run that was given the event by the mailbox of `service`."""
 
     service: str
     run: str
@@ -72,6 +87,8 @@ class EventStory(msgspec.Struct, frozen=True):
     caused: list[EventRow]
     started: list[str]
     taken: list[Taken]
+    kept: list[Kept]
+    """In which mailboxes it is, or was, without being taken."""
 
 
 class Replay(msgspec.Struct, frozen=True):
@@ -132,10 +149,17 @@ class Events:
         caused = await self._store.find_events(
             EventFilter(conversation=event.conversation, cause=event.id, limit=SCAN)
         )
+        handled = await self._handled(event)
+        taken: list[Taken] = []
+        kept: list[Kept] = []
+        for service in [h.service for h in handled if h.is_in_mailbox]:
+            given, left = await read_mail(self._store, service, event)
+            taken += [Taken(service, row.run) for row in given]
+            kept += [left] if left is not None else []
         return EventStory(
-            event, cloud_event(event), await self._handled(event),
-            sorted(caused, key=lambda row: row.pos), await self._started(event),
-            await self._taken(event),
+            event, cloud_event(event), [h for h in handled if not h.is_in_mailbox],
+            sorted((row for row in caused if not is_internal(row.type)), key=lambda row: row.pos),
+            await self._started(event), taken, kept,
         )  # fmt: skip
 
     async def _handled(self, event: EventRow) -> list[Handled]:
@@ -152,12 +176,35 @@ class Events:
             if no in parked:
                 found.append(_waits(name, parked[no]))
             elif no in marks:
-                found.append(_done(name, marks[no], dead.get(no)))
+                edited = await self._store.state(EDITED, str(no), str(event.pos))
+                found.append(_done(name, marks[no], dead.get(no), edited))
             elif event.type in row.types and not self._desk.is_abandoned(row):
                 position = (await self._store.cursors(no)).get(event.slot, 0)
-                found.append(Handled(name, "passed over" if event.pos <= position else "waiting"))
+                passed = event.pos <= position
+                found.append(
+                    Handled(name, "passed over", why=self._why_passed(row, event)) if passed
+                    else Handled(name, "waiting")
+                )  # fmt: skip
         order = {"waiting": 1, "passed over": 2}
         return sorted(found, key=lambda h: (order.get(h.outcome, 0), h.at_us, h.handler))
+
+    def _why_passed(self, row: HandlerRow, event: EventRow) -> str:
+        """Say why an event was not for a handler, as far as that can be told afterwards."""
+        handler = self._desk.declared(row)
+        if event.at_us < row.created_us and (handler is None or handler.options.since is None):
+            return "it is from before the handler began"
+        cls = None if handler is None else handler.events.get(event.type)
+        if handler is None or cls is None:
+            return ""
+        where, ttl_s = handler.options.where, cls.event_ttl_s
+        if where is not None:
+            try:
+                is_wanted = bool(where(read_event(cls, event)))
+            except Exception:  # of the user's function, too
+                return ""
+            if not is_wanted:
+                return "its where= filters it out"
+        return "" if ttl_s is None else f"it was older than its ttl of {ttl_s:g} s"
 
     async def _started(self, event: EventRow) -> list[str]:
         found: list[str] = []
@@ -166,15 +213,6 @@ class Events:
             if any(r.service == r.home and decode_header(r.header).cause == event.id for r in rows):
                 found.append(id)
         return found
-
-    async def _taken(self, event: EventRow) -> list[Taken]:
-        services = {row.service for row in await self._desk.rows()}
-        return [
-            Taken(service, row.run)
-            for service in sorted(services)
-            for row in await self._store.awaits(service, event.type, event.key)
-            if row.pos == event.pos
-        ]
 
     # -- replaying -----------------------------------------------------------------------------
 
@@ -201,7 +239,8 @@ class Events:
     def replay(self, into: str, which: Replay, name: str, *, until: int | None = None) -> Asking:
         """Have events handled again: `await` it, or iterate for the progress.
 
-        `name` names this replay: what it asked for before, under that name, is asked for once.
+        `name` names this replay: what it asked for before, under that name, is passed over and not
+        counted, so that an interrupted call can be made again.
         """
         return Asking(self._replay(into, which, name, until))
 
@@ -229,7 +268,7 @@ class Events:
                 new = [request for request in requests if request[0] not in known]
                 if new:
                     await self._desk.ask(row, new)
-                yield len(part)
+                yield len(new)
                 if new and len(part) == PAGE:
                     await self._desk.let_catch_up(row, [id for id, _, _ in new], before)
 
@@ -278,16 +317,18 @@ class _Chosen(msgspec.Struct):
 
 def _waits(name: str, row: ParkedEvent) -> Handled:
     error = "" if row.error == b"null" else error_summary(row.error)
+    data = None if row.data is None else Raw(row.data)
     if row.due_us == LAST_US:
-        return Handled(name, "behind", row.began_us, error=error)
+        return Handled(name, "behind", row.began_us, error=error, data=data)
     return Handled(
-        name, "parked", row.began_us, attempts=row.attempt - 1, error=error, due_us=row.due_us
-    )
+        name, "parked", row.began_us, attempts=row.attempt - 1, error=error, due_us=row.due_us,
+        data=data,
+    )  # fmt: skip
 
 
-def _done(name: str, mark: MarkRow, letter: DeadRow | None) -> Handled:
+def _done(name: str, mark: MarkRow, letter: DeadRow | None, edited: bytes | None) -> Handled:
     return Handled(
         name, mark.outcome, mark.at_us, mark.took_us, mark.attempts, mark.by,
         "" if letter is None else error_summary(letter.error),
-        dead=0 if letter is None else letter.no,
+        dead=0 if letter is None else letter.no, data=None if edited is None else Raw(edited),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from pavane.engine.breaker import BREAKER
+from pavane.engine.breaker import BREAKER, BY_HAND
 from pavane.engine.mailbox import MAILBOX
 from pavane.errors import BadArguments
 from pavane.handler import Handler
@@ -15,7 +15,6 @@ from pavane.stores.eventlog import DeadFilter, HandlerRow
 from pavane.stores.port import LAST_US
 
 State = Literal["working", "paused", "breaker", "shadow", "share", "idle", "undeclared"]
-BY_HAND = "by hand"
 
 
 class HandlerStatus(msgspec.Struct, frozen=True):
@@ -108,6 +107,11 @@ class HandlerDesk:
             row.no, LAST_US, reason.removeprefix(BREAKER).strip() or BY_HAND
         )
         return full_name(row)
+
+    async def is_paused(self, name: str) -> bool:
+        """Tell whether a person or its breaker paused a handler."""
+        row = await self._desk.row(name)
+        return bool(row.reason) or row.paused_until_us > self._store.now_us()
 
     async def resume(self, name: str) -> str:
         """Let a handler go on, also one that its breaker paused; return its full name."""

@@ -21,6 +21,7 @@ from pavane.cli.output import (
 )
 from pavane.cli.text import clock, duration
 from pavane.cli.tree import STATE_COLOURS, draw_conversation
+from pavane.engine.words import event_in_words
 from pavane.observe.conversations import ConversationStatus
 from pavane.observe.progress import State
 
@@ -59,7 +60,7 @@ def list_conversations(
     if contract is not None and app.registry.contracts:
         app.registry.contract(contract)
 
-    async def look() -> tuple[list[ConversationStatus], int]:
+    async def look() -> tuple[list[ConversationStatus], list[str], int]:
         async with connected(app, where.store) as client:
             found: list[ConversationStatus] = []
             for state in dict.fromkeys(states) or (None,):
@@ -67,9 +68,15 @@ def list_conversations(
                     contract=contract, state=state, limit=limit
                 )
             found.sort(key=lambda status: -status.started_us)
-            return found[:limit], client.store.now_us()
+            known = {status.contract for status in found}
+            known |= set(app.registry.contracts) if contract is None else {contract}
+            unwatched = await client.conversations.unwatched(known)
+            return found[:limit], unwatched, client.store.now_us()
 
-    found, now_us = asyncio.run(look())
+    found, unwatched, now_us = asyncio.run(look())
+    if unwatched:
+        listed = ", ".join(unwatched)
+        say(f"no worker watches {listed} now; what happened since is seen when one does")
     if output != "table":
         print_json(found, output)
         return
@@ -93,7 +100,7 @@ def _list_row(status: ConversationStatus, now_us: int) -> list[str]:
         about = f"{status.end}, and {status.ends - 1} more"
     elif not status.end:
         missed = [m.type for m in status.milestones if m.state in ("late", "missed")]
-        about = f"{', '.join(missed)} late" if missed else f"after {status.last}"
+        about = f"{', '.join(missed)} late" if missed else f"after {event_in_words(status.last)}"
     return [
         status.id, status.contract, status.key, status.state, clock(status.started_us),
         duration((status.ended_us or now_us) - status.started_us),

@@ -18,6 +18,7 @@ from pavane.cli.names import complete_conversation
 from pavane.cli.output import Format, is_unicode, output_option, say
 from pavane.cli.runs.record import until_changed
 from pavane.cli.tree import STATE_COLOURS, draw_conversation
+from pavane.engine.words import handler_in_words
 from pavane.insight.causes import Node, walk
 from pavane.insight.timeline import Moment
 
@@ -113,7 +114,7 @@ async def _follow_lines(client: Client, id: str, output: Format) -> Picture:
 def _moments(picture: Picture) -> Iterator[Moment]:
     for root in picture.tree.roots:
         for node in walk(root):
-            if node.kind not in ("mark", "receive", "child", "spawn"):
+            if node.kind not in ("mark", "receive", "kept", "child", "spawn"):
                 yield _moment(node)
     for contract in picture.contracts:
         if contract.state != "open":
@@ -129,7 +130,9 @@ def _moment(node: Node) -> Moment:
         text = f"{text} {node.key}".rstrip()
     elif node.kind == "hop":
         text = f"the baton to {node.service}"
-    elif node.kind != "handler":
+    elif node.kind == "handler":
+        text = handler_in_words(text)
+    else:
         text = f"{node.kind} {text} {node.id}".rstrip()
     if node.attempts > 1:
         text += f" ({node.attempts} attempts)"

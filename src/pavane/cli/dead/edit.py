@@ -11,7 +11,7 @@ import msgspec
 
 from pavane.app import Client
 from pavane.cli.connection import Where, connected, where_options
-from pavane.cli.events.publish import field_value, fields_of
+from pavane.cli.events.publish import field_value, fields_of, no_field
 from pavane.cli.exits import show_error
 from pavane.cli.names import complete_dead
 from pavane.cli.output import say
@@ -68,11 +68,14 @@ def _changed(client: Client, letter: DeadLetter, changes: tuple[str, ...]) -> by
         raise BadArguments(
             f"The payload of dead letter {letter.no} is no object; use --data."
         ) from None
-    hints = fields_of(type_for(letter.type, client.registry.events))
+    kind = type_for(letter.type, client.registry.events)
+    hints = fields_of(kind)
     for change in changes:
         name, mark, text = change.partition("=")
         if not mark or not name:
             raise click.UsageError(f"{change!r} must be FIELD=VALUE.")
+        if name not in hints and name not in values:  # it may be of an older version
+            raise no_field(kind, name)
         values[name] = field_value(hints.get(name), text)
     return msgspec.json.encode(values)
 

@@ -23,6 +23,7 @@ from pavane.cli.output import (
 )
 from pavane.cli.text import clock, counted, printable, short_clock
 from pavane.core.codec import error_summary
+from pavane.engine.words import handler_with_words, source_in_words
 from pavane.steering.dead import DeadGroup, DeadLetter, DeadQuery
 from pavane.stores.eventlog import DeadRow
 
@@ -88,8 +89,8 @@ def list_dead(where: Where, which: DeadQuery, each: bool, limit: int, output: Fo
 def _print_groups(groups: list[DeadGroup]) -> None:
     rows = [
         [
-            f"{g.count:,}", g.handler, g.type, short_clock(g.first_us), short_clock(g.last_us),
-            g.cause,
+            f"{g.count:,}", handler_with_words(g.handler), g.type, short_clock(g.first_us),
+            short_clock(g.last_us), g.cause,
         ]
         for g in groups
     ]  # fmt: skip
@@ -102,8 +103,8 @@ def _print_each(rows: list[DeadRow], names: dict[int, str], limit: int) -> None:
     heads = ["NO", "HANDLER", "EVENT", "KEY", "SINCE", "TRIES", "ERROR"]
     cells = [
         [
-            str(row.no), names.get(row.handler, ""), row.type, row.key, short_clock(row.at_us),
-            str(row.attempts), error_summary(row.error),
+            str(row.no), handler_with_words(names.get(row.handler, "")), row.type, row.key,
+            short_clock(row.at_us), str(row.attempts), error_summary(row.error),
         ]
         for row in rows
     ]  # fmt: skip
@@ -158,10 +159,12 @@ def show(where: Where, no: int, output: Format) -> None:
 def _draw(letter: DeadLetter) -> None:
     key = f"  {letter.key}" if letter.key else ""
     title = click.style(f"dead letter {letter.no}", bold=True)
-    click.echo(f"{title}  {printable(f'{letter.type}{key}')}  at {printable(letter.handler)}")
+    what = f"{letter.type}{key}  at {handler_with_words(letter.handler)}"
+    click.echo(f"{title}  {printable(what)}")
     facts = [("event", letter.event)]
     if letter.published is not None:
-        facts += [("published", f"{clock(letter.published.at_us)} by {letter.published.source}")]
+        who = source_in_words(letter.published.source)
+        facts += [("published", f"{clock(letter.published.at_us)} by {who}")]
     facts += [("given up", f"{clock(letter.at_us)} after {counted(letter.attempts, 'attempt')}")]
     facts += [("cause", letter.cause)]
     if letter.holds:

@@ -17,6 +17,7 @@ from pavane.cli.dead.look import filter_options
 from pavane.cli.names import complete_dead
 from pavane.cli.output import Format, output_option, print_one, say
 from pavane.cli.text import counted
+from pavane.engine.words import handler_with_words
 from pavane.steering.dead import Ask, DeadQuery
 
 
@@ -34,7 +35,7 @@ def wanted_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.argument("numbers", nargs=-1, type=int, shell_complete=complete_dead)
     @filter_options
-    @click.option("--all", is_flag=True, help="All that there are.")
+    @click.option("--all", is_flag=True, help="All that there are, or that fit the filters.")
     @click.option("--dry-run", is_flag=True, help="Say how many; do nothing.")
     @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
     @functools.wraps(command)
@@ -51,7 +52,9 @@ def wanted_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _do(where: Where, what: Ask, wanted: Wanted, output: Format) -> None:
     which = wanted.which
     is_filtered = which != DeadQuery(numbers=which.numbers)
-    if wanted.all == bool(which.numbers or is_filtered) or (which.numbers and is_filtered):
+    if which.numbers and (is_filtered or wanted.all):
+        raise click.UsageError("Give either numbers, or filters and --all, not both.")
+    if not (which.numbers or is_filtered or wanted.all):
         raise click.UsageError(
             f"Which ones? Give numbers (pavane dead {what} 7 8), or a filter such as --cause TEXT, "
             f"or --all."
@@ -67,7 +70,8 @@ def _do(where: Where, what: Ask, wanted: Wanted, output: Format) -> None:
                 return
             if not which.numbers:
                 question = f"{what.capitalize()} {counted(total, 'dead letter')}"
-                confirmed(f"{question} of {', '.join(counts)}?", yes=wanted.yes)
+                of = ", ".join(handler_with_words(name) for name in counts)
+                confirmed(f"{question} of {of}?", yes=wanted.yes)
             await _ask(client, what, which, counts, output)
 
     asyncio.run(work())
@@ -77,7 +81,8 @@ async def _ask(
     client: Client, what: Ask, which: DeadQuery, counts: dict[str, int], output: Format
 ) -> None:
     asked = client.dead.retry(which) if what == "retry" else client.dead.drop(which)
-    done = await with_bar(asked, sum(counts.values()), what)
+    go_on = "the same command goes on with the rest"
+    done = await with_bar(asked, sum(counts.values()), what, go_on)
     if output == "table":
         click.echo(f"asked to {what} {counted(done, 'dead letter')}")
     else:

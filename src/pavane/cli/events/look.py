@@ -24,8 +24,10 @@ from pavane.cli.output import (
     terminal_width,
 )
 from pavane.cli.text import clock, counted, duration, printable, short_clock, wrapped
+from pavane.engine.mailbox import MAILBOX, Kept
 from pavane.engine.publishing import cloud_event
-from pavane.steering.events import EventStory, Handled
+from pavane.engine.words import handler_in_words, source_in_words
+from pavane.steering.events import Became, EventStory, Handled
 from pavane.stores.eventlog import EventFilter, EventRow
 
 DATA_MIN = 20
@@ -82,7 +84,7 @@ def list_events(
 
 def print_events(found: Sequence[EventRow]) -> None:
     heads = ["ID", "TIME", "TYPE", "KEY", "FROM"]
-    rows = [[e.id, short_clock(e.at_us), e.type, e.key, e.source] for e in found]
+    rows = [[e.id, short_clock(e.at_us), e.type, e.key, source_in_words(e.source)] for e in found]
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
     room = shutil.get_terminal_size().columns - sum(widths) - 2 * len(widths)
     if room >= DATA_MIN or not sys.stdout.isatty():
@@ -118,7 +120,8 @@ def show(where: Where, id: str, output: Format) -> None:
         _draw(story)
         return
     caused = [cloud_event(row) for row in story.caused]
-    said = {field: getattr(story, field) for field in ("envelope", "handled", "started", "taken")}
+    fields = ("envelope", "handled", "started", "taken", "kept")
+    said = {field: getattr(story, field) for field in fields}
     print_one({**said, "caused": caused}, output)
 
 
@@ -127,7 +130,8 @@ def _draw(story: EventStory) -> None:
     version = f" v{event.version}" if event.version != 1 else ""
     key = f"  {printable(event.key)}" if event.key else ""
     click.echo(click.style(f"{event.type}{version}{key}", bold=True))
-    facts = [("id", event.id), ("published", f"{clock(event.at_us)} by {event.source}")]
+    who = source_in_words(event.source)
+    facts = [("id", event.id), ("published", f"{clock(event.at_us)} by {who}")]
     facts += [("conversation", event.conversation)] if event.conversation != event.id else []
     facts += [("caused by", event.cause)] if event.cause else []
     facts += [("trace", str(story.envelope["traceparent"]))]
@@ -135,15 +139,15 @@ def _draw(story: EventStory) -> None:
         click.echo(click.style(label.ljust(14), dim=True) + printable(text))
     click.echo("")
     click.echo(pretty(event.data))
-    _section("handled", [_handled_line(h) for h in story.handled] or ["  nobody handles it"])
+    mailed = [_mailed_line(f"run {one.run} took it", one.service) for one in story.taken]
+    mailed += [_mailed_line(_kept_text(one), one.service, taken=False) for one in story.kept]
+    handled = [_handled_line(h) for h in story.handled] + mailed
+    _section("handled", handled or ["  nobody handles it"])
     caused = [
         f"  {row.type.ljust(20)}  {printable(row.key).ljust(12)}  {row.id}" for row in story.caused
     ]
     caused += [f"  run {printable(id)}" for id in story.started]
     _section(f"caused {counted(len(caused), 'thing')}" if caused else "caused nothing", caused)
-    if story.taken:
-        taken = [f"  run {printable(taken.run)} of {taken.service}" for taken in story.taken]
-        _section("taken from the mailbox by", taken)
 
 
 def pretty(data: bytes) -> str:
@@ -165,12 +169,28 @@ _SIGNS = {
 
 
 def _handled_line(handled: Handled) -> str:
-    fancy, plain, colour = _SIGNS[handled.outcome]
+    said = _said(handled)
+    if handled.data is not None and handled.outcome in ("done", "dead", "parked", "behind"):
+        said += f"\nwith other data: {printable(bytes(handled.data).decode())}"
+    return _line(handled.outcome, handler_in_words(handled.handler), said)
+
+
+def _mailed_line(said: str, service: str, *, taken: bool = True) -> str:
+    name = handler_in_words(f"{service}.{MAILBOX}")
+    return _line("done" if taken else "passed over", name, printable(said))
+
+
+def _kept_text(kept: Kept) -> str:
+    until = f"kept until {clock(kept.until_us)}" if kept.until_us else "not kept any more"
+    return f"{until}, nobody took it" + (f"; {kept.said}" if kept.said else "")
+
+
+def _line(outcome: Became, name: str, said: str) -> str:
+    fancy, plain, colour = _SIGNS[outcome]
     sign = click.style(fancy if is_unicode() else plain, fg=colour)
-    name = printable(handled.handler).ljust(24)
-    lines = wrapped(_said(handled), max(terminal_width() - 30, 30))
-    rest = "".join(f"\n{' ' * 30}{line}" for line in lines[1:])
-    return f"  {sign} {name}  {lines[0]}{rest}"
+    lines = wrapped(said, max(terminal_width() - 34, 30))
+    rest = "".join(f"\n{' ' * 34}{line}" for line in lines[1:])
+    return f"  {sign} {printable(name).ljust(28)}  {lines[0]}{rest}"
 
 
 def _said(handled: Handled) -> str:
@@ -195,5 +215,6 @@ def _said(handled: Handled) -> str:
     if handled.outcome == "waiting":
         return "waiting in the log"
     if handled.outcome == "passed over":
-        return "not for it: filtered out, too old, or from before it began"
+        why = handled.why or "filtered out, too old, or from before it began"
+        return f"not for it: {why}"
     return f"{handled.outcome} {short_clock(handled.at_us)}"

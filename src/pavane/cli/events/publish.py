@@ -92,13 +92,19 @@ def _from_fields(kind: type[Any], fields: Iterable[str]) -> Any:
         if not mark or not name:
             raise click.UsageError(f"{field!r} must be FIELD=VALUE.")
         if name not in hints:
-            close = get_close_matches(name, hints, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UnknownName(
-                f"{kind.event_type} has no field {name!r}.{hint} Its fields: {', '.join(hints)}."
-            )
+            raise no_field(kind, name)
         values[name] = field_value(hints[name], text)
     return event_from(kind, msgspec.json.encode(values))
+
+
+def no_field(kind: type[Any], name: str) -> UnknownName:
+    """Return the error that a field does not exist."""
+    fields = fields_of(kind)
+    close = get_close_matches(name, fields, 1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UnknownName(
+        f"{kind.event_type} has no field {name!r}.{hint} Its fields: {', '.join(fields)}."
+    )
 
 
 def field_value(hint: Any, text: str) -> Any:

@@ -72,7 +72,8 @@ def replay(
 async def _replay(client: Client, plan: Plan, which: Replay, name: str, output: Format) -> None:
     say(f"replay {name}; if it is interrupted, --name {name} goes on with it")
     counts = client.events.replay(plan.handler, which, name, until=plan.until)
-    done = await with_bar(counts, plan.count, f"into {plan.handler}")
+    go_on = f"--name {name} goes on with the rest"
+    done = await with_bar(counts, plan.count, f"into {plan.handler}", go_on)
     service = plan.handler.partition(".")[0]
     if service not in await client.handlers.hosted():
         say(f"no worker hosts {service} now; they are handled when one does (`pavane run`)")
@@ -96,5 +97,7 @@ def _print_end(plan: Plan, name: str, done: int, output: Format) -> None:
         )
     elif name:
         click.echo(f"asked {plan.handler} to handle {counted(done, 'event')} again")
+        if done < plan.count:
+            say(f"{plan.count - done:,} of {plan.count:,} were asked for before under this name")
     else:
         click.echo(f"{counted(plan.count, 'event')} would be replayed into {plan.handler}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from difflib import get_close_matches
 
 import click
 
@@ -15,6 +16,7 @@ from pavane.cli.runs.record import until_changed
 from pavane.cli.text import fit, printable, short_clock
 from pavane.contract import is_internal
 from pavane.engine.publishing import cloud_event
+from pavane.engine.words import source_in_words
 from pavane.stores.eventlog import EventFilter, EventRow
 
 PAGE = 500
@@ -47,6 +49,7 @@ def tail(where: Where, types: tuple[str, ...], last: int, output: Format) -> Non
     async def follow() -> None:
         async with connected(app, where.store) as client:
             at = await client.store.events_head()
+            await _warn_of_unknown(client, types)
             if last:
                 old = await client.events.list(EventFilter(types=types, before=at + 1, limit=last))
                 _print(old[::-1], output)
@@ -55,6 +58,18 @@ def tail(where: Where, types: tuple[str, ...], last: int, output: Format) -> Non
             await _follow(client, at, types, output)
 
     asyncio.run(follow())
+
+
+async def _warn_of_unknown(client: Client, types: tuple[str, ...]) -> None:
+    """Say which of `types` nobody knows, if the app's code is there to tell."""
+    if not client.registry.events:
+        return
+    logged = {type for type, _, _ in await client.store.event_types()}
+    for type in types:
+        if type not in logged and type not in client.registry.events:
+            close = get_close_matches(type, logged | set(client.registry.events), 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            say(f"no event {type} is declared in the app or was ever published{hint}")
 
 
 async def _follow(client: Client, at: int, types: tuple[str, ...], output: Format) -> None:
@@ -75,7 +90,7 @@ def _print(rows: list[EventRow], output: Format) -> None:
             continue
         data = printable(row.data.decode(errors="replace"))
         head = f"{short_clock(row.at_us)}  {row.type.ljust(20)}  {printable(row.key).ljust(12)}  "
-        line = f"{head}{row.source.ljust(10)}  {data}"
+        line = f"{head}{source_in_words(row.source).ljust(10)}  {data}"
         if room is not None:
             line = fit(line, room).rstrip()
         click.echo(click.style(line[: len(head)], bold=True) + line[len(head) :])

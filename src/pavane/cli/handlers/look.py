@@ -24,6 +24,7 @@ from pavane.steering.variants import (
     Side,
 )
 from pavane.stores.port import LAST_US
+from pavane.workflow import STARTER
 
 STATE_COLOURS = {
     "working": "green", "paused": "yellow", "breaker": "red", "shadow": "cyan", "share": "cyan",
@@ -94,6 +95,8 @@ def about(handler: HandlerStatus) -> str:
         said.append(_ABOUT[handler.state])
     if handler.keeps_for_runs:
         said.append("keeps events for runs")
+    elif handler.name.startswith(STARTER):
+        said.append(f"starts runs of {handler.name.removeprefix(STARTER)}")
     return "; ".join(said)
 
 

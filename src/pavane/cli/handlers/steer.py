@@ -8,7 +8,7 @@ from pavane.app import Client
 from pavane.cli.bulk import ask_each
 from pavane.cli.connection import Where, where_options
 from pavane.cli.names import complete_handler
-from pavane.steering.handlers import BY_HAND
+from pavane.engine.breaker import BY_HAND
 
 
 @click.command(
@@ -48,6 +48,8 @@ def resume(where: Where, names: tuple[str, ...]) -> None:
     """Let handlers go on with what waits for them."""
 
     async def ask(client: Client, name: str) -> str:
-        return f"resumed {await client.handlers.resume(name)}"
+        was_paused = await client.handlers.is_paused(name)
+        known = await client.handlers.resume(name)
+        return f"resumed {known}" if was_paused else f"{known} was not paused"
 
     ask_each(where, "handlers", names, ask)

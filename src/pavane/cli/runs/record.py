@@ -10,6 +10,7 @@ import msgspec
 
 from pavane.app import Client, RunStatus, status_of
 from pavane.core.baton import ENDED
+from pavane.core.envelope import Await, unpack
 from pavane.insight.timeline import Timeline, timeline
 from pavane.stores.port import ParkedRow, RunFilter, RunRow
 
@@ -34,7 +35,18 @@ async def read_timeline(client: Client, id: str) -> Timeline:
             parked += await client.store.parked_of(service, id)
     status = await true_status(client, home) if is_away(home) else history.status
     history = msgspec.structs.replace(history, status=status, parked=parked)
-    return timeline(history, now_us=client.store.now_us(), result=home.result, wake_us=here.wake_us)
+    return timeline(
+        history, now_us=client.store.now_us(), result=home.result, wake_us=here.wake_us,
+        taken=await _taken(client, id),
+    )  # fmt: skip
+
+
+async def _taken(client: Client, run: str) -> dict[int, str]:
+    """Return the ids of the published events that a run received, by the operations that did."""
+    given = [(unpack(Await, r.reply), r.pos) for r in await client.store.awaits_of(run) if r.pos]
+    given.sort(key=lambda one: one[0].era)  # what was asked for after a retry counts
+    events = await client.store.events_at([pos for _, pos in given])
+    return {wanted.op: events[pos].id for wanted, pos in given if pos in events}
 
 
 def is_away(home: RunRow) -> bool:

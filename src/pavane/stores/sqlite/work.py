@@ -71,6 +71,8 @@ def _called(c: Connection, commit: Commit, state: bytes | None) -> BaseException
     try:
         commit.work(c, state)
         return None
+    except apsw.AuthError as error:
+        return _forbidden(error)
     except BaseException as error:  # work that exits has failed; the writer thread goes on
         return error
     finally:
@@ -85,6 +87,15 @@ def _ended() -> PavaneError:
         "RAISE(ROLLBACK) in a trigger), but it is not its own: others' work is in it too. Write OR "
         "ABORT, and raise an error to undo what was done here."
     )
+
+
+def _forbidden(denied: apsw.AuthError) -> PavaneError:
+    error = PavaneError(
+        "COMMIT, ROLLBACK and BEGIN are not for what runs in a transaction of Pavane's, which "
+        "commits it with the result. Leave them out; raise an error to undo what was done here."
+    )
+    error.__cause__ = denied
+    return error
 
 
 def _is_done(c: Connection, commit: Commit) -> bool:
