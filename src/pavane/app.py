@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar
 import msgspec
 from msgspec import Raw
 
-from pavane.config import MEMORY, make_store, store_address
+from pavane.config import MEMORY, check_address, make_store, store_address
 from pavane.contract import Contract, make_contract
 from pavane.core.baton import ENDED, Header, Stop, chain_of, decode_baton
 from pavane.core.codec import decode_error, decoder, encode_fitting
@@ -338,7 +338,9 @@ class Client:
                 f"Workflow {workflow!r} does not belong to this app; list its service in "
                 f"App(services=[…])."
             )
-        raw = self._checked(workflow.params.check(args, kwargs), f"The arguments of {workflow!r}")
+        raw = self._checked(
+            workflow.params.check(args, kwargs), f"The arguments of {workflow!r} are"
+        )
         if mode not in (None, "orchestration", "choreography"):
             raise BadArguments(f"mode={mode!r} is unknown: 'orchestration' or 'choreography'.")
         run = self._process.new_id() if id is None else checked_run_id(id)
@@ -381,7 +383,10 @@ class Client:
                 start = unpack(Start, message.body)
                 workflow, args = start.header.workflow, bytes(start.args)
         if workflow != header.workflow:
-            raise RunConflict(f"Run {header.run!r} exists already, of workflow {workflow!r}.")
+            raise RunConflict(
+                f"Run {header.run!r} exists already, of workflow {workflow!r} and not "
+                f"{header.workflow!r}. Choose another id; `pavane runs show {header.run}` shows it."
+            )
         if args is not None and args != raw:
             raise RunConflict(
                 f"Run {header.run!r} exists already, with other arguments: {args[:200].decode()} "
@@ -392,7 +397,7 @@ class Client:
         limit = self._config.payload_max_bytes
         if len(raw) > limit:
             raise TooLarge(
-                f"{what} take {len(raw):,} bytes; the limit is {limit:,}. Store large data "
+                f"{what} {len(raw):,} bytes; the limit is {limit:,}. Store large data "
                 f"elsewhere and pass a reference. Nothing was written."
             )
         return raw
@@ -470,7 +475,7 @@ class Client:
         name = class_of(event).event_type
         with suppress(UnknownName):
             self.registry.workflow(row.workflow, row.version).check_receives(event)
-        body = self._checked(encode_fitting(event), f"Event {name}")
+        body = self._checked(encode_fitting(event), f"Event {name} is")
         message_id = f"{row.id}#s-{id or self._process.new_id()}"
         signal = pack(Signal(name, Raw(body)))
         message = self._message("signal", message_id, row.home, row.id, signal)
@@ -570,10 +575,16 @@ class Client:
             raise RunConflict(f"Run {header.run!r} exists already; choose another id.") from None
         return header.run
 
+    async def fork_steps(self, run: str) -> list[str]:
+        """Return the steps at which a run can be forked."""
+        return (await self._forks(await self.home_row(run)))[1].steps()
+
     async def _forks(self, row: RunRow) -> tuple[list[Entry], Forks]:
         """Return what was delivered to a run, and where it may be forked."""
         delivered = effective((await self.history(row.id)).entries)
-        return delivered, Forks(self.registry, decode_header(row.header), delivered)
+        return delivered, Forks(
+            self.registry, decode_header(row.header), delivered, self._config.payload_max_bytes
+        )
 
     async def publish(
         self, event: Any, *, source: str = "client", id: str | None = None,
@@ -744,7 +755,8 @@ class App:
         print(await run.result())
     ```
 
-    `store` is a file path or address; without it $PAVANE_STORE or `NAME.db` in this directory.
+    `store` is a file path or address, `sqlite:///shop.db` (in this directory) or
+    `postgresql://…`; without it $PAVANE_STORE or `NAME.db` in this directory.
     """
 
     def __init__(
@@ -761,6 +773,8 @@ class App:
                 raise BadDeclaration(f"services=[…] lists {service!r}, which is no Service.")
         self.registry = Registry(services)
         self.config = config or EngineConfig()
+        if isinstance(store, str):
+            check_address(store)
         self._store = make_store(MEMORY) if store == MEMORY else store
         self._client: Client | None = None
 
@@ -844,7 +858,7 @@ class App:
     def _make_client(self, services: Sequence[str], store: str | None) -> Client:
         chosen = self._store
         if store is not None or chosen is None or isinstance(chosen, str):
-            chosen = make_store(store or self.address)
+            chosen = make_store(self.address if store is None else store)
         else:
             chosen = chosen.connect()
         return Client(self.registry, chosen, services, self.config, self.monitors())
@@ -916,7 +930,8 @@ class App:
     ) -> Run[R]:
         """Start a run of `workflow`; durable when this returns.
 
-        `id` names it: starting an id again gives the same run, with other arguments RunConflict.
+        `id` names it: starting an id again gives the same run, whatever `mode`, `timeout` and
+        `priority` are then; with another workflow or other arguments it raises RunConflict.
         `mode` is "orchestration" or "choreography", the workflow's own by default; `timeout` bounds
         the whole run. `priority` counts where the run, its children or their steps wait for a
         `Limit`: each step of it like having waited for a minute longer. Arguments are checked

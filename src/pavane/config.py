@@ -9,15 +9,30 @@ from pavane.stores.port import Store
 
 STORE_VARIABLE = "PAVANE_STORE"
 MEMORY = "memory:"
+SCHEMES = ("sqlite", "postgresql", "postgres")
 
 
 def store_address(given: str | None, app: str) -> str:
     """Return the address to use: the given one, $PAVANE_STORE, or a file named after the app."""
-    return given or os.environ.get(STORE_VARIABLE) or f"{app}.db"
+    return given if given is not None else os.environ.get(STORE_VARIABLE) or f"{app}.db"
+
+
+def check_address(address: str) -> None:
+    """Raise StoreError for an address that is of no store."""
+    scheme, mark, rest = address.partition("://")
+    if not address or (mark and not (scheme in SCHEMES and rest)):
+        raise StoreError(
+            f"{address!r} is no store that this version knows. Use a file path, sqlite:///path "
+            f"(sqlite:////path from the root), postgresql://user@host/database, or memory:."
+        )
 
 
 def make_store(address: str) -> Store:
-    """Return the store of an address: a path, `sqlite:///path`, `postgresql://…`, or `memory:`."""
+    """Return the store of an address: a path, `sqlite:///path`, `postgresql://…`, or `memory:`.
+
+    As is usual, `sqlite:///shop.db` is in this directory, and `sqlite:////srv/shop.db` is not.
+    """
+    check_address(address)
     if address == MEMORY:
         from pavane.stores.memory import MemoryStore
 
@@ -32,13 +47,6 @@ def make_store(address: str) -> Store:
                 f"'pavane[postgres]'."
             ) from None
         return PostgresStore(address)
-    if mark and scheme != "sqlite":
-        raise StoreError(
-            f"{address!r} is no store that this version knows. Use a file path, sqlite:///path, "
-            f"postgresql://user@host/database, or memory:."
-        )
     from pavane.stores.sqlite import SqliteStore
 
-    return SqliteStore(
-        rest.removeprefix("/") if mark and rest.startswith("//") else rest or address
-    )
+    return SqliteStore(rest.removeprefix("/") if mark else address)

@@ -130,7 +130,7 @@ class Step(Generic[P, R]):
     ) -> bytes:
         raw = self.params.encode(args, kwargs)
         if len(raw) > execution.payload_max_bytes:
-            raise execution.too_large(raw, f"The arguments of {self}")
+            raise execution.too_large(raw, f"The arguments of {self} are")
         return raw
 
     def options(
@@ -513,6 +513,10 @@ class Service:
                 raise BadDeclaration(
                     f"mode={mode!r} is unknown. Write 'orchestration' or 'choreography'."
                 )
+            if isinstance(receives, type):
+                raise BadDeclaration(
+                    f"receives= takes a list of event classes: receives=[{receives.__name__}]."
+                )
             chosen = checked_name(name or function.__name__, "workflow")
             if (chosen, version) in self.workflows:
                 raise BadDeclaration(
@@ -546,7 +550,7 @@ class Service:
             return handling.publish(event, self.name)
         execution = required(f"{self.name}.publish(…)")
         kind = class_of(event)
-        raw = execution.checked(encode_fitting(event), f"Event {kind.event_type}")
+        raw = execution.checked(encode_fitting(event), f"Event {kind.event_type} is")
         operation = execution.announce(
             "publish", kind.event_type, self.name, args=raw, detail=event
         )

@@ -83,7 +83,7 @@ class Workflow(Generic[P, R]):
     async def _child(
         self, execution: Execution, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> R:
-        raw = execution.checked(self.params.encode(args, kwargs), f"The arguments of {self}")
+        raw = execution.checked(self.params.encode(args, kwargs), f"The arguments of {self} are")
         return await execution.issue(
             "child", self.name, self.service.name, args=raw, decode=self.params.result, detail=self
         )
@@ -144,7 +144,7 @@ class Workflow(Generic[P, R]):
         if handling is not None:
             return handling.start(self, self.params.check(args, kwargs), None)
         execution = required(f"{self.name}.start(…)")
-        raw = execution.checked(self.params.encode(args, kwargs), f"The arguments of {self}")
+        raw = execution.checked(self.params.encode(args, kwargs), f"The arguments of {self} are")
         operation = execution.announce("spawn", self.name, self.service.name, args=raw, detail=self)
         return child_id(execution.header.run, operation.ordinal)
 
@@ -258,7 +258,7 @@ def set_attributes(**attributes: Attribute) -> None:
             raise BadArguments(f"Attribute {name}={value!r} must be text, a number or a bool.")
     execution.announce(
         "attributes", ",".join(sorted(attributes)), "", detail=attributes,
-        args=execution.encoded(attributes, "Attributes"),
+        args=execution.encoded(attributes, "The attributes are"),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pavane import App, config
 from pavane.errors import StoreError
 from pavane.stores.eventlog import ConversationFilter, DeadFilter, EventFilter, HandlerSpec
 from pavane.stores.port import LAST_US, Message
@@ -113,6 +114,37 @@ def test_a_file_of_another_program_is_left_as_it_was(path: Path, mark: int) -> N
     )
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_store_without_the_number_of_its_schema_is_left_as_it_was(path: Path) -> None:
+    make_store(path)
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 0")
+    connection.close()
+    before = path.read_bytes()
+    assert refused(path).startswith("FILE has tables, but not the number of their schema")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("shop.db", "shop.db"),
+        ("/srv/shop.db", "/srv/shop.db"),
+        ("sqlite:///shop.db", "shop.db"),
+        ("sqlite:////srv/shop.db", "/srv/shop.db"),
+    ],
+)
+def test_an_address_of_three_slashes_is_in_this_directory(address: str, place: str) -> None:
+    store = config.make_store(address)
+    assert isinstance(store, SqliteStore)
+    assert store.path == Path(place).absolute()
+
+
+@pytest.mark.parametrize("address", ["", "mysql://x", "sqlite://", "http://shop.db"])
+def test_an_app_refuses_an_address_of_no_store_where_it_is_declared(address: str) -> None:
+    with pytest.raises(StoreError, match=f"^'{address}' is no store that this version knows"):
+        App("shop", [], store=address)
 
 
 def test_a_store_of_a_newer_pavane_is_left_as_it_was(path: Path) -> None:

@@ -450,6 +450,8 @@ def test_another_run_of_the_same_id_is_refused(shop: None) -> None:
     good("runs", "start", "fulfil", '"x"', "--id", "twice")
     said = refused(1, "runs", "start", "fulfil", '"y"', "--id", "twice")
     assert "error[run-conflict]: Run 'twice' exists already, with other arguments" in said
+    said = refused(1, "runs", "start", "approve", '"x"', "--id", "twice")
+    assert "of workflow 'fulfil' and not 'approve'. Choose another id; `pavane runs show" in said
 
 
 def test_without_app_and_store_it_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,6 +476,31 @@ def test_two_apps_in_a_file_must_be_told_apart(folder: Path) -> None:
         2, "runs", "list", "--app", "other_shop.py"
     )
     assert "There is no store at" in refused(4, "runs", "list", "--app", "other_shop:two")
+
+
+def test_a_worker_without_an_app_is_told_how_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PAVANE_APP")
+    for command in ("run", "dev"):
+        assert "Give TARGET, such as shop.py, or set PAVANE_APP." in refused(2, command)
+
+
+def test_an_empty_store_is_not_taken_for_the_default() -> None:
+    for command in ("run", "runs list", "runs start fulfil", "services"):
+        said = refused(4, *command.split(), "--store", "")
+        assert "error[store]: '' is no store that this version knows." in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it is Linux's")
+def test_output_that_cannot_be_written_is_said_in_a_line(shop: None) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "pavane", "runs", "list", "-o", "json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == 1
+    assert (
+        result.stderr == "error[output]: The output cannot be written: No space left on device.\n"
+    )
 
 
 # -- help and completion -----------------------------------------------------------------------
@@ -519,6 +546,7 @@ def test_completion_knows_commands_workflows_and_runs(shop: None) -> None:
     assert offered("pavane runs st") == ["start"]
     assert offered("pavane runs start ful") == ["fulfil"]
     assert offered("pavane runs show tab-") == ["tab-1"]
+    assert offered("pavane runs fork tab-1 --at ") == ["payments.charge", "shipping.ship"]
     assert "_PAVANE_COMPLETE=bash_complete" in good("completion", "bash")
 
 

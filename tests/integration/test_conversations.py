@@ -246,7 +246,7 @@ async def test_a_run_that_needs_a_service_that_no_node_hosts_is_stuck_and_says_s
 ) -> None:
     app = app_on(path, "200ms", start=billed, ends=[Cancelled])
     async with app.worker(["orders", "desk"]) as client:
-        await client.start(billed, ("b",), {}, id="b", mode=mode)
+        await client.start(billed, "b", id="b", mode=mode)
         status = await in_state(client, "b", "stuck")
         assert status.trouble.sentence == "run b waits for pay (no node hosts pay)"
         await until(lambda: told(1))

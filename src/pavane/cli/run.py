@@ -15,9 +15,9 @@ from typing import Any
 import click
 
 from pavane.app import App, Client
-from pavane.cli.connection import check_store, own_address
+from pavane.cli.connection import check_store, own_address, target_argument
 from pavane.cli.exits import INTERRUPTED
-from pavane.cli.names import complete_service, complete_target
+from pavane.cli.names import complete_service
 from pavane.cli.output import say, terminal_width
 from pavane.cli.target import find_app
 from pavane.cli.text import columns, counted, fit, printable, wrapped
@@ -39,7 +39,7 @@ and the exit code is 0. A second one stops at once (130); nothing that was durab
 that takes longer than the grace period (10 s) is cut off, and done again by the next owner.
 """
 )
-@click.argument("target", envvar="PAVANE_APP", shell_complete=complete_target)
+@target_argument
 @click.option(
     "-n",
     "--service",

@@ -346,7 +346,7 @@ class Execution:
         params = self.definition.params
         if params.returns in (None, type(None)):
             return b"null"
-        raw = self.encoded(value, "the result")
+        raw = self.encoded(value, "The result is")
         params.result(raw)
         return raw
 
@@ -419,7 +419,7 @@ class Execution:
         self.given_up.append(operation)
 
     def encoded(self, value: Any, what: str) -> bytes:
-        """Encode `value`; raise NotEncodable or TooLarge naming `what`."""
+        """Encode `value`; raise NotEncodable or TooLarge, which begins with `what`, "X is"."""
         raw = encode(value)
         return self.checked(raw, what)
 
@@ -430,7 +430,7 @@ class Execution:
 
     def too_large(self, raw: bytes, what: str) -> TooLarge:
         return TooLarge(
-            f"{what} is {len(raw):,} bytes; the limit is {self.payload_max_bytes:,}. Store "
+            f"{what} {len(raw):,} bytes; the limit is {self.payload_max_bytes:,}. Store "
             f"large data elsewhere and pass a reference."
         )
 

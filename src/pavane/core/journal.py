@@ -29,6 +29,12 @@ What = Literal[
 ]
 
 
+DAMAGED = (
+    "It was damaged or changed by hand: restore the store from a backup, or end the run by "
+    "`pavane runs kill` and start it anew."
+)
+
+
 class Entry(msgspec.Struct, array_like=True):
     """One delivery.
 
@@ -67,7 +73,7 @@ def decode_chunk(chunk: bytes) -> list[Entry]:
         return _decoder.decode(chunk)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptJournal(
-            f"A journal row cannot be read: {error}. Row: {chunk[:80]!r}"
+            f"A journal row cannot be read: {error}. Row: {chunk[:80]!r}. {DAMAGED}"
         ) from None
 
 

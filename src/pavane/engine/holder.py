@@ -49,6 +49,7 @@ from pavane.core.envelope import (
 )
 from pavane.core.execution import Execution
 from pavane.core.journal import (
+    DAMAGED,
     Entry,
     decode_chunk,
     effective,
@@ -411,7 +412,7 @@ class Holder:
             raws = _split(journal)
             entries = [entry for row_ in journal for entry in decode_chunk(row_.body)]
             if not entries or len(entries) != len(raws):
-                raise CorruptJournal(f"The journal of run {row.id} has no beginning.")
+                raise CorruptJournal(f"The journal of run {row.id} has no beginning. {DAMAGED}")
             header.era, header.resumed_us = eras(entries), resumed_us(entries)
             definition = self._registry.workflow(header.workflow, header.version)
             delivered = effective(entries)
@@ -616,11 +617,11 @@ class Holder:
         if not reply.ok and operation.undo:
             held.consuming += [message] if message else []
             held.local.discard(reply.op)
+            why = error_summary(bytes(reply.value)).rstrip(".")
             self._stick(
                 held,
-                f"The compensation {operation.service}.{operation.name} failed for good: "
-                f"{error_summary(bytes(reply.value))}. Repair the cause, then `pavane runs retry "
-                f"{held.row.id}`.",
+                f"The compensation {operation.service}.{operation.name} failed for good: {why}. "
+                f"Repair the cause, then `pavane runs retry {held.row.id}`.",
                 unparked=unparked,
             )
             return
@@ -1989,7 +1990,7 @@ def _split(journal: Sequence[JournalRow]) -> list[bytes]:
             for raw in msgspec.json.decode(row.body, type=list[msgspec.Raw])
         ]
     except msgspec.DecodeError as error:
-        raise CorruptJournal(f"A journal row cannot be read: {error}.") from None
+        raise CorruptJournal(f"A journal row cannot be read: {error}. {DAMAGED}") from None
 
 
 def _quarantined(run: str, deaths: int) -> str:

@@ -23,7 +23,13 @@ NEVER = sys.maxsize
 class Forks:
     """The delivered entries of one run, and where it may be forked."""
 
-    def __init__(self, registry: Registry, header: Header, delivered: Sequence[Entry]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        header: Header,
+        delivered: Sequence[Entry],
+        payload_max_bytes: int,
+    ) -> None:
         self._delivered = delivered
         self._marks = [
             mark for entry in delivered for mark in entry.issued if not mark.startswith("patch ")
@@ -38,20 +44,22 @@ class Forks:
             for op, index in self._index.items()
             if self._marks[op].startswith(("step ", "child "))
         ]
-        self._barred = self._undone(registry, header)
+        self._barred = self._undone(registry, header, payload_max_bytes)
         """From after which entry on, and up to which, a fork would share what is gone."""
         expired = expiry_of(delivered)
         if expired is not None:
             self._barred.append((expired, NEVER))
 
-    def _undone(self, registry: Registry, header: Header) -> list[tuple[int, int]]:
+    def _undone(
+        self, registry: Registry, header: Header, payload_max_bytes: int
+    ) -> list[tuple[int, int]]:
         first = min((index for index, _ in self._work), default=NEVER)
         compensations = [op for op, mark in enumerate(self._marks) if mark.startswith("undo ")]
         if not compensations:
             return []
         with suppress(UnknownName, Mismatch):
             definition = registry.workflow(header.workflow, header.version)
-            execution = Execution(header, definition, self._delivered)
+            execution = Execution(header, definition, self._delivered, payload_max_bytes)
             execution.replay(self._delivered)
             undoing = execution.undoing
             execution.discard()

@@ -13,7 +13,7 @@ from pavane.app import Client
 from pavane.cli.bulk import ask_each
 from pavane.cli.connection import Where, connected, register_home, where_options
 from pavane.cli.events.publish import event_from
-from pavane.cli.names import complete_event, complete_run
+from pavane.cli.names import complete_event, complete_run, complete_step
 from pavane.cli.output import Format, output_option, print_one, say
 from pavane.event import type_for
 
@@ -118,7 +118,11 @@ id is printed on stdout.
 @click.argument("run", shell_complete=complete_run)
 @where_options
 @click.option(
-    "--at", required=True, metavar="STEP", help="A step's name, or an operation's number."
+    "--at",
+    required=True,
+    metavar="STEP",
+    shell_complete=complete_step,
+    help="A step's name, or an operation's number.",
 )
 @click.option("--id", "id", metavar="ID", help="The new run's id. Default: a new one.")
 @output_option

@@ -173,6 +173,12 @@ class SqliteStore(EventTables):
                     f"{self.path} is an SQLite file of another program. Choose another path; "
                     f"nothing was changed."
                 )
+        elif tables and not version:
+            raise StoreError(
+                f"{self.path} has tables, but not the number of their schema (user_version is 0): "
+                f"it was copied in part, or changed. Copy the original with SQLite's backup, or "
+                f"choose another path; nothing was changed."
+            )
         elif version > newest:
             raise StoreError(
                 f"{self.path} was written by a newer Pavane (schema {version}, this one knows "
