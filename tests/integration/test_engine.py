@@ -790,6 +790,79 @@ async def test_a_run_of_a_version_that_is_gone_is_stuck_until_it_is_back(world: 
         assert await director.get(run.id).result(timeout=30) == ["bought old", "stored old"]
 
 
+@depot.workflow
+async def inventory(what: str) -> str:
+    return await store(what)
+
+
+@desk.workflow
+async def asks_the_depot(how: str) -> Any:
+    await buy("first")
+    if how == "step":
+        return await store("tea")
+    if how == "child":
+        return await inventory("tea")
+    if how == "spawn":
+        return await inventory.start("tea")
+    return await asyncio.gather(buy("beside"), store("tea"))
+
+
+@in_loop
+@pytest.mark.parametrize("how", ["step", "child", "spawn", "beside"])
+async def test_what_needs_a_service_that_the_app_does_not_list_is_stuck_until_it_does(
+    world: World, how: str
+) -> None:
+    """Nothing that was done is lost, and nothing is done again."""
+    for _ in range(2):  # another start with the same code changes nothing
+        async with world.working(desk, shop) as director:
+            run = await director.start(asks_the_depot, how, id="r")
+            asked = "run of depot.inventory" if how in ("child", "spawn") else "step depot.store"
+            status = await until_status(run, "stuck", reason=asked)
+            assert "List it, App(services=[" in status.reason
+            if how == "beside" and world.layout == "a node each":
+                await until(lambda: _kept_reply(world), "the reply that came meanwhile")
+    async with world.working(*SERVICES) as director:
+        result = await director.get("r").result(timeout=30)
+        if how == "spawn":
+            result = await director.get(result).result(timeout=30)
+        assert result == (["bought beside", "stored tea"] if how == "beside" else "stored tea")
+        assert names() == ["buy", *["buy"] * (how == "beside"), "store"]
+
+
+async def _kept_reply(world: World) -> bool:
+    return bool(await rows(world.path, "SELECT 1 FROM mailbox WHERE type = '!reply'"))
+
+
+@desk.workflow
+async def begins_at_the_depot() -> str:
+    return await store("tea")
+
+
+@in_loop
+async def test_a_start_returns_though_its_first_step_is_of_a_service_not_listed(
+    world: World,
+) -> None:
+    async with world.working(desk) as director:
+        run = await director.start(begins_at_the_depot, id="r")
+        await until_status(run, "stuck", reason="depot")
+    async with world.working(*SERVICES) as director:
+        assert await director.get("r").result(timeout=30) == "stored tea"
+
+
+@in_loop
+async def test_a_run_that_the_engine_fails_at_is_stuck_and_goes_on_after_a_retry(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world.working(*SERVICES) as director:
+        with monkeypatch.context() as broken:
+            broken.setattr(Holder, "_end", lambda *_: 1 / 0)
+            run = await director.start(order, "tea")
+            await until_status(run, "stuck", reason="ZeroDivisionError")
+        await run.retry()
+        assert await run.result(timeout=30) == ["bought tea", "stored tea", "wrote tea"]
+        assert names() == ["buy", "store", "write"]
+
+
 @in_loop
 async def test_a_corrupt_journal_stops_its_run_and_no_other(world: World) -> None:
     """Invariant 11."""

@@ -10,7 +10,7 @@ import asyncio
 import difflib
 import random
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
@@ -147,20 +147,26 @@ class Execution:
         if not self._replaying:
             entry.issued = self._issued
 
-    def replay(self, entries: Sequence[Entry]) -> None:
-        """Feed recorded entries, comparing what the workflow asks for with what it asked then."""
+    def replay(self, entries: Sequence[Entry], unasked: Collection[int] = ()) -> None:
+        """Feed recorded entries, comparing what the workflow asks for with what it asked then.
+
+        `new` is then what of `unasked`, by ordinal, is not pending.
+        """
+        new: list[Operation] = []
         self._replaying = True
         try:
             for entry in entries:
                 self.feed(entry)
                 if self._issued != entry.issued:
                     raise Mismatch(self._diff(entry))
+                if unasked:
+                    new += [op for op in self.new if op.ordinal in unasked and op.future is None]
         except BaseException:
             self.discard()  # left to the garbage collector, its clean-up would run for real
             raise
         finally:
             self._replaying = False
-        self.new = []
+        self.new = new
 
     def asked_in(self, ordinal: int) -> int:
         """Return the era in which an operation was first asked for; later rewinds kept it."""

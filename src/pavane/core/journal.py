@@ -14,7 +14,17 @@ from msgspec import Raw
 from pavane.errors import CorruptJournal
 
 What = Literal[
-    "start", "done", "failed", "fired", "received", "cancel", "rewind", "fork", "hop", "home"
+    "start",
+    "done",
+    "failed",
+    "fired",
+    "received",
+    "cancel",
+    "rewind",
+    "fork",
+    "unasked",
+    "hop",
+    "home",
 ]
 
 
@@ -23,7 +33,8 @@ class Entry(msgspec.Struct, array_like=True):
 
     `what` happened at `at_us` (microseconds since the epoch) for operation `op`; `value` is the
     encoded result, error or event; `service` did it in `attempts` attempts since `began_us`.
-    `issued` are the fingerprints of what the workflow asked for in response.
+    `issued` are the fingerprints of what the workflow asked for in response. "unasked" delivers
+    nothing: `value` lists the ordinals of operations that could not be passed on to anyone.
     """
 
     what: What
@@ -86,3 +97,10 @@ def issue_eras(entries: Iterable[Entry]) -> list[int]:
         else:
             kept.append((era, entry))
     return [era for era, entry in kept for mark in entry.issued if not mark.startswith("patch ")]
+
+
+def unasked_of(delivered: Sequence[Entry]) -> frozenset[int]:
+    """Return the operations that the last entry says nobody could be asked for."""
+    if not delivered or delivered[-1].what != "unasked":
+        return frozenset()
+    return frozenset(msgspec.json.decode(delivered[-1].value, type=list[int]))

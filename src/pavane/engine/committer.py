@@ -7,11 +7,14 @@ only after the batch that contains it is durable, in the order of submission.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 from pavane.errors import LeaseLost, PavaneError, StoreError
 from pavane.stores.eventlog import EventRow
 from pavane.stores.port import Commit, Fence, Message, Store, broken_chain
+
+log = logging.getLogger("pavane.committer")
 
 BATCH_MAX = 1000
 
@@ -79,7 +82,10 @@ class Committer:
         for commit, result in zip(batch, results, strict=True):
             if result is not None and commit.chain:
                 self._broken.add(commit.chain)
-            commit.done(result)
+            try:
+                commit.done(result)
+            except Exception:  # of one; the others are told all the same
+                log.exception("what followed from a commit failed")
             if result is None:
                 if commit.messages:
                     self._deliver(commit.messages)

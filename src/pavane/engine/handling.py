@@ -18,7 +18,7 @@ from pavane.core.envelope import Signal, Start, pack
 from pavane.engine.mailbox import Mailbox
 from pavane.engine.publishing import checked_size, derived_id, event_row, origin
 from pavane.engine.subscription import Item
-from pavane.errors import OnlyInHandler
+from pavane.errors import OnlyInHandler, UnknownName
 from pavane.event import class_of
 from pavane.handler import Delivery, Handler, Origin
 from pavane.stores.eventlog import EventRow, MarkRow, Outcome, Reaction
@@ -139,6 +139,11 @@ class Handling:
         self._message("signal", id, workflow.service.name, run, body)
 
     def _message(self, kind: str, id: str, to: str, run: str, body: bytes) -> None:
+        if to not in self._session.registry.services:
+            raise UnknownName(
+                f"Handler {self._handler!r} asks service {to!r} for something, which this app does "
+                f"not have. List it, App(services=[…]), and start the workers anew."
+            )
         target = self._session.store.target_of(to, run)
         self.messages.append(Message(kind, id, to, run, body, self.now_us, target))
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from copy import copy
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Raw
 
@@ -54,6 +54,7 @@ from pavane.core.journal import (
     encode_entry,
     eras,
     issue_eras,
+    unasked_of,
 )
 from pavane.core.operations import BEGIN, EXPIRY, Operation, Planned
 from pavane.core.policy import Pass, decide
@@ -72,7 +73,6 @@ from pavane.engine.publishing import event_row, start_row
 from pavane.errors import (
     CorruptJournal,
     LeaseLost,
-    Mismatch,
     PavaneError,
     StoreError,
     UnknownName,
@@ -97,6 +97,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pavane.holder")
 
+T = TypeVar("T")
 Key = tuple[str, str]
 Action = Callable[[Held | None], None]
 HELD_BACK = "!"
@@ -414,13 +415,15 @@ class Holder:
             execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
             execution.eras = issue_eras(entries) if header.era else ()
             begun = len(delivered) > 1 or bool(delivered and delivered[0].issued)
+            unasked = unasked_of(delivered)
             if begun:
-                execution.replay(delivered)
-        except (CorruptJournal, Mismatch, UnknownName) as error:
-            if row.status != "stuck" or row.reason != str(error):
+                execution.replay(delivered, unasked)
+        except Exception as error:
+            reason = _why(row.id, error)
+            if row.status != "stuck" or row.reason != reason:
                 held = Held(row, header, _no_execution(header), exists=True)
                 held.count = row.entries
-                self._stick(held, str(error), kept_journal=True)
+                self._stick(held, reason, kept_journal=True)
             return None
         self.replays += 1
         held = Held(row, header, execution, exists=True)
@@ -433,7 +436,8 @@ class Holder:
         if row.service == row.home:
             held.home_row = row
         if row.status == "stuck":
-            row.status, row.reason = "running", ""
+            row.status, row.reason, held.dirty = "running", "", True
+            await self._deliver_held_back(row)
         definition_receives = getattr(definition, "receives", ())
         if row.service == row.home and definition_receives:
             await self._read_mail(held)
@@ -447,7 +451,9 @@ class Holder:
         if held.dead:
             return None  # what came meanwhile ended it here
         for op in execution.pending.values():
-            if op.kind == "child":
+            if op.ordinal in unasked:
+                op.sent = False
+            elif op.kind == "child":
                 op.sent = entries[-1].what != "fork"
             elif op.kind != "step":
                 anew = entries[-1].what in ("fork", "rewind")
@@ -869,8 +875,7 @@ class Holder:
             failures = [at for at, entry in enumerate(delivered) if entry.what == "failed"]
             cut = failures[-1] if failures else len(delivered) - 1
         rewind = encode_entry(Entry("rewind", self._session.now_us(), max(cut, 1)))
-        mail = await self._store.mail_of(row.service, row.id)
-        back = [m for m in mail if m.type.startswith(HELD_BACK)]
+        back = await self._held_back(row)
         row.status, row.reason, row.deaths = "running", "", 0
         row.ended_us = row.result = None
         row.holder, row.entries = row.service, len(entries) + 1
@@ -885,14 +890,23 @@ class Holder:
         commit.runs = [row]
         commit.journal = [JournalRow(row.no, len(entries), b"[" + rewind + b"]")]
         commit.inbox = [self._mark(message)]
-        commit.mail_taken = [(m.service, m.run, m.id) for m in back]
-        commit.messages = [
-            Message(m.type[1:], m.id, m.service, m.run, m.body, m.at_us, row.target) for m in back
-        ]
+        commit.mail_taken, commit.messages = _as_messages(row, back)
         parked = await self._store.parked_of(row.service, row.id)
         commit.unparked = [(p.service, p.id) for p in parked]
         self._leave_soon(key)
         self._session.submit(commit)
+
+    async def _held_back(self, row: RunRow) -> list[MailRow]:
+        """Return what came for a run while it was stuck."""
+        mail = await self._store.mail_of(row.service, row.id)
+        return [one for one in mail if one.type.startswith(HELD_BACK)]
+
+    async def _deliver_held_back(self, row: RunRow) -> None:
+        """Send on what came for a run while it was stuck, now that it goes on."""
+        if back := await self._held_back(row):
+            commit = Commit()
+            commit.mail_taken, commit.messages = _as_messages(row, back)
+            self._session.submit(commit)
 
     def _answer_again(self, message: Message, row: RunRow) -> None:
         header, now = decode_header(row.header), self._session.now_us()
@@ -998,6 +1012,7 @@ class Holder:
             self._session.consumed(message)
             return
         header = baton.header
+        await self._store.register([header.home])  # perhaps this app does not list it
         row = await self._store.run_row(message.to, header.run)
         exists = row is not None
         if row is None:
@@ -1028,11 +1043,11 @@ class Holder:
             execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
             execution.eras = issue_eras(entries) if header.era else ()
             execution.replay(delivered)
-        except (CorruptJournal, Mismatch, UnknownName) as error:
+        except Exception as error:
             held.arrival = InboxRow(message.to, message.id, self._session.now_us())
             held.consuming.append(message)
             held.row.hop, held.row.holder = baton.hop, message.to
-            self._stick(held, str(error))
+            self._stick(held, _why(header.run, error))
             return
         held.execution = execution
         for op in execution.pending.values():
@@ -1086,8 +1101,12 @@ class Holder:
         execution = held.execution
         try:
             execution.feed(entry)
-        except Mismatch as error:
-            self._stick(held, str(error), *_some(message))
+        except Exception as error:
+            if entry.what == "start":  # or its journal would have no beginning
+                entry.issued = []
+                held.record(entry, self._config.journal_max_bytes)
+            held.marks = []  # the message is kept, and counts as new when it comes again
+            self._stick(held, _why(held.row.id, error), *_some(message), done=done)
             return
         held.record(entry, self._config.journal_max_bytes)
         held.suspect = max(0, held.suspect - 1)
@@ -1104,12 +1123,12 @@ class Holder:
         unparked: Sequence[tuple[str, str]] = (),
         done: Callable[[PavaneError | None], None] | None = None,
     ) -> None:
-        """Decide what happens next and commit.
+        """Decide what happens next and commit; the run is stuck if that cannot be done.
 
         `replayed`: no entry was delivered just now. `recovered`: what is pending may have been
         asked for before; it is asked for again, by the same ids.
         """
-        execution, row = held.execution, held.row
+        row = held.row
         if not (replayed or unparked or done) and (step := _step_alone(held)) is not None:
             self._go_on(held, step)
             return
@@ -1121,6 +1140,28 @@ class Holder:
             return
         messages: list[Message] = []
         taken: list[tuple[str, str, str]] = []
+        hop, trail = row.hop, held.trail
+        try:
+            self._settle_all(held, replayed, recovered, messages, unparked, taken, done)
+        except (StoreError, LeaseLost):
+            raise
+        except Exception as error:
+            row.hop, row.holder, held.trail = hop, row.service, trail
+            row.ended_us = row.result = None  # should it have been about to end
+            self._stick_with(held, error, messages, unparked, taken, done)
+
+    def _settle_all(
+        self,
+        held: Held,
+        replayed: bool,
+        recovered: bool,
+        messages: list[Message],
+        unparked: Sequence[tuple[str, str]],
+        taken: list[tuple[str, str, str]],
+        done: Callable[[PavaneError | None], None] | None,
+    ) -> None:
+        """Decide and commit whatever it is that follows from a delivery."""
+        execution, row = held.execution, held.row
         self._collect(held, messages)
         while held.mail and execution.outcome is None and self._deliver_mail(held, taken):
             self._collect(held, messages)
@@ -1137,6 +1178,9 @@ class Holder:
             journal_max_bytes=self._config.journal_max_bytes, hops_max=self._config.hops_max,
         )  # fmt: skip
         if isinstance(decision, Pass) and not held.local and held.entries is not None:
+            for op in execution.pending.values():
+                if not op.sent:
+                    self._check_listed(op)
             self._pass(held, decision, messages, unparked, taken, done)
             return
         launch = self._dispatch(held, execution.pending.values(), messages, recovered)
@@ -1169,7 +1213,7 @@ class Holder:
 
     def _collect(self, held: Held, messages: list[Message]) -> None:
         """Turn what has no result (publish, spawn, attributes, given-up work) into its effect."""
-        execution, run = held.execution, held.row.id
+        execution = held.execution
         if not execution.given_up:
             for op in execution.new:
                 if op.future is None:
@@ -1177,13 +1221,21 @@ class Holder:
             else:
                 return
         now = self._session.now_us()
-        for op in execution.new:
+        self._withdraw(held, messages, now)
+        while execution.new:  # what is left there, should one of them fail, was not done
+            op = execution.new[0]
             if op.kind == "publish":
                 held.events.append(self._published(held, op, now))
             elif op.kind == "spawn":
+                self._check_listed(op)
                 messages.append(self._start_child(held, op, None, now))
             elif op.kind == "attributes":
                 held.attributes.update(op.detail)
+            del execution.new[0]
+
+    def _withdraw(self, held: Held, messages: list[Message], now: int) -> None:
+        """Tell whoever was asked for what the run has given up."""
+        execution, run = held.execution, held.row.id
         for op in execution.given_up:
             if not op.sent:
                 continue
@@ -1206,7 +1258,17 @@ class Holder:
                 messages.append(self._permit(held, "permit-back"))
             elif op.kind == "receive" and op.detail is not None:
                 messages.append(self._await(held, op, "unawait", now))
-        execution.new, execution.given_up = [], []
+        execution.given_up = []
+
+    def _check_listed(self, op: Operation) -> None:
+        """Raise UnknownName for what no service of this app can do."""
+        if op.kind in ("step", "child", "spawn") and op.service not in self._registry.services:
+            what = "run of" if op.kind != "step" else "step"
+            raise UnknownName(
+                f"The workflow asks for {what} {op.service}.{op.name}, but this app has no service "
+                f"{op.service!r}. List it, App(services=[…]), and start the workers anew: the run "
+                f"then goes on."
+            )
 
     def _message(
         self, kind: str, id: str, to: str, run: str, body: bytes, at_us: int, live: Any = None
@@ -1277,6 +1339,7 @@ class Holder:
         for op in pending:
             if op.sent:
                 continue
+            self._check_listed(op)
             if op.kind == "step":
                 op.sent = True
                 here = op.service == row.service or (
@@ -1291,15 +1354,16 @@ class Holder:
                         self._message("command", call.id, op.service, row.id, pack(call), now)
                     )
             elif op.kind == "child":
-                op.sent = True
                 parent = Parent(row.id, op.ordinal, row.service, held.header.era)
                 messages.append(self._start_child(held, op, parent, now))
+                op.sent = True
             else:
-                op.sent = op.kind != "receive" or row.service == row.home
+                sent = op.kind != "receive" or row.service == row.home
                 if op.detail is BEGIN:
                     messages.append(self._permit(held, "permit-ask", op))
-                elif op.sent and op.kind == "receive" and op.detail is not None:
+                elif sent and op.kind == "receive" and op.detail is not None:
                     messages.append(self._await(held, op, "await", now))
+                op.sent = sent
         return launch
 
     def _permit(self, held: Held, kind: str, op: Operation | None = None) -> Message:
@@ -1339,9 +1403,12 @@ class Holder:
     def _launch(self, held: Held, operations: Sequence[Operation]) -> None:
         if held.row.target in self._session.draining:
             return  # the next owner does it
-        for op in operations:
-            if op.ordinal in held.local:
-                self._session.steps.launch_local(held, op)
+        try:
+            for op in operations:
+                if op.ordinal in held.local:
+                    self._session.steps.launch_local(held, op)
+        except Exception as error:
+            self._stick(held, _why(held.row.id, error))
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -1668,19 +1735,49 @@ class Holder:
 
     # -- trouble -------------------------------------------------------------------------------
 
+    def _stick_with(
+        self,
+        held: Held,
+        error: Exception,
+        messages: list[Message],
+        unparked: Sequence[tuple[str, str]],
+        taken: Sequence[tuple[str, str, str]],
+        done: Callable[[PavaneError | None], None] | None,
+    ) -> None:
+        """Park a run whose next moves cannot be made, and write what was delivered to it.
+
+        Its journal notes what nobody could be asked for, so that this is done when it goes on.
+        """
+        execution = held.execution
+        unasked = [op.ordinal for op in execution.new if op.future is None and op.handle is None]
+        unasked += [op.ordinal for op in execution.pending.values() if not op.sent]
+        entry = Entry("unasked", self._session.now_us(), value=Raw(encode_plain(unasked)))
+        held.record(entry, self._config.journal_max_bytes)
+        self._stick(
+            held, _why(held.row.id, error), unparked=unparked, taken=taken, leaving=messages,
+            done=done,
+        )  # fmt: skip
+
     def _stick(
         self,
         held: Held,
         reason: str,
         *messages: Message,
         unparked: Sequence[tuple[str, str]] = (),
+        taken: Sequence[tuple[str, str, str]] = (),
+        leaving: Sequence[Message] = (),
         kept_journal: bool = False,
+        done: Callable[[PavaneError | None], None] | None = None,
     ) -> None:
-        """Park the run for a person, with the reason; keep a message it could not take."""
+        """Park the run for a person, with the reason; keep `messages` that it could not take."""
         row = held.row
         log.error("run %s is stuck: %s", row.id, reason)
         row.status, row.reason, row.wake_us = "stuck", reason, None
         row.undone = held.undone
+        if held.trail:
+            row.trail = encode_plain(held.trail)
+        if held.attributes:
+            row.attributes = encode_plain(held.attributes)
         mail: list[MailRow] = []
         for message in messages:
             kind = f"{HELD_BACK}{message.kind}"
@@ -1701,6 +1798,8 @@ class Holder:
             self._left(held.key)
             for consumed in consuming:
                 self._session.consumed(consumed)
+            if done is not None:
+                done(error)
 
         commit = Commit(written, held.chain)
         commit.journal = [] if kept_journal else held.take_journal()
@@ -1709,12 +1808,12 @@ class Holder:
         row.header = row.header or encode_plain(held.header)
         commit.runs = [copy(row)]
         commit.mail = mail
-        commit.unparked = unparked
+        commit.unparked, commit.mail_taken = unparked, taken
         commit.events, held.events = held.events, []
-        if held.arrival is not None:
-            commit.inbox = [held.arrival]
+        commit.inbox = [*held.marks, *_some(held.arrival)]
+        commit.messages = leaving
         if row.service != row.home:
-            commit.messages = [self._note_home(row, row.service, "stuck", reason)]
+            commit.messages = [*leaving, self._note_home(row, row.service, "stuck", reason)]
         self._session.submit(commit)
 
     def quarantine(self, row: RunRow) -> None:
@@ -1892,8 +1991,28 @@ def _other_operation(reply: Reply, operation: Operation) -> str:
     )
 
 
-def _some(message: Message | None) -> list[Message]:
-    return [] if message is None else [message]
+def _why(run: str, error: Exception) -> str:
+    """Return why a run is stuck; what nobody foresaw is logged whole."""
+    if isinstance(error, PavaneError):
+        return str(error)
+    log.error("run %s failed in the engine", run, exc_info=error)
+    return (
+        f"The engine failed at it: {error!r}; the worker's log has the traceback. Repair the "
+        f"cause, then `pavane runs retry {run}`."
+    )
+
+
+def _as_messages(
+    row: RunRow, mail: Sequence[MailRow]
+) -> tuple[list[tuple[str, str, str]], list[Message]]:
+    """Return what takes held-back mail out of the mailbox, and the messages that it was."""
+    return [(m.service, m.run, m.id) for m in mail], [
+        Message(m.type[1:], m.id, m.service, m.run, m.body, m.at_us, row.target) for m in mail
+    ]
+
+
+def _some(it: T | None) -> list[T]:
+    return [] if it is None else [it]
 
 
 def _nothing(_: Held | None) -> None:

@@ -271,6 +271,10 @@ class Session:
         except CorruptJournal as error:
             log.error("message %s of run %s: %s", message.id, message.run, error)
             self.consumed(message)
+        except (LeaseLost, StoreError):
+            raise
+        except Exception:  # it stops no other, and comes again when a node starts
+            log.exception("%s %s of run %s was not taken", kind, message.id, message.run)
 
     def redeliver(self, message: Message) -> None:
         """Handle a message again, soon: what was made of it could not be written."""

@@ -260,6 +260,7 @@ class Steps:
             log.error("command %s: %s", message.id, error)
             self._consumed(message)
             return
+        await self._store.register([call.reply_to])  # perhaps this app does not list it
         if not redelivered and not call.deaths:
             self._command(message)
             return
@@ -332,6 +333,7 @@ class Steps:
             return
         row = await self._in_custody(key)
         if row is not None and row.due_us <= self._session.now_us():
+            await self._store.register([unpack(Call, row.call).reply_to])
             self.resume(row)
         elif row is not None:
             self._session.parked_timers.schedule(key, row.due_us)
@@ -529,12 +531,25 @@ class Steps:
             error = failure
         self._ran(attempt)
         attempt.task = None  # breaks the cycle, to spare the garbage collector
-        if attempt.revoked:
-            self._drop(attempt)
-        elif error is None:
-            self._answer(attempt, True, raw)
-        elif not (isinstance(error, asyncio.CancelledError) and self._is_stopped(attempt)):
-            self._failed(attempt, error, final)
+        try:
+            if attempt.revoked:
+                self._drop(attempt)
+            elif error is None:
+                self._answer(attempt, True, raw)
+            elif not (isinstance(error, asyncio.CancelledError) and self._is_stopped(attempt)):
+                self._failed(attempt, error, final)
+        except Exception as failure:  # of the engine
+            self._stick(attempt, failure)
+
+    def _stick(self, attempt: Attempt, error: Exception) -> None:
+        """Make the run stuck whose step's result cannot be handed on; or it would wait for ever."""
+        log.error("the result of %s cannot be handed on", attempt.call.id, exc_info=error)
+        reply = attempt.reply(False, b"null")
+        reply.stuck = (
+            f"What became of step {attempt.call.service}.{attempt.call.step} cannot be handed on: "
+            f"{error!r}. Repair the cause, then `pavane runs retry {attempt.call.run}`."
+        )
+        self.answer(attempt.call, reply, attempt.unparked, attempt.message)
 
     def _ran(self, attempt: Attempt) -> None:
         del self._running[attempt.key]
