@@ -21,8 +21,11 @@ from tests.integration.command_line import good, in_folder_of, pavane, refused, 
 SHOP = '''
 """A shop with what a command line should be able to show."""
 import asyncio
+import os
+import time
 from pathlib import Path
-from pavane import App, Event, Retry, Service, continue_as_new, receive, saga, set_attributes
+from pavane import App, EngineConfig, Event, Retry, Service
+from pavane import continue_as_new, receive, saga, set_attributes
 
 class Approved(Event, key="order_id"):
     order_id: str
@@ -48,6 +51,17 @@ async def ship(order_id: str) -> str:
     if "noship" in order_id:
         raise RuntimeError("no truck")
     return f"TR-{order_id}"
+
+@shipping.step
+def stubborn(path: str) -> None:
+    with open(path, "a") as file:
+        file.write("began ")
+    time.sleep(0 if Path("hurry").exists() else 60)
+
+@orders.workflow
+async def waits(path: str) -> str:
+    await stubborn(path)
+    return "done"
 
 @shipping.step
 async def slow(path: str) -> None:
@@ -83,7 +97,8 @@ async def count_down(left: int) -> str:
         continue_as_new(left - 1)
     return "over"
 
-app = App("cli_shop", services=[orders, payments, shipping])
+config = EngineConfig(grace_s=float(os.environ.get("GRACE_S", "10")))
+app = App("cli_shop", services=[orders, payments, shipping], config=config)
 '''
 
 
@@ -523,6 +538,48 @@ def test_a_second_signal_stops_a_worker_at_once(folder: Path) -> None:
     _, said = process.communicate(timeout=10)
     assert (process.returncode, said) == (130, "SIGINT again: stopped at once\n")
     assert marks.read_text() == "began "
+
+
+def test_a_worker_ends_after_the_grace_period_though_a_thread_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRACE_S", "0.2")
+    store, marks = ("--store", "stubborn.db"), folder / "marks-stubborn"
+    process = worker(folder, "cli_shop.py", *store)
+    good("runs", "start", "waits", json.dumps(str(marks)), "--id", "d-1", *store)
+    ends = time.monotonic() + 10
+    while not marks.exists():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=10)
+    assert (process.returncode, said.splitlines()[-1]) == (0, "drained")
+    (folder / "hurry").touch()
+    process = worker(folder, "cli_shop.py", *store)
+    assert status_until("completed", "d-1", *store)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert marks.read_text() == "began began "
+
+
+def test_an_app_that_runs_a_script_ends_though_a_thread_goes_on(folder: Path) -> None:
+    script = """
+import asyncio
+from cli_shop import app, waits
+
+async def main():
+    await app.start(waits, "marks-script")
+    while not __import__("os").path.exists("marks-script"):
+        await asyncio.sleep(0.01)
+
+app.run(main)
+print("over")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=20,
+        env={**os.environ, "GRACE_S": "0.2", "PAVANE_STORE": "script.db"},
+    )  # fmt: skip
+    assert (ended.stdout, ended.returncode) == ("over\n", 0), ended.stderr
 
 
 def test_a_worker_that_is_asked_to_drain_ends(folder: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Coroutine
 from typing import Any
 
@@ -22,6 +23,8 @@ from pavane.cli.target import find_app
 from pavane.cli.text import columns, counted, fit, printable, wrapped
 
 PARENT_EVERY_S = 0.5
+THREADS_S = 0.5
+"""How long a process that has drained may wait for threads that steps have started."""
 
 
 @click.command(
@@ -32,7 +35,8 @@ Examples:
 
 \b
 SIGTERM or Ctrl-C drains: running steps may end, everything is written, partitions are handed over,
-and the exit code is 0. A second one stops at once (130); nothing that was durable is lost.
+and the exit code is 0. A second one stops at once (130); nothing that was durable is lost. A step
+that takes longer than the grace period (10 s) is cut off, and done again by the next owner.
 """
 )
 @click.argument("target", envvar="PAVANE_APP", shell_complete=complete_target)
@@ -67,7 +71,7 @@ def run(
     address = store if store is not None else own_address(app)
     if address is not None:
         check_store(address, create=True)
-    run_loop(work(app, hosted, address, quiet=quiet > 0, with_parent=with_parent))
+    run_loop(_work_to_the_end(work(app, hosted, address, quiet=quiet > 0, with_parent=with_parent)))
 
 
 def run_loop(work: Coroutine[Any, Any, None]) -> None:
@@ -78,6 +82,24 @@ def run_loop(work: Coroutine[Any, Any, None]) -> None:
         asyncio.run(work)
     else:
         uvloop.run(work)
+
+
+async def _work_to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Work until drained; soon after that the process ends, whatever threads still do.
+
+    Python would wait for them, and no thread can be stopped.
+    """
+    await work
+    end = threading.Timer(THREADS_S, _end)
+    end.daemon = True  # it counts only if something else keeps the process
+    end.start()
+
+
+def _end() -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def set_up_logging(level: int) -> None:

@@ -628,8 +628,10 @@ class Session:
         if self._ticking is not None:
             await stop_all([self._ticking])  # it would take up more
         self.draining.update(self._floors)
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self.config.grace_s
         await self.steps.drain(self.config.grace_s)
-        await self.handlers.drain(self.config.grace_s)
+        await self.handlers.drain(max(0.0, ends - loop.time()))
         await self._duties.close()
         await self.holder.settle()
         await self.committer.flush()
