@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pavane import BadDeclaration, Retry
+from pavane import BadDeclaration, EngineConfig, Retry
 from pavane.policy import ONCE, PERSISTENT, Duration, seconds
 
 
@@ -87,3 +89,26 @@ def test_jitter_only_shortens_and_never_below_its_share(
     assert full is not None
     assert some is not None
     assert full * (1 - jitter) - 1e-9 <= some <= full
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("retention_s", "3 days", "a number of seconds of 0 or more"),
+        ("retention_s", -1, "a number of seconds of 0 or more"),
+        ("retention_s", math.inf, "a number of seconds of 0 or more"),
+        ("lease_s", "3s", "a number of seconds above 0"),
+        ("lease_s", 0, "a number of seconds above 0"),
+        ("poll_s", math.nan, "a number of seconds above 0"),
+        ("step_threads", 0, "a whole number above 0"),
+        ("step_threads", 1.5, "a whole number above 0"),
+        ("payload_max_bytes", -5, "a whole number above 0"),
+        ("hops_max", True, "a whole number of 0 or more"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_with_what_can(
+    field: str, value: Any, allowed: str
+) -> None:
+    with pytest.raises(BadDeclaration) as refused:
+        EngineConfig(**{field: value})
+    assert str(refused.value) == f"EngineConfig({field}={value!r}): write {allowed}."

@@ -6,13 +6,22 @@ import msgspec
 
 from pavane.core.execution import PAYLOAD_MAX_BYTES
 from pavane.core.policy import HOPS_MAX, JOURNAL_MAX_BYTES
+from pavane.errors import BadDeclaration
 
 SUSPECT_DEATHS = 2
 """What was under way in so many process deaths is touched again alone, with nothing else."""
 
+_MAX = 1e11
+_ABOVE_ZERO = frozenset({
+    "lease_s", "poll_s", "payload_max_bytes", "step_threads", "deaths_max",
+})  # fmt: skip
+
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """How a node behaves; the defaults suit one machine and its embedded store."""
+    """How a node behaves; the defaults suit one machine and its embedded store.
+
+    Names tell units: `_s` seconds. Raises BadDeclaration for what cannot be.
+    """
 
     lease_s: float = 3.0
     poll_s: float = 0.01
@@ -24,7 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     journal_max_bytes: int = JOURNAL_MAX_BYTES
     hops_max: int = HOPS_MAX
     retention_s: float = 7 * 86400.0
-    """How long ended runs and consumed messages are kept."""
+    """How long ended runs and consumed messages are kept, and with them the ids that were used."""
     grace_s: float = 10.0
     """How long a draining node waits for its running steps."""
     step_threads: int = 16
@@ -32,3 +41,16 @@ class EngineConfig(msgspec.Struct, frozen=True):
     """A command that runs longer is written to the store, to hold back the log no longer."""
     deaths_max: int = 5
     """A run that was under way in so many process deaths is quarantined."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            kinds = (int, float) if name.endswith("_s") else (int,)
+            positive = name in _ABOVE_ZERO
+            if (
+                not isinstance(value, kinds) or isinstance(value, bool)
+                or not 0 <= value < _MAX or (positive and not value)
+            ):  # fmt: skip
+                what = "number of seconds" if name.endswith("_s") else "whole number"
+                least = "above 0" if positive else "of 0 or more"
+                raise BadDeclaration(f"EngineConfig({name}={value!r}): write a {what} {least}.")
