@@ -584,10 +584,15 @@ def step_info() -> StepInfo:
 
 
 def heartbeat(details: Any = None) -> None:
-    """Report that the running step is alive; its next attempt finds `details`."""
+    """Report that the running step is alive; its next attempt finds `details`.
+
+    Outside a run it does nothing; in workflow code it raises OnlyInWorkflow.
+    """
     context = current_step.get()
     if context is not None:
         context.beat(details)
+    elif current() is not None:
+        raise OnlyInWorkflow("heartbeat() belongs into a step, not into workflow code.")
 
 
 def deadline_from(timeout_s: float | None, now_s: float) -> datetime | None:

@@ -9,15 +9,21 @@ import asyncio
 import contextvars
 import gc
 import itertools
+import linecache
 import logging
 import os
+import queue
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +39,7 @@ from pavane import (
     Service,
     TooLarge,
     UndeclaredReceive,
+    heartbeat,
     now,
     patched,
     receive,
@@ -521,7 +528,28 @@ def _system() -> None:
         (lambda: Path(os.devnull).write_text("x"), "open("),
         (_connect, "socket"),
         (_look_up, "getaddrinfo"),
-        (_fetch, ""),
+        (_fetch, "urlopen"),
+        (lambda: os.makedirs("x/y"), "os.makedirs"),
+        (lambda: Path("x").mkdir(), "Path.mkdir"),
+        (lambda: os.rename("x", "y"), "os.rename"),
+        (lambda: os.rmdir("x"), "os.rmdir"),
+        (lambda: os.remove("x"), "os.remove"),
+        (lambda: Path("x").unlink(), "Path.unlink"),
+        (lambda: os.listdir(), "os.listdir"),
+        (lambda: list(os.scandir()), "os.scandir"),
+        (lambda: os.link("x", "y"), "os.link"),
+        (lambda: os.symlink("x", "y"), "os.symlink"),
+        (lambda: os.truncate("x", 0), "os.truncate"),
+        (lambda: os.chmod("x", 0o600), "os.chmod"),
+        (lambda: os.chown("x", 0, 0), "os.chown"),
+        (lambda: os.utime("x"), "os.utime"),
+        (lambda: shutil.rmtree("x"), "shutil.rmtree"),
+        (lambda: shutil.copyfile("x", "y"), "shutil.copyfile"),
+        (lambda: shutil.move("x", "y"), "shutil.move"),
+        (lambda: input("sure? "), "input()"),
+        (lambda: threading.Event().wait(5), "threading.Event"),
+        (lambda: queue.Queue[int]().get(timeout=5), "queue.Queue"),
+        (lambda: Future[int]().result(5), "Future.result"),
         (_thread, "thread"),
         (_subprocess, "subprocess"),
         (_system, "os.system"),
@@ -574,11 +602,11 @@ async def _from_thread() -> None:
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (_to_thread, "run_in_executor"),
+        (_to_thread, "asyncio.to_thread (loop.run_in_executor)"),
         (_executor, "run_in_executor"),
         (_process, "subprocess_exec"),
         (_shell, "subprocess_shell"),
-        (_stream, "create_connection"),
+        (_stream, "asyncio.open_connection (loop.create_connection)"),
         (_server, "create_server"),
         (_reader, "add_reader"),
         (_from_thread, "call_soon_threadsafe"),
@@ -593,6 +621,51 @@ def test_asynchronous_io_is_refused_by_name(
     run = PureRun(workflow(outside), shadow=False)
     assert isinstance(run.error, NotInWorkflow), repr(run.error)
     assert names in str(run.error)
+
+
+def test_imports_tracebacks_and_log_files_are_no_io_of_workflow_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lazy").mkdir()
+    (tmp_path / "lazy" / "__init__.py").write_text("")
+    (tmp_path / "lazy" / "part.py").write_text("def fail():\n    return 1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    rotated = RotatingFileHandler(tmp_path / "log", maxBytes=10, backupCount=1)
+    log = logging.getLogger("tests.rotated")
+    log.addHandler(rotated)
+
+    async def looks_harmless() -> str:
+        import lazy.part  # pyright: ignore
+
+        for _ in range(3):
+            log.warning("a line that fills the file")
+        try:
+            lazy.part.fail()  # pyright: ignore
+        except ZeroDivisionError:
+            linecache.clearcache()
+            return traceback.format_exc()
+        return ""
+
+    try:
+        run = PureRun(workflow(looks_harmless), shadow=False)
+        assert "return 1 / 0" in str(run.result)
+        assert (tmp_path / "log.1").exists()
+        assert list((tmp_path / "lazy").glob("__pycache__/part*.pyc"))
+    finally:
+        log.removeHandler(rotated)
+        rotated.close()
+        for name in ("lazy", "lazy.part"):
+            sys.modules.pop(name, None)
+
+
+def test_a_heartbeat_of_workflow_code_is_refused() -> None:
+    async def beats() -> None:
+        heartbeat("alive")
+
+    run = PureRun(workflow(beats), shadow=False)
+    assert isinstance(run.error, OnlyInWorkflow)
+    assert "heartbeat() belongs into a step" in str(run.error)
 
 
 def test_refusal_ends_with_the_workflow_code_and_never_reaches_other_threads(
@@ -610,7 +683,8 @@ def test_refusal_ends_with_the_workflow_code_and_never_reaches_other_threads(
 
     async def waits_for_outsider() -> str:
         go.set()
-        done.wait(10)
+        while not done.is_set():
+            pass
         return "fine"
 
     thread = threading.Thread(target=outsider)

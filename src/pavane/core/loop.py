@@ -310,10 +310,25 @@ def _refuse_timer(_: DurableTimer) -> None:
     raise Discarded("This execution was put away.")
 
 
+_CALLERS = {
+    "run_in_executor": "asyncio.to_thread",
+    "create_connection": "asyncio.open_connection",
+    "create_unix_connection": "asyncio.open_unix_connection",
+    "create_server": "asyncio.start_server",
+    "create_unix_server": "asyncio.start_unix_server",
+    "subprocess_exec": "asyncio.create_subprocess_exec",
+    "subprocess_shell": "asyncio.create_subprocess_shell",
+    "call_soon_threadsafe": "asyncio.run_coroutine_threadsafe",
+}
+"""By what people call the loop's methods, mostly."""
+
+
 def _refuse(name: str) -> Callable[..., NoReturn]:
+    what = f"{_CALLERS[name]} (loop.{name})" if name in _CALLERS else f"loop.{name}"
+
     def refused(self: WorkflowLoop, *_args: object, **_kwargs: object) -> NoReturn:
         raise NotInWorkflow(
-            f"loop.{name} (I/O, a thread or a subprocess) is not possible in workflow code, which "
+            f"{what}: I/O, a thread or a subprocess is not possible in workflow code, which "
             f"is replayed. Move it to a step: a function with @service.step, called from the "
             f"workflow."
         )
