@@ -33,6 +33,7 @@ from msgspec import Raw
 import pavane
 from pavane import (
     Event,
+    NotDecodable,
     NotInWorkflow,
     OnlyInWorkflow,
     RunTimeout,
@@ -621,6 +622,44 @@ def test_asynchronous_io_is_refused_by_name(
     run = PureRun(workflow(outside), shadow=False)
     assert isinstance(run.error, NotInWorkflow), repr(run.error)
     assert names in str(run.error)
+
+
+def test_a_workflow_whose_result_does_not_fit_its_annotation_fails_and_names_both() -> None:
+    async def counts() -> int:
+        return await a("text")  # pyright: ignore
+
+    run = PureRun(workflow(counts))
+    run.done("a", 1)
+    assert run.result == 1
+
+    async def miscounts() -> int:
+        await a()
+        return "three"  # pyright: ignore
+
+    run = PureRun(workflow(miscounts))
+    run.done("a", 1)
+    assert isinstance(run.error, NotDecodable)
+    said = str(run.error)
+    assert said.startswith("Workflow miscounts: What `")
+    assert "does not fit its declared return type `int`: Expected `int`, got `str`" in said
+
+    async def says_nothing() -> None:
+        return "ignored"  # pyright: ignore
+
+    assert PureRun(workflow(says_nothing)).result is None
+
+
+def test_a_step_whose_result_does_not_fit_its_annotation_is_named() -> None:
+    async def asks() -> int:
+        return await a()
+
+    run = PureRun(workflow(asks))
+    run.done("a", "three")
+    assert isinstance(run.error, NotDecodable)
+    assert str(run.error) == (
+        "Step desk.a: What `a` returned does not fit its declared return type `int`: Expected "
+        "`int`, got `str`. Correct what it returns, or the annotation."
+    )
 
 
 def test_imports_tracebacks_and_log_files_are_no_io_of_workflow_code(

@@ -117,7 +117,12 @@ def decoder(annotation: object) -> Decode[Any]:
 _ANYTHING = (Any, object, inspect.Parameter.empty, NoReturn, typing.Never)
 
 
-def _new_decoder(annotation: object) -> Decode[Any]:
+def _new_decoder(
+    annotation: object,
+    misfit: str = "Stored data does not fit",
+    remedy: str = "It was written by other code, or the type has changed: give new fields a"
+    " default, and keep reading what old ones may hold.",
+) -> Decode[Any]:
     read = msgspec.json.Decoder(_readable(annotation), dec_hook=_from_plain).decode
 
     def decode(raw: bytes) -> Any:
@@ -125,9 +130,7 @@ def _new_decoder(annotation: object) -> Decode[Any]:
             return read(raw)
         except Exception as error:
             raise NotDecodable(
-                f"Stored data does not fit `{_spell(annotation)}`: {_reason(error)}. It was written"
-                " by other code, or the type has changed: give new fields a default, and keep"
-                " reading what old ones may hold."
+                f"{misfit} `{_spell(annotation)}`: {_reason(error)}. {remedy}"
             ) from error
 
     return decode
@@ -549,7 +552,11 @@ class Params:
     def result(self) -> Decode[Any]:
         """The decoder of what the function returns. Raises `BadDeclaration` like `decoder`."""
         with _declaring(f"What `{self.name}` returns"):
-            return decoder(self.returns)
+            return _new_decoder(
+                self.returns,
+                f"What `{self.name}` returned does not fit its declared return type",
+                "Correct what it returns, or the annotation.",
+            )
 
     def encode(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bytes:
         """Bind arguments as a call would, and write them.

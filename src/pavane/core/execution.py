@@ -193,6 +193,9 @@ class Execution:
             try:
                 value = operation.decode(entry.value) if operation.decode else None
             except NotDecodable as error:
+                if operation.kind == "step":
+                    who = f"Step {operation.service}.{operation.name}"
+                    error = NotDecodable(f"{who}: {error}")
                 future.set_exception(error)
             else:
                 future.set_result(value)
@@ -299,10 +302,21 @@ class Execution:
                 error = bad
         if error is None:
             try:
-                return Outcome("completed", Raw(self.encoded(main.result(), "the result")))
+                return Outcome("completed", Raw(self._result(main.result())))
             except (NotEncodable, TooLarge) as bad:
                 error = bad
+            except NotDecodable as bad:
+                error = NotDecodable(f"Workflow {self.header.workflow}: {bad}")
         return Outcome("failed", Raw(encode_error(error)))
+
+    def _result(self, value: Any) -> bytes:
+        """Encode what the workflow returned, and prove that whoever asks for it can read it."""
+        params = self.definition.params
+        if params.returns in (None, type(None)):
+            return b"null"
+        raw = self.encoded(value, "the result")
+        params.result(raw)
+        return raw
 
     # -- called by workflow code ---------------------------------------------------------------
 
