@@ -388,6 +388,33 @@ def test_a_run_that_nobody_took_yet_is_shown_as_such() -> None:
     )
 
 
+def test_runs_that_nobody_has_begun_are_listed_until_somebody_does(folder: Path) -> None:
+    here = ("--store", "unbegun.db")
+    for id in ("u-1", "u-2"):
+        pavane("runs", "start", "fulfil", f'"{id}"', "--id", id, *here)
+    pavane("runs", "start", "steady", '"marks-unbegun"', "--id", "other", *here)
+    for options, ids in (
+        ([], ["other", "u-2", "u-1"]),
+        (["--workflow", "fulfil"], ["u-2", "u-1"]),
+        (["--prefix", "u-", "--limit", "1"], ["u-2"]),
+        (["--status", "stuck"], []),
+        (["--status", "waiting", "--prefix", "o"], ["other"]),
+        (["--where", "order=u-1"], []),
+    ):
+        lines = good("runs", "list", "-o", "jsonl", *options, *here).splitlines()
+        assert [json.loads(line)["id"] for line in lines] == ids
+    assert "not begun: no node works for orders" in good("runs", "list", *here)
+    assert "3 runs started and not begun, such as other" in good("doctor", *here)
+    process = worker(folder, "cli_shop.py", *here)
+    assert status_until("completed", "u-1", *here)
+    assert status_until("completed", "other", *here)
+    process.terminate()
+    process.communicate(timeout=10)
+    listed = good("runs", "list", "-o", "jsonl", *here).splitlines()
+    assert sorted(json.loads(line)["id"] for line in listed) == ["other", "u-1", "u-2"]
+    assert "not begun" not in good("doctor", *here)
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from pavane.cli.doctor_events import look_at_events
 from pavane.cli.exits import FAILED
 from pavane.cli.finding import Finding, Level
 from pavane.cli.output import Format, is_unicode, output_option, print_json, terminal_width
-from pavane.cli.runs.record import read_list
+from pavane.cli.runs.record import read_list, read_unbegun
 from pavane.cli.text import counted, duration, printable, size, wrapped
 from pavane.core.codec import error_summary
 from pavane.engine.duties import without_duties
@@ -168,6 +168,7 @@ async def _look_inside(client: Client, worker: str) -> list[Finding]:
     findings.append(_nodes(live, len(nodes) - len(live), worker))
     findings += await _partitions(client, live, worker)
     findings.append(await _stuck(client))
+    findings += await _unbegun(client)
     findings.append(await _parked(client, bool(live)))
     findings += await look_at_events(client)
     return findings
@@ -270,6 +271,22 @@ async def _stuck(client: Client) -> Finding:
         "`pavane runs list --status stuck` lists them, `pavane runs show ID` tells why; repair the "
         "cause, then `pavane runs retry ID`.",
     )  # fmt: skip
+
+
+async def _unbegun(client: Client) -> list[Finding]:
+    unbegun = await read_unbegun(client, RunFilter())
+    if not unbegun:
+        return []
+    homes = sorted({status.home for status in unbegun})
+    options = " ".join(f"--service {home}" for home in homes)
+    return [
+        Finding(
+            "unbegun runs", "warn",
+            f"{counted(len(unbegun), 'run')} started and not begun, such as {unbegun[0].id}: no "
+            f"node works for {', '.join(homes)}",
+            f"Start a worker for them: pavane run shop.py {options}.",
+        )
+    ]  # fmt: skip
 
 
 async def _parked(client: Client, at_work: bool) -> Finding:

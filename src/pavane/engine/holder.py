@@ -1168,6 +1168,7 @@ class Holder:
             raise
         except Exception as error:
             row.hop, row.holder, held.trail = hop, row.service, trail
+            row.ended_us = row.result = None  # should it have been about to end
             self._stick_with(held, error, messages, unparked, taken, done)
 
     def _settle_all(
@@ -1209,7 +1210,8 @@ class Holder:
         )  # fmt: skip
         if isinstance(decision, Pass) and not held.local and held.entries is not None:
             for op in execution.pending.values():
-                self._check_listed(op)
+                if not op.sent:
+                    self._check_listed(op)
             self._pass(held, decision, messages, unparked, taken, done)
             return
         launch = self._dispatch(held, execution.pending.values(), messages, recovered)

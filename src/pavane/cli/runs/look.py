@@ -23,7 +23,13 @@ from pavane.cli.output import (
     say,
     terminal_width,
 )
-from pavane.cli.runs.record import idle_services, needed_services, read_list, read_timeline
+from pavane.cli.runs.record import (
+    idle_services,
+    needed_services,
+    read_list,
+    read_timeline,
+    read_unbegun,
+)
 from pavane.cli.text import clock, duration, printable
 from pavane.cli.timeline import STATUS_COLOURS, draw
 from pavane.core.codec import RemoteTraceback, decode_error
@@ -96,7 +102,9 @@ def list_runs(
 
     async def look() -> tuple[list[RunStatus], int]:
         async with connected(app, where.store) as client:
-            return await read_list(client, which), client.store.now_us()
+            unbegun = await read_unbegun(client, which)
+            begun = await read_list(client, which)
+            return [*unbegun, *begun][:limit], client.store.now_us()
 
     found, now_us = asyncio.run(look())
     if output != "table":

@@ -10,11 +10,14 @@ import msgspec
 
 from pavane.app import Client, RunStatus, status_of
 from pavane.core.baton import ENDED
-from pavane.core.envelope import Await, unpack
+from pavane.core.envelope import Await, Start, unpack
+from pavane.engine.held import blank_row, encode_plain
 from pavane.insight.timeline import Timeline, timeline
 from pavane.stores.port import ParkedRow, RunFilter, RunRow
 
 PAGE = 200
+LOOKED_AT_MAX = 1000
+"""So many messages are looked through for runs that nobody has begun."""
 CHECK_S = 0.02
 _SERVICE = re.compile(r"^(?:step|undo|child) ([^.]+)\.")
 
@@ -80,6 +83,39 @@ async def read_list(client: Client, which: RunFilter) -> list[RunStatus]:
             break
         before = rows[-1].no
     return found[: which.limit]
+
+
+async def read_unbegun(client: Client, which: RunFilter) -> list[RunStatus]:
+    """List runs that were started at services which no live node hosts, newest first.
+
+    They are messages still. As many are looked at as LOOKED_AT_MAX, of the services of this app and
+    of those that got one of the newest messages.
+    """
+    if which.attributes or (which.status and "waiting" not in which.status):
+        return []
+    store = client.store
+    head = await store.log_head()
+    newest = await store.read_log(head - LOOKED_AT_MAX, head, None, LOOKED_AT_MAX, None)
+    services = {message.to for message in newest} | set(client.registry.services)
+    idle = await idle_services(client, services - {""})
+    consumed = {row.target: row.position for row in await store.partition_rows(idle)}
+    if not consumed:
+        return []
+    at = min(consumed.values())
+    found: dict[str, RunStatus] = {}
+    for message in await store.read_log(at, head, list(consumed), LOOKED_AT_MAX, None):
+        if message.kind != "start" or message.pos <= consumed[message.target]:
+            continue
+        header = unpack(Start, message.body).header
+        fits = header.run.startswith(which.id_prefix) and (
+            which.workflow in (None, header.workflow)
+        )
+        if fits and await store.run_row(message.to, message.run) is None:
+            row = blank_row(0, header.home, message.target, header)
+            row.header, row.status = encode_plain(header), "waiting"
+            row.reason = f"not begun: no node works for {header.home}"
+            found[header.run] = status_of(row)
+    return list(found.values())[::-1]
 
 
 async def idle_services(client: Client, services: Iterable[str]) -> list[str]:
