@@ -27,7 +27,7 @@ AT_ONCE = 3
 BERTHS = 1
 """Ships of one size that are unloaded at once."""
 STAMPS = 2
-STAMPS_PER_S = 0.2
+STAMPS_PER_S = 0.5
 CRIERS = 1
 TIRELESS = Retry(attempts=200, first="20ms", most="200ms")
 

@@ -28,7 +28,7 @@ REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
     ),
     ("shop", "choreography", (475, 621)),
     ("shop", "orchestration", (238,)),
-    ("poison", "orchestration", (849,)),
+    ("poison", "orchestration", (137, 849)),
     ("shop", "choreography", (46, 154, 826)),
     ("harbour", "orchestration", (30527,)),
     ("harbour", "choreography", (30305,)),

@@ -157,7 +157,7 @@ class Custody:
             return  # it is not touched now, so that counts for nothing
         if head.deaths + 1 >= self._config.deaths_max:
             row = (await self._store.events_at([head.pos])).get(head.pos)
-            if row is not None:
+            if row is not None and not lane.stopped and lane.head is head:
                 text = (
                     f"Quarantined: {head.deaths + 1} processes died while {subscription.handler!r} "
                     f"handled this event. Find out why, then `pavane dead retry`."

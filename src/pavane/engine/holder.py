@@ -252,12 +252,17 @@ class Holder:
         deaths = len(await self._store.seen(message.to, tries)) + 1
         alone = SUSPECT_DEATHS < deaths < self._config.deaths_max
 
+        def is_elsewhere() -> bool:
+            return self._loading.get(key) is not waiting or not self._session.owns(message.target)
+
         async def attempt() -> None:
-            if self._loading.get(key) is not waiting or not self._session.owns(message.target):
+            if is_elsewhere():
                 return  # its partition was handed over
             if deaths < self._config.deaths_max:
                 mark = InboxRow(message.to, tries[deaths - 1], self._session.now_us())
                 await self._session.durable(inbox=[mark])
+                if is_elsewhere():
+                    return
             self._start_or_load(message, start, key, None, deaths)
             if alone:
                 await self._session.until_calm(key)
@@ -383,7 +388,8 @@ class Holder:
         """Go on with a run that was set aside; it has all that came, and its timers, at once."""
         key = (row.service, row.id)
         self._loading.setdefault(key, []).append(self._fire_due)
-        await self._load_numbered({key: row.no})
+        # As a task, which is waited for should the run's partition be handed over meanwhile.
+        await asyncio.wait([self._spawn(self._load_numbered({key: row.no}))])
 
     def acquit(self, key: Key) -> None:
         """Clear a run that was touched alone and ended no process; perhaps it only waits."""
@@ -1031,7 +1037,8 @@ class Holder:
             self._session.consumed(message)
             return
         header = baton.header
-        await self._store.register([header.home])  # perhaps this app does not list it
+        if header.home not in self._registry.services:
+            await self._store.register([header.home])
         row = await self._store.run_row(message.to, header.run)
         exists = row is not None
         if row is None:
@@ -1885,10 +1892,11 @@ class Holder:
         for key in [key for key in self._loading if self._store.target_of(*key) in targets]:
             del self._loading[key]  # it was set aside
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._reap)
+        return task
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -64,10 +64,23 @@ ALONE_MAX_LOOKS = 500
 
 DRAIN = "drain"
 """What people ask a node for."""
-RELEASED = "released"
-"""The kind of message that tells of free partitions, or of a node that wants some."""
+LOOK_ROUND = "released"
+"""The kind of message that makes all nodes look who is there, what is free, and what people ask."""
 
 Key = tuple[str, str]
+
+
+def look_round(store: Store, service: str) -> Commit:
+    """Return what makes all nodes look round at once; they would soon anyway."""
+    now = store.now_us()
+    id, target = f"{LOOK_ROUND}-{now}", store.target_of(service, "")
+    return Commit(messages=[Message(LOOK_ROUND, id, service, "", b"null", now, target)])
+
+
+async def tell_nodes(store: Store, service: str) -> None:
+    """Let all nodes look round at once; `service` is any that the store knows."""
+    await store.register([service])
+    await durable(look_round(store, service), partial(submit_alone, store))
 
 
 class Session:
@@ -269,7 +282,7 @@ class Session:
                 self.limits.back_message(message)
             elif kind == "permit-probe":
                 self.limits.probe_message(message)
-            elif kind == RELEASED:
+            elif kind == LOOK_ROUND:
                 self.consumed(message)  # whoever read it looked for free partitions
             else:
                 log.error("message %s has unknown kind %r", message.id, kind)
@@ -319,7 +332,7 @@ class Session:
         while self.store.tail < head:
             messages = await self.store.read_log(self.store.tail, head, None, PAGE, self.fence.node)
             for message in messages:
-                if message.kind == RELEASED:
+                if message.kind == LOOK_ROUND:
                     self._released.set()
                 floor = self._floors.get(message.target)
                 if floor is not None and message.pos > floor:
@@ -398,18 +411,12 @@ class Session:
             (target, self._position(target)) for target in targets if target in self._flight
         ]
         await self.store.release(self.fence, positions)
-        self.submit(self._tell_released(rows[0].service, rows[0].target))
+        self.submit(look_round(self.store, rows[0].service))
         for target in targets:
             self._floors.pop(target, None)
             self._flight.pop(target, None)
             self._written_positions.pop(target, None)
         self.draining.difference_update(targets)
-
-    def _tell_released(self, service: str, target: int) -> Commit:
-        """Return what lets others look for free partitions at once; they would soon anyway."""
-        now = self.now_us()
-        id = f"{RELEASED}-{self.fence.node}-{now}"
-        return Commit(messages=[Message(RELEASED, id, service, "", b"null", now, target)])
 
     async def _own(self, rows: Sequence[PartitionRow]) -> None:
         """Take partitions up where they were left: messages, runs, parked steps, timers."""
@@ -553,7 +560,7 @@ class Session:
             return  # its partition was handed over, or is about to be
         if isinstance(row, RunRow):
             await self.store.touch(self.fence, [row.no], ())
-            if self._aside.pop(key, None) is row:
+            if self._aside.pop(key, None) is row and self.owns(row.target):
                 await self.holder.try_again(row)
         else:
             row.deaths += 1
@@ -561,7 +568,8 @@ class Session:
             if self._aside.pop(key, None) is row:
                 self.steps.resume(row)
         await self.until_calm(key)
-        self.holder.acquit(key)
+        if self.owns(row.target):
+            self.holder.acquit(key)
         await self.committer.flush()
 
     async def until_calm(self, key: Key) -> None:
@@ -604,8 +612,7 @@ class Session:
         await self.handlers.start()
         await self.balance()
         if self._others:
-            service = min(self.services)
-            self.submit(self._tell_released(service, self.store.target_of(service, "")))
+            self.submit(look_round(self.store, min(self.services)))
         self.spawn(self._poll_log())
         self._ticking = self.spawn(self._tick())
         self.spawn(self._read_timers(self.run_timers))
@@ -668,8 +675,7 @@ class Session:
                 await self.store.release(self.fence, positions)
                 await self.store.leave(self.fence)
                 if positions:
-                    told = self._tell_released(min(self.services), positions[0][0])
-                    await durable(told, partial(submit_alone, self.store))
+                    await tell_nodes(self.store, min(self.services))
 
     async def close(self) -> None:
         """Stop at once."""

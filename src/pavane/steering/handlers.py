@@ -8,6 +8,7 @@ import msgspec
 
 from pavane.engine.breaker import BREAKER, BY_HAND
 from pavane.engine.mailbox import MAILBOX
+from pavane.engine.node import tell_nodes
 from pavane.errors import BadArguments
 from pavane.handler import Handler
 from pavane.steering.desk import Desk, full_name
@@ -106,6 +107,7 @@ class HandlerDesk:
         await self._store.pause_handler(
             row.no, LAST_US, reason.removeprefix(BREAKER).strip() or BY_HAND
         )
+        await tell_nodes(self._store, row.service)
         return full_name(row)
 
     async def is_paused(self, name: str) -> bool:
@@ -117,6 +119,7 @@ class HandlerDesk:
         """Let a handler go on, also one that its breaker paused; return its full name."""
         row = await self._desk.row(name)
         await self._store.pause_handler(row.no, 0, "")
+        await tell_nodes(self._store, row.service)
         return full_name(row)
 
     async def check_unused(self, name: str) -> HandlerStatus:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from pavane.engine.node import DRAIN
+from pavane.engine.node import DRAIN, tell_nodes
 from pavane.engine.process import is_gone, this_host
 from pavane.errors import BadArguments, UnknownName
 from pavane.stores.port import NodeRow, Store
@@ -78,6 +78,7 @@ class Nodes:
             )
         if not await self._store.ask_node(chosen.no, DRAIN):
             raise UnknownName(f"Node {chosen.name} has just left.")
+        await tell_nodes(self._store, min(chosen.partitions))
         return chosen
 
     async def until_left(self, no: int) -> None:
