@@ -147,6 +147,11 @@ def test_a_retry_by_hand_voids_results_and_is_told() -> None:
     assert mark.text == "retried by hand, anew from payments.charge (ValueError: no funds)"
 
 
+def test_a_run_that_a_worker_began_anew_is_not_said_to_be_retried_by_hand() -> None:
+    (mark,) = seen(history([started(CHARGE), Entry("rewind", at(100), 0)])).marks
+    assert mark.text == "begun anew by a worker"
+
+
 def test_legs_follow_each_other_and_the_last_one_lasts_until_now() -> None:
     line = seen(history([started(CHARGE)], trail=(("orders", 0), ("payments", 10))), 70)
     legs = [(leg.service, leg.from_us, leg.until_us) for leg in line.legs]

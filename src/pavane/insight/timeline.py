@@ -152,7 +152,9 @@ def _marks(entries: Sequence[Entry]) -> list[Mark]:
     kept: list[Entry] = []
     for entry in entries:
         if entry.what == "rewind":
-            marks.append(Mark(entry.at_us, "retry", _voided(kept, kept[entry.op :])))
+            # By hand a run is never taken back to before its beginning.
+            text = _voided(kept, kept[entry.op :]) if entry.op else "begun anew by a worker"
+            marks.append(Mark(entry.at_us, "retry", text))
             del kept[entry.op :]
             continue
         kept.append(entry)
