@@ -24,7 +24,7 @@ REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
     ("bank", "orchestration", (1101, 3363, 3772)),
     (
         "bank", "choreography",
-        (1036, 1072, 1096, 1124, 1144, 1313, 2182, 2231, 2605, 3076, 3428, 3596),
+        (1036, 1072, 1096, 1124, 1144, 1313, 2182, 2231, 2605, 3076, 3428, 3596, 104127),
     ),
     ("shop", "choreography", (475, 621)),
     ("shop", "orchestration", (238,)),

@@ -210,6 +210,17 @@ async def test_a_slot_that_leaves_takes_nothing_more_and_keeps_its_cursor() -> N
 
 
 @in_loop
+async def test_a_slot_that_leaves_twice_keeps_the_cursor_of_the_first_time() -> None:
+    """As when a node drains while it hands a partition over: it took nothing since."""
+    bench = Bench()
+    bench.subscription.live = True
+    bench.subscription.leave({1}, 3)
+    bench.offer((4, "a"))
+    bench.subscription.leave({1}, 9)
+    assert bench.subscription.reached(1, 9) == 3
+
+
+@in_loop
 async def test_there_is_room_again_when_enough_is_settled_or_has_left() -> None:
     bench = Bench()
     subscription = bench.subscription

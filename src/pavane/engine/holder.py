@@ -392,9 +392,9 @@ class Holder:
         await asyncio.wait([self._spawn(self._load_numbered({key: row.no}))])
 
     def acquit(self, key: Key) -> None:
-        """Clear a run that was touched alone and ended no process; perhaps it only waits."""
+        """Clear a run that was touched alone and ended no process; it waits, or has moved on."""
         held = self.held.get(key)
-        if held is not None and held.suspect == CLEARED_BY and not self.is_busy(key):
+        if held is not None and held.suspect and not self.is_busy(key):
             held.suspect = 0
             self._settle(held, replayed=True)
 

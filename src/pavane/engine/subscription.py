@@ -341,7 +341,9 @@ class Subscription:
     def leave(self, slots: set[int], tail: int) -> list[Lane]:
         """Begin nothing more in these slots; return their lanes that are busy."""
         for slot in slots & self.slots.keys():
-            self.slots[slot].limit = tail if self.live else self.position
+            progress = self.slots[slot]
+            if progress.limit is None:  # else it is leaving already, and took nothing since
+                progress.limit = tail if self.live else self.position
         lanes = [lane for lane in self.lanes.values() if lane.slot in slots]
         for lane in lanes:
             lane.stopped = True
