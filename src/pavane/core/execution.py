@@ -22,7 +22,7 @@ from msgspec import Raw
 
 from pavane.core.baton import Header, Outcome
 from pavane.core.codec import Params, decode_error, encode, encode_error
-from pavane.core.journal import Entry
+from pavane.core.journal import PATCH, Entry
 from pavane.core.loop import DurableTimer, Runaway, WorkflowFuture, WorkflowLoop
 from pavane.core.operations import BEGIN, EXPIRY, Kind, Mode, Operation
 from pavane.errors import (
@@ -43,7 +43,6 @@ REFUSALS_MAX = 5
 
 _current: ContextVar[Execution | None] = ContextVar("pavane_execution", default=None)
 section_mode: ContextVar[Mode | None] = ContextVar("pavane_section_mode", default=None)
-_PATCH = "patch "
 
 
 class WorkflowDefinition(Protocol):
@@ -127,10 +126,10 @@ class Execution:
         self._random: random.Random | None = None
         self._patches: dict[str, bool] = {}
         self._recorded_patches = {
-            mark[len(_PATCH) :]
+            mark[len(PATCH) :]
             for entry in journal
             for mark in entry.issued
-            if mark.startswith(_PATCH)
+            if mark.startswith(PATCH)
         }
         self._replaying = False
         self._discarded = False
@@ -457,7 +456,7 @@ class Execution:
             known = mark in self._recorded_patches or not self._replaying
             self._patches[mark] = known
             if known:
-                self._issued.append(_PATCH + mark)
+                self._issued.append(PATCH + mark)
         return known
 
     def _on_timer(self, handle: DurableTimer) -> None:

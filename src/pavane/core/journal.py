@@ -35,6 +35,12 @@ DAMAGED = (
 )
 
 
+PATCH = "patch "
+"""What a mark among `issued` begins with that is no operation: see `patched`."""
+DELIVERIES = ("done", "failed", "fired", "received")
+"""What answers an operation."""
+
+
 class Entry(msgspec.Struct, array_like=True):
     """One delivery.
 
@@ -52,6 +58,11 @@ class Entry(msgspec.Struct, array_like=True):
     attempts: int = 0
     began_us: int = 0
     issued: list[str] = []
+
+    @property
+    def asked(self) -> list[str]:
+        """The operations that were issued, one after the other; a patch mark is none."""
+        return [mark for mark in self.issued if not mark.startswith(PATCH)]
 
 
 _encoder = msgspec.json.Encoder()
@@ -104,7 +115,7 @@ def expiry_of(delivered: Iterable[Entry]) -> int | None:
     for index, entry in enumerate(delivered):
         if entry.what == "fired" and issued[entry.op] == f"timer {EXPIRY}":
             return index
-        issued += [mark for mark in entry.issued if not mark.startswith("patch ")]
+        issued += entry.asked
     return None
 
 
@@ -118,7 +129,7 @@ def issue_eras(entries: Iterable[Entry]) -> list[int]:
             del kept[entry.op :]
         else:
             kept.append((era, entry))
-    return [era for era, entry in kept for mark in entry.issued if not mark.startswith("patch ")]
+    return [era for era, entry in kept for _ in entry.asked]
 
 
 def unasked_of(delivered: Sequence[Entry]) -> frozenset[int]:

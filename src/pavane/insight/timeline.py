@@ -17,7 +17,7 @@ from pavane.app import RunHistory, RunStatus
 from pavane.core.baton import ENDED, Stop
 from pavane.core.codec import error_summary
 from pavane.core.envelope import Call, unpack
-from pavane.core.journal import Entry, effective, eras
+from pavane.core.journal import DELIVERIES, Entry, effective, eras
 from pavane.core.operations import EXPIRY
 from pavane.errors import CorruptJournal
 
@@ -25,7 +25,6 @@ Kind = Literal["step", "undo", "timer", "receive", "child", "spawn", "publish", 
 State = Literal["done", "failed", "running", "waiting", "parked", "stuck", "dropped"]
 
 _AT_ONCE = ("spawn", "publish", "attributes")
-_DELIVERIES = ("done", "failed", "fired", "received")
 _NO_SERVICE = ("timer", "attributes")
 
 
@@ -142,9 +141,8 @@ def _legs(trail: Sequence[Stop], end_us: int) -> list[Leg]:
 def _fingerprints(entries: Iterable[Entry]) -> Iterable[tuple[str, int]]:
     """Yield what was asked for and when, in the order of the operations' ordinals."""
     for entry in entries:
-        for mark in entry.issued:
-            if not mark.startswith("patch "):
-                yield mark, entry.at_us
+        for mark in entry.asked:
+            yield mark, entry.at_us
 
 
 def _marks(entries: Sequence[Entry]) -> list[Mark]:
@@ -171,7 +169,7 @@ def _voided(kept: Sequence[Entry], voided: Sequence[Entry]) -> str:
     lost = [
         asked[entry.op] + (f" ({error_summary(bytes(entry.value))})" * (entry.what == "failed"))
         for entry in voided
-        if entry.what in _DELIVERIES and 0 <= entry.op < len(asked)
+        if entry.what in DELIVERIES and 0 <= entry.op < len(asked)
     ]
     return "retried by hand" + (f", anew from {', '.join(lost[:3])}" if lost else "")
 
@@ -188,7 +186,7 @@ class _Spans:
         self._now_us = now_us
         self._wake_us = wake_us
         self._taken = taken
-        self._results = {e.op: e for e in delivered if e.what in _DELIVERIES}
+        self._results = {e.op: e for e in delivered if e.what in DELIVERIES}
         self._cancelled_us = max((e.at_us for e in delivered if e.what == "cancel"), default=0)
         self._waits = self._status.reason.split(", ")
         era = eras(history.entries)

@@ -163,7 +163,7 @@ async def _read_needs(store: Store, traffic: Traffic) -> None:
 
 def _asked(delivered: Sequence[Entry]) -> Iterator[str]:
     """Yield the services of steps and children that a run has asked for and waits for."""
-    issued = [mark for e in delivered for mark in e.issued if not mark.startswith("patch ")]
+    issued = [mark for entry in delivered for mark in entry.asked]
     done = {entry.op for entry in delivered}
     for op, mark in enumerate(issued):
         kind, _, name = mark.partition(" ")

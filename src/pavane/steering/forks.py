@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from pavane.core.baton import Header
 from pavane.core.execution import Execution
-from pavane.core.journal import Entry, expiry_of
+from pavane.core.journal import DELIVERIES, Entry, expiry_of
 from pavane.engine.registry import Registry
 from pavane.errors import Mismatch, UnknownName
 
@@ -31,13 +31,9 @@ class Forks:
         payload_max_bytes: int,
     ) -> None:
         self._delivered = delivered
-        self._marks = [
-            mark for entry in delivered for mark in entry.issued if not mark.startswith("patch ")
-        ]
+        self._marks = [mark for entry in delivered for mark in entry.asked]
         self._index = {
-            entry.op: index
-            for index, entry in enumerate(delivered)
-            if entry.what in ("done", "failed", "fired", "received")
+            entry.op: index for index, entry in enumerate(delivered) if entry.what in DELIVERIES
         }
         self._work = [
             (index, op)
