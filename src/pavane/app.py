@@ -15,7 +15,7 @@ from msgspec import Raw
 
 from pavane.config import MEMORY, check_address, make_store, store_address
 from pavane.contract import Contract, make_contract
-from pavane.core.baton import ENDED, Header, Stop, chain_of, decode_baton
+from pavane.core.baton import ENDED, Header, Stop, chain_of, chained, decode_baton
 from pavane.core.codec import decode_error, decoder, encode_fitting
 from pavane.core.envelope import Request, Signal, Start, pack, unpack
 from pavane.core.execution import current
@@ -490,7 +490,7 @@ class Client:
         if number == 1 and row.status not in ENDED:
             return False
         numbers = range(max(1, number - CHAIN_MAX), number + 1)
-        ids = [f"{base}~{n}#s-{id}" if n > 1 else f"{base}#s-{id}" for n in numbers]
+        ids = [f"{chained(base, n)}#s-{id}" for n in numbers]
         return bool(await self.store.seen(row.home, ids))
 
     async def _newest_row(self, run: str) -> RunRow:

@@ -472,7 +472,7 @@ def test_a_paused_handler_waits_until_it_is_resumed(worker: None) -> None:
     paused = handler("mail.thank")
     assert (paused["state"], paused["reason"]) == ("paused", "provider is down")
     assert "paused: mail.thank (provider is down)" in good("doctor")
-    time.sleep(0.7)  # a worker obeys twice a second
+    time.sleep(0.7)  # a worker is told at once
     id = place("w-1", 990)
     (charged,) = published("Charged", "w-1")
     until(lambda: handler("mail.thank")["backlog"] == 1, "the backlog")

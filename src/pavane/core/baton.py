@@ -62,6 +62,11 @@ def chain_of(run: str) -> tuple[str, int]:
     return (base, int(number)) if mark and number.isdigit() else (run, 1)
 
 
+def chained(base: str, number: int) -> str:
+    """Return the id of the run of this number in the chain that begins with `base`."""
+    return f"{base}~{number}" if number > 1 else base
+
+
 class Outcome(msgspec.Struct, frozen=True, array_like=True):
     """How a run ended: `value` is the encoded result, error, or arguments of the next run."""
 

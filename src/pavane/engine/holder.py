@@ -29,6 +29,7 @@ from pavane.core.baton import (
     Status,
     Stop,
     chain_of,
+    chained,
     decode_baton,
     encode_baton,
 )
@@ -1037,8 +1038,7 @@ class Holder:
             self._session.consumed(message)
             return
         header = baton.header
-        if header.home not in self._registry.services:
-            await self._store.register([header.home])
+        await self._session.make_known(header.home)
         row = await self._store.run_row(message.to, header.run)
         exists = row is not None
         if row is None:
@@ -1195,8 +1195,9 @@ class Holder:
             while held.mail and execution.outcome is None and self._deliver_mail(held, taken):
                 self._collect(held, messages)
         except NotUndone as error:
-            self._commit(held, messages, unparked, taken, done)
-            self._stick(held, str(error))
+            self._stick(
+                held, str(error), unparked=unparked, taken=taken, leaving=messages, done=done
+            )
             return
         if execution.outcome is not None:
             if held.reads_mail and execution.outcome.status == "continued":
@@ -1974,7 +1975,7 @@ def start_claim(header: Header) -> InboxRow:
 def next_id(run: str) -> str:
     """Return the id of the run that continues `run`."""
     base, number = chain_of(run)
-    return f"{base}~{number + 1}"
+    return chained(base, number + 1)
 
 
 class _NoDefinition:
@@ -2025,7 +2026,7 @@ def _undone(raws: Sequence[bytes]) -> int:
     for entry in entries:
         if entry.what == "done" and 0 <= entry.op < len(issued):
             undone += issued[entry.op].startswith("undo ")
-        issued += [mark for mark in entry.issued if not mark.startswith("patch ")]
+        issued += entry.asked
     return undone
 
 

@@ -109,7 +109,8 @@ class Session:
             asyncio.get_running_loop().create_future()
         )
         """Why it must end; None when people asked this node to drain."""
-        self._released = asyncio.Event()
+        self._called = asyncio.Event()
+        """Set when somebody asks all nodes to look round."""
         self._others: list[NodeRow] = []
         """Who else was there at the last look."""
         self.services = frozenset(services)
@@ -155,6 +156,13 @@ class Session:
 
     def hosts(self, service: str) -> bool:
         return service in self.services
+
+    async def make_known(self, service: str) -> bool:
+        """Let the store know a service, perhaps of another app; tell whether that took a while."""
+        if service in self.registry.services:
+            return False
+        await self.store.register([service])
+        return True
 
     def owns(self, target: int) -> bool:
         return target in self._floors and target not in self.draining
@@ -283,7 +291,7 @@ class Session:
             elif kind == "permit-probe":
                 self.limits.probe_message(message)
             elif kind == LOOK_ROUND:
-                self.consumed(message)  # whoever read it looked for free partitions
+                self.consumed(message)  # whoever read it looks round
             else:
                 log.error("message %s has unknown kind %r", message.id, kind)
                 self.consumed(message)
@@ -333,7 +341,7 @@ class Session:
             messages = await self.store.read_log(self.store.tail, head, None, PAGE, self.fence.node)
             for message in messages:
                 if message.kind == LOOK_ROUND:
-                    self._released.set()
+                    self._called.set()
                 floor = self._floors.get(message.target)
                 if floor is not None and message.pos > floor:
                     found = True
@@ -630,9 +638,9 @@ class Session:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
-                    await self._released.wait()
-            if self._released.is_set() or loop.time() >= look_due or self._gone():
-                self._released.clear()
+                    await self._called.wait()
+            if self._called.is_set() or loop.time() >= look_due or self._gone():
+                self._called.clear()
                 look_due = loop.time() + LOOK_S
                 await self.balance()
                 await self.handlers.look()

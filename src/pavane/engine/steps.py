@@ -254,8 +254,7 @@ class Steps:
             log.error("command %s: %s", message.id, error)
             self._consumed(message)
             return
-        if call.reply_to not in self._session.registry.services:
-            await self._store.register([call.reply_to])
+        await self._session.make_known(call.reply_to)
         seen = await self._store.seen(message.to, [message.id])
         if not self._session.owns(message.target):
             return  # it was handed over meanwhile, or is about to be
@@ -333,16 +332,12 @@ class Steps:
         if begun is not None and begun.parked is not None:
             return
         row = await self._in_custody(key)
-        if row is not None and not self._knows_home(row):
-            await self._store.register([unpack(Call, row.call).reply_to])
+        if row is not None and await self._session.make_known(unpack(Call, row.call).reply_to):
             row = await self._in_custody(key)  # it may have changed meanwhile
         if row is not None and row.due_us <= self._session.now_us():
             self.resume(row)
         elif row is not None:
             self._session.parked_timers.schedule(key, row.due_us)
-
-    def _knows_home(self, row: ParkedRow) -> bool:
-        return unpack(Call, row.call).reply_to in self._session.registry.services
 
     async def _in_custody(self, key: tuple[str, str]) -> ParkedRow | None:
         """Read the row of a step, unless it changes meanwhile: what was read may then be old."""
