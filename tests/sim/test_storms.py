@@ -27,7 +27,7 @@ REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
         (1036, 1072, 1096, 1124, 1144, 1313, 2182, 2231, 2605, 3076, 3428, 3596, 104127),
     ),
     ("shop", "choreography", (475, 621)),
-    ("shop", "orchestration", (238,)),
+    ("shop", "orchestration", (238, 403336)),
     ("poison", "orchestration", (137, 849)),
     ("shop", "choreography", (46, 154, 826)),
     ("harbour", "orchestration", (30527,)),

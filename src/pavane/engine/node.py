@@ -120,6 +120,8 @@ class Session:
         self._flight: dict[int, dict[int, None]] = {}
         self._unread: dict[int, int] = {}
         """Where partitions were left that are being taken up: what came since is yet to be read."""
+        self._early: list[Message] = []
+        """What came for those meanwhile: its turn is after what was written before it."""
         self._routed = 0
         """Position of the newest message of this node's own: the log's tail leaves those out."""
         self._written_positions: dict[int, int] = {}
@@ -255,7 +257,10 @@ class Session:
     def _take(self, message: Message, *, redelivered: bool) -> None:
         self._flight[message.target][message.pos] = None
         if message.target not in self.draining:
-            self._handle(message, redelivered)
+            if message.target in self._unread and message.pos > self._floors[message.target]:
+                self._early.append(message)
+            else:
+                self._handle(message, redelivered)
         elif isinstance(message.live, Held):
             message.live.execution.discard()  # the next owner goes on with it
 
@@ -454,6 +459,9 @@ class Session:
             await asyncio.sleep(0)
         for target in targets:
             del self._unread[target]
+        early, self._early = self._early, []
+        for message in early:
+            self._handle(message, redelivered=False)
         for service in dict.fromkeys(row.service for row in rows):
             own = [row for row in rows if row.service == service]
             await self.handlers.own(
