@@ -26,6 +26,7 @@ import msgspec
 
 from pavane.errors import LeaseLost, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import (
+    COUNT_MAX,
     Commit,
     Conflict,
     Features,
@@ -858,12 +859,15 @@ class SqliteStore(EventTables):
             "schema": self._one("PRAGMA user_version"),
             "bytes": self.path.stat().st_size,
             "wal bytes": wal.stat().st_size if wal.exists() else 0,
-            "runs": self._one("SELECT count(*) FROM runs WHERE service = home"),
-            "messages": self._one("SELECT count(*) FROM log"),
-            "parked": self._one("SELECT count(*) FROM parked"),
+            "runs": self._count("runs WHERE service = home"),
+            "messages": self._count("log"),
+            "parked": self._count("parked"),
             "events": self._one("SELECT coalesce(sum(count), 0) FROM event_types"),
-            "dead letters": self._one("SELECT count(*) FROM dead_letters"),
+            "dead letters": self._count("dead_letters"),
         }
+
+    def _count(self, rows: str) -> int:
+        return self._one(f"SELECT count(*) FROM (SELECT 1 FROM {rows} LIMIT {COUNT_MAX + 1})")
 
 
 def _refusal(error: Exception) -> PavaneError:
