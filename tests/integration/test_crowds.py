@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 
-from pavane import App, Client, Service
+from pavane import App, Client, EngineConfig, Event, Service, receive
 from pavane.engine.timers import TAKING_UP_MAX
 from pavane.stores.postgres import PostgresStore
 from pavane.stores.sqlite import SqliteStore
@@ -29,10 +29,15 @@ async def nap() -> None:
     await asyncio.sleep(0)
 
 
-@shop.workflow
+class Farewell(Event):
+    pass
+
+
+@shop.workflow(receives=[Farewell])
 async def sleeper(who: str) -> None:
     await asyncio.sleep(DAY_S)
     await wake(who)
+    await receive(Farewell)  # it never comes, and keeps nobody from waking
 
 
 @shop.workflow
@@ -45,7 +50,7 @@ async def test_a_crowd_that_wakes_holds_up_nobody_and_fits_in_memory(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     awake.clear()
-    app = App("crowd", [shop], store=str(place))
+    app = App("crowd", [shop], store=str(place), config=EngineConfig(live_runs_max=100))
     async with app.worker() as client:
         await fall_asleep(client)
     kind = SqliteStore if str(place).endswith(".db") else PostgresStore
