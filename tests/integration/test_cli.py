@@ -10,13 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import apsw
 import pytest
 
+from pavane.stores.port import COUNT_MAX
 from tests.integration.command_line import good, in_folder_of, pavane, refused, worker
+from tests.postgres import Database, server
 
 SHOP = '''
 """A shop with what a command line should be able to show."""
@@ -372,6 +376,29 @@ def test_doctor_warns_when_nobody_works() -> None:
     drawn = good("doctor", "--store", "idle.db")
     assert "warn  nodes" in drawn
     assert "→ Start a worker: pavane run cli_shop.py --store idle.db." in drawn
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_doctor_counts_a_large_store_no_further_than_it_must(kind: str) -> None:
+    columns, values = "id, target, kind, receiver, run, at_us, body", "n, 0, '', '', '', 0, ''"
+    with ExitStack() as stack:
+        store = "large.db" if kind == "sqlite" else stack.enter_context(Database())
+        good("runs", "start", "fulfil", '"x"', "--store", store)
+        if kind == "sqlite":
+            with closing(apsw.Connection(store)) as connection:
+                connection.execute(
+                    f"INSERT INTO log ({columns}) WITH RECURSIVE numbers AS"
+                    f" (SELECT 2 AS n UNION ALL SELECT n + 1 FROM numbers LIMIT {COUNT_MAX})"
+                    f" SELECT {values} FROM numbers"
+                )
+        else:
+            server().execute(
+                f"INSERT INTO pavane.log (pos, {columns})"
+                f" SELECT n, {values} FROM generate_series(2, {COUNT_MAX + 1}) AS n",
+                store.rpartition("/")[2],
+            )
+        told = " ".join(good("doctor", "--store", store).split())
+        assert "0 runs, 0 events, more than 10,000 messages" in told
 
 
 def test_doctor_fails_for_a_file_that_is_no_store() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from pavane import App, BadArguments, Service, UnknownName, scheduled_time
 from pavane.app import RunFilter
+from pavane.stores.port import RunRow
 from tests.integration.command_line import good, in_folder_of, pavane, worker
+from tests.integration.world import Place, rows
 
 DEADLINE_S = 20
 reports = Service("reports")
@@ -55,10 +58,10 @@ async def test_runs_start_at_their_times_and_know_them(path: Path) -> None:
     async with app_at(path, "* * * * * *", zone="Asia/Kathmandu") as app:
         runs = await until(lambda: _some(app, 2))
         for id in sorted(runs)[:2]:
-            time = datetime.fromisoformat(id.partition("@")[2])
-            assert time.utcoffset() == timedelta(hours=5, minutes=45)
+            nominal = datetime.fromisoformat(id.partition("@")[2])
+            assert nominal.utcoffset() == timedelta(hours=5, minutes=45)
             result = await app.get(id).result("10s")
-            assert result == f"sales of {time.astimezone(UTC)}"
+            assert result == f"sales of {nominal.astimezone(UTC)}"
         status = await app.get(min(runs)).status()
         assert status.cause == "~schedule:sales"
         assert status.conversation == min(runs), "each has a conversation of its own"
@@ -106,6 +109,43 @@ async def test_a_changed_declaration_takes_effect_and_the_same_changes_nothing(p
     async with app_at(path, "0 9 * * *", zone="Asia/Tokyo") as app:
         (keeper,) = await app.runs(RunFilter(id_prefix="~schedule:"))
         assert keeper.attributes["revision"] == 1
+
+
+def test_a_schedule_is_found_without_reading_all_other_runs(place: Place) -> None:
+    """Each worker looks for the schedules of its app when it starts, however full the store is."""
+    values = {"no": "no + n", "id": "'r' || n", "workflow": "'w'", "status": "'completed'"}
+    values |= {"wake_us": "NULL", "ended_us": "1"}
+    columns = RunRow.__struct_fields__
+    numbers = "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers"
+    crowd = (
+        f"INSERT INTO runs ({', '.join(columns)}) {numbers} WHERE n < 30000)"
+        f" SELECT {', '.join(values.get(name, name) for name in columns)} FROM runs, numbers"
+    )
+
+    async def body() -> None:
+        app = App("shop", [reports], store=str(place))
+        app.schedule("0 0 1 1 *", report, "sales", name="sales")
+        async with app:
+            await until(app.client.schedules.list)
+            await rows(place, crowd)
+
+            async def reading_all() -> None:
+                assert await app.runs(RunFilter(workflow="none")) == []
+
+            slow_s = await _quickest_s(reading_all)
+            assert await _quickest_s(lambda: app.client.schedules.show("sales")) < slow_s / 2
+            assert await _quickest_s(app.client.schedules.list) < slow_s / 2
+
+    asyncio.run(body())
+
+
+async def _quickest_s(work: Callable[[], Awaitable[Any]]) -> float:
+    times: list[float] = []
+    for _ in range(5):
+        began = time.perf_counter()
+        await work()
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 @in_loop

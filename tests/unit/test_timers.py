@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from pavane.engine.timers import DueQueue, Found, Key
+from pavane.engine.timers import BURST, TAKING_UP_MAX, DueQueue, Found, Key
 
 
 def test_a_partition_taken_over_while_it_is_read_ahead_misses_nothing() -> None:
@@ -28,7 +28,11 @@ def test_a_partition_taken_over_while_it_is_read_ahead_misses_nothing() -> None:
             found = [row for target in targets for row in rows[target]]
             return [row for row in found if after <= (row[0], row[1]) and row[0] <= until_us]
 
-        queue = DueQueue(lambda: now_us, read, 0, lambda due: fired.extend(key for key, _ in due))
+        def fire(due: Sequence[tuple[Key, Any]]) -> asyncio.Future[None]:
+            fired.extend(key for key, _ in due)
+            return asyncio.ensure_future(asyncio.sleep(0))
+
+        queue = DueQueue(lambda: now_us, read, 0, fire)
         reading = asyncio.create_task(queue.poll([1]))
         await asyncio.sleep(0)
         await queue.catch_up([2])
@@ -38,5 +42,35 @@ def test_a_partition_taken_over_while_it_is_read_ahead_misses_nothing() -> None:
         await asyncio.sleep(0.01)
         queue.close()
         assert sorted(fired) == [("shop", "of the first"), ("shop", "of the second")]
+
+    asyncio.run(test())
+
+
+def test_a_crowd_is_fired_no_faster_than_it_is_taken_up() -> None:
+    """However many are due at once, a burst waits until those before it are under way."""
+
+    async def test() -> None:
+        crowd: list[Found] = [(1, number, ("shop", str(number)), None) for number in range(5000)]
+        fired = list[Key]()
+        taking_up = list[asyncio.Future[None]]()
+
+        async def read(
+            targets: Sequence[int], after: tuple[int, Any], until_us: int, limit: int
+        ) -> list[Found]:
+            return [row for row in crowd if after < (row[0], row[1])][:limit]
+
+        def fire(due: Sequence[tuple[Key, Any]]) -> asyncio.Future[None]:
+            fired.extend(key for key, _ in due)
+            taking_up.append(asyncio.get_running_loop().create_future())
+            return taking_up[-1]
+
+        queue = DueQueue(lambda: 1_000_000, read, -1, fire)
+        await queue.poll([1])
+        while len(fired) < len(crowd):
+            await asyncio.sleep(0.001)
+            assert 0 < len(taking_up) * BURST < TAKING_UP_MAX + BURST
+            taking_up.pop(0).set_result(None)
+        queue.close()
+        assert fired == [key for _, _, key, _ in crowd]
 
     asyncio.run(test())

@@ -27,7 +27,7 @@ from pavane.core.codec import error_summary
 from pavane.engine.duties import without_duties
 from pavane.engine.process import is_gone, this_host
 from pavane.errors import PavaneError
-from pavane.stores.port import LAST_US, NodeRow, ParkedRow, RunFilter
+from pavane.stores.port import COUNT_MAX, LAST_US, NodeRow, ParkedRow, RunFilter
 
 PYTHON_MIN = (3, 11)
 SQLITE_MIN = (3, 51, 3)
@@ -150,7 +150,7 @@ def _worker(where: Where) -> str:
 async def _look_inside(client: Client, worker: str) -> list[Finding]:
     facts = await client.store.describe()
     held = ", ".join(
-        counted(int(facts[word]), word[:-1]) for word in ("runs", "events", "messages")
+        _at_least(int(facts[word]), word[:-1]) for word in ("runs", "events", "messages")
     )
     findings = [
         Finding(
@@ -172,6 +172,11 @@ async def _look_inside(client: Client, worker: str) -> list[Finding]:
     findings.append(await _parked(client, bool(live)))
     findings += await look_at_events(client)
     return findings
+
+
+def _at_least(count: int, noun: str) -> str:
+    more = count == COUNT_MAX + 1  # a store counts no further
+    return f"more than {counted(COUNT_MAX, noun)}" if more else counted(count, noun)
 
 
 def _read(path: Path, sql: str) -> object:

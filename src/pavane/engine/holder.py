@@ -698,8 +698,11 @@ class Holder:
             ]
         self._session.submit(commit)
 
-    def wake(self, due: Sequence[tuple[Key, Any]]) -> None:
-        """Fire the timers of runs that are due; each comes with its number, if that is known."""
+    async def wake(self, due: Sequence[tuple[Key, Any]]) -> None:
+        """Fire the timers of runs that are due; each comes with its number, if that is known.
+
+        Return when those that had to be loaded are.
+        """
         numbers: dict[Key, int] = {}
         for key, number in due:
             if number is None or key in self.held or key in self._loading:
@@ -708,7 +711,7 @@ class Holder:
                 self._loading[key] = [self._fire_due]
                 numbers[key] = number
         if numbers:
-            self._spawn(self._load_numbered(numbers))
+            await asyncio.wait([self._spawn(self._load_numbered(numbers))])
 
     def _fire_due(self, held: Held | None) -> None:
         if held is None or held.dead or held.row.target in self._session.draining:
@@ -1493,7 +1496,7 @@ class Holder:
             if changed or sooner or overdue:
                 row.wake_us, changed = wake, True
         if wake is not None:
-            self._session.run_timers.schedule(held.key, wake)
+            self._session.run_timers.schedule(held.key, wake, row.no or None)
         held.dirty = changed
 
     def _commit(
@@ -1507,8 +1510,8 @@ class Holder:
         parked: Sequence[ParkedRow] = (),
     ) -> None:
         row = held.row
-        self._project(held, launch)
         self._assign_number(held)
+        self._project(held, launch)
         held.dirty = held.dirty or held.arrival is not None
         if held.arrival is not None and row.service != row.home:
             messages.append(self._note_home(row, row.service, row.status, row.reason))

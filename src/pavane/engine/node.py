@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
@@ -29,7 +29,7 @@ from pavane.engine.pruner import Pruner
 from pavane.engine.registry import Registry
 from pavane.engine.steps import Steps
 from pavane.engine.threads import Threads
-from pavane.engine.timers import DueQueue, Found
+from pavane.engine.timers import BURST, DueQueue, Fire, Found
 from pavane.errors import CorruptJournal, LeaseLost, PavaneError, StoreError
 from pavane.handler import Handler
 from pavane.service import Step
@@ -143,8 +143,10 @@ class Session:
         self.steps = Steps(self)
         self.handlers = Handlers(self)
         self._duties = Duties(self, duties)
-        self.run_timers = DueQueue(self.now_us, self._due_runs, 0, self.holder.wake)
-        self.parked_timers = DueQueue(self.now_us, self._due_parked, "", self.steps.due)
+        self.run_timers = DueQueue(self.now_us, self._due_runs, 0, self._in_turn(self.holder.wake))
+        self.parked_timers = DueQueue(
+            self.now_us, self._due_parked, "", self._in_turn(self.steps.due)
+        )
         self.lease = LeaseKeeper(store, fence, process, self._lease_lost)
         self._pruner = Pruner(store, config.retention_s)
 
@@ -634,6 +636,20 @@ class Session:
         self.spawn(self._read_timers(self.run_timers))
         self.spawn(self._read_timers(self.parked_timers))
         self.spawn(self._pruner.run())
+
+    def _in_turn(self, take_up: Callable[[Sequence[Any]], Awaitable[None]]) -> Fire:
+        """Return what fires timers so that a crowd of them stays behind what the store can do.
+
+        A full burst is taken up when all that was submitted until then is written: what others
+        wrote as well as what became of it. A run or step that goes on to wait holds no place.
+        """
+
+        async def fire(due: Sequence[Any]) -> None:
+            await take_up(due)
+            if len(due) == BURST:
+                await self.durable()
+
+        return lambda due: self.spawn(fire(due))
 
     async def _read_timers(self, queue: DueQueue) -> None:
         while True:

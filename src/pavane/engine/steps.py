@@ -322,10 +322,9 @@ class Steps:
         attempt.details = parked.beat
         return attempt
 
-    def due(self, due: Sequence[tuple[tuple[str, str], None]]) -> None:
-        """Resume parked steps by their keys, reading what is parked now."""
-        for key, _ in due:
-            self._session.spawn(self._resume_from_store(key))
+    async def due(self, due: Sequence[tuple[tuple[str, str], None]]) -> None:
+        """Resume parked steps by their keys, reading what is parked now; return when all began."""
+        await asyncio.wait([self._session.spawn(self._resume_from_store(key)) for key, _ in due])
 
     async def _resume_from_store(self, key: tuple[str, str]) -> None:
         begun = self._begun(key)

@@ -1,13 +1,15 @@
 """Timers: what is due soon, in memory; the rest waits in the store.
 
 Two queues of one shape, runs that wake and parked steps that are due. Each reads the store ahead
-by a horizon, page by page, so that a million sleepers cost no memory.
+by a horizon, page by page, so that a million sleepers cost no memory. Nor does a crowd of them that
+is due at once, as after an outage: the next are taken up when those before are under way again.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
@@ -15,12 +17,16 @@ HORIZON_US = 10_000_000
 PAGE = 1000
 HEAP_MAX = 10_000
 BURST = 200
+TAKING_UP_MAX = 400
+"""How many keys may be fired and not taken up yet: one burst is read while another is written.
+Whoever comes meanwhile waits behind these, not behind a crowd."""
 
 Key = tuple[str, str]
 Found = tuple[int, Any, Key, Any]
 """What the store read: due time in µs, tie-break, key, and what `fire` is given with the key."""
 Reader = Callable[[Sequence[int], tuple[int, Any], int, int], Awaitable[Sequence[Found]]]
-Fire = Callable[[Sequence[tuple[Key, Any]]], None]
+Fire = Callable[[Sequence[tuple[Key, Any]]], asyncio.Future[None]]
+"""Begins to take up what is due; its future is done when that is taken up."""
 
 
 class DueQueue:
@@ -38,6 +44,7 @@ class DueQueue:
         self._heap: list[tuple[int, int, Key]] = []
         self._due: dict[Key, tuple[int, Any]] = {}
         self._serial = 0
+        self._taking_up = 0
         self._cursor: tuple[int, Any] = (0, first_tie)
         self._until = 0
         """Up to when it was read ahead, or is being read, in the partitions owned by then."""
@@ -46,14 +53,17 @@ class DueQueue:
         self._loop = asyncio.get_running_loop()
         self.closed = False
 
-    def schedule(self, key: Key, due_us: int) -> None:
-        """Fire `key` at `due_us`, if that is soon; later ones are found in the store in time."""
+    def schedule(self, key: Key, due_us: int, found: Any = None) -> None:
+        """Fire `key` at `due_us`, if that is soon; later ones are found in the store in time.
+
+        `found` is what `read` would find for it, if that is known.
+        """
         if due_us > self._cursor[0] and due_us > self._now_us() + HORIZON_US:
             return
         known = self._due.get(key)
         if known is not None and known[0] <= due_us:
             return
-        self._push(due_us, key, None)
+        self._push(due_us, key, found)
         self._arm()
 
     def _push(self, due_us: int, key: Key, found: Any) -> None:
@@ -65,7 +75,7 @@ class DueQueue:
         self._due.pop(key, None)
 
     def _arm(self) -> None:
-        if self.closed or not self._heap:
+        if self.closed or not self._heap or self._taking_up >= TAKING_UP_MAX:
             return
         at = self._heap[0][0]
         if self._handle is not None:
@@ -87,7 +97,12 @@ class DueQueue:
                 del self._due[key]
                 due.append((key, known[1]))
         if due:
-            self._fire(due)
+            self._taking_up += len(due)
+            self._fire(due).add_done_callback(partial(self._taken_up, len(due)))
+        self._arm()
+
+    def _taken_up(self, count: int, _: asyncio.Future[None]) -> None:
+        self._taking_up -= count
         self._arm()
 
     async def poll(self, targets: Sequence[int]) -> None:

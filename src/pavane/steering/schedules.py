@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-from pavane.core.baton import ENDED, Header
+from pavane.core.baton import ENDED, Header, Status
 from pavane.engine.held import decode_attributes
 from pavane.engine.registry import unknown
 from pavane.errors import BadArguments, UnknownName
@@ -21,6 +21,10 @@ from pavane.workflow import KEEPER
 
 State = Literal["working", "paused", "idle", "stuck", "failed"]
 LIST_MAX = 10_000
+LIVE: tuple[Status, ...] = tuple(status for status in get_args(Status) if status not in ENDED)
+DELETED: tuple[Status, ...] = ("cancelled", "killed")
+WRONG: tuple[Status, ...] = ("completed", "failed")
+"""How a keeper may end that nobody deleted."""
 
 
 class ScheduleStatus(msgspec.Struct, frozen=True):
@@ -68,11 +72,11 @@ class Schedules:
                 await self._declare(schedule)
 
     async def _declare(self, schedule: Schedule) -> None:
-        rows = await self._rows(schedule.name)
-        row = next((row for row in rows if row.status not in ENDED), None)
+        row = await self._keeper(schedule.name, LIVE)
         if row is None:
             # One that was deleted begins anew, under an id that all who see this choose alike.
-            id = KEEPER + schedule.name + (f":{rows[0].no}" if rows else "")
+            last = await self._keeper(schedule.name, DELETED + WRONG)
+            id = KEEPER + schedule.name + (f":{last.no}" if last is not None else "")
             await self._start(schedule, id)
             return
         known = decode_attributes(row.attributes)
@@ -98,18 +102,20 @@ class Schedules:
 
     # -- looking -------------------------------------------------------------------------------
 
-    async def _rows(self, name: str) -> list[RunRow]:
-        """Return the runs that kept a schedule, newest first."""
-        found = await self._store.list_runs(RunFilter(workflow=KEEPER + name, limit=LIST_MAX))
-        return [row for row in found if row.status != "continued"]
+    async def _keeper(self, name: str, statuses: Sequence[Status]) -> RunRow | None:
+        """Return the newest run of these statuses that keeps a schedule, found by its id."""
+        keeper = KEEPER + name
+        which = RunFilter(workflow=keeper, id_prefix=keeper, status=tuple(statuses), limit=1)
+        return next(iter(await self._store.list_runs(which)), None)
 
     async def list(self) -> list[ScheduleStatus]:
         """Return all schedules by name, those that failed too, without those that were deleted."""
         hosted = await self._desk.hosted()
         found: dict[str, ScheduleStatus] = {}
-        for row in await self._store.list_runs(RunFilter(id_prefix=KEEPER, limit=LIST_MAX)):
+        which = RunFilter(id_prefix=KEEPER, status=LIVE + WRONG, limit=LIST_MAX)
+        for row in await self._store.list_runs(which):
             name = row.workflow.removeprefix(KEEPER)
-            if name not in found and row.status not in ("continued", "cancelled", "killed"):
+            if name not in found:
                 found[name] = _status(name, row, hosted)
         return [found[name] for name in sorted(found)]
 
@@ -118,9 +124,9 @@ class Schedules:
         return _status(name, await self._row(name), await self._desk.hosted())
 
     async def _row(self, name: str) -> RunRow:
-        for row in await self._rows(name):
-            if row.status not in ENDED:
-                return row
+        row = await self._keeper(name, LIVE)
+        if row is not None:
+            return row
         names = [status.name for status in await self.list()]
         raise UnknownName(
             f"{unknown('schedule', name, names)} One that is declared begins with the first worker "

@@ -20,6 +20,10 @@ from pavane.stores.eventlog import EventRow, EventStore, Reaction
 LAST_US = 2**62
 """Later than any time; the end of an open range."""
 
+COUNT_MAX = 10_000
+"""A store that is described counts rows up to this many, and one more tells that there are more:
+millions take seconds to count, and nobody needs to know how many exactly."""
+
 
 class Conflict(PavaneError):
     """A commit repeats something that is there already (a run, an inbox mark, a journal entry)."""
@@ -459,5 +463,5 @@ class Store(EventStore, Protocol):
         ...
 
     async def describe(self) -> dict[str, str | int | float]:
-        """Facts for people: kind, place, versions, sizes."""
+        """Facts for people: kind, place, versions, sizes, and rows counted up to COUNT_MAX + 1."""
         ...

@@ -148,9 +148,11 @@ class PostgresServer:
 
         It cannot be written to until it is told `SELECT pg_promote()`.
         """
-        other = PostgresServer()
+        source = f"host=127.0.0.1 port={self.port} user={USER}"
+        other = PostgresServer(settings={"primary_conninfo": source})
         other._make_folder()
-        self._copy_to(other.folder / "data", "-R")
+        self._copy_to(other.folder / "data")
+        (other.folder / "data" / "standby.signal").touch()
         return other
 
     def create_database(self, name: str) -> str:
@@ -185,11 +187,11 @@ class PostgresServer:
                 f"runs as instead ({self._user.user}). Name a folder elsewhere."
             )
 
-    def _copy_to(self, folder: Path, *options: str) -> None:
+    def _copy_to(self, folder: Path) -> None:
         """Copy the data as it is, while it is used."""
         self._run(
             self._programs() / "pg_basebackup", "-d", self.url(), "-D", folder, "-c", "fast",
-            "-X", "stream", *options,
+            "-X", "stream",
         )  # fmt: skip
 
     def _check_unused(self, data: Path) -> None:

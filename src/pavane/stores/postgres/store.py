@@ -21,6 +21,7 @@ import msgspec
 
 from pavane.errors import LeaseLost, PavaneError, StoreError
 from pavane.stores.port import (
+    COUNT_MAX,
     Commit,
     Features,
     Fence,
@@ -642,11 +643,11 @@ class PostgresStore(EventTables):
             "SELECT current_setting('server_version') AS server,"
             " (SELECT value FROM pavane.meta WHERE key = 'schema') AS schema,"
             " pg_database_size(current_database()) AS bytes,"
-            " (SELECT count(*) FROM pavane.runs WHERE service = home) AS runs,"
-            " (SELECT count(*) FROM pavane.log) AS messages,"
-            " (SELECT count(*) FROM pavane.parked) AS parked,"
+            f" {_count('runs WHERE service = home')} AS runs,"
+            f" {_count('log')} AS messages,"
+            f" {_count('parked')} AS parked,"
             " (SELECT coalesce(sum(count), 0)::bigint FROM pavane.event_types) AS events,"
-            " (SELECT count(*) FROM pavane.dead_letters) AS dead"
+            f" {_count('dead_letters')} AS dead"
         )
         return {
             "kind": "Postgres",
@@ -672,6 +673,11 @@ async def _prove(c: Connection, fence: Fence) -> None:
             f"Node {fence.node} lost its lease (it was silent for longer than "
             f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
         )
+
+
+def _count(rows: str) -> str:
+    """Return an expression that counts rows as far as a store is counted."""
+    return f"(SELECT count(*) FROM (SELECT FROM pavane.{rows} LIMIT {COUNT_MAX + 1}) AS counted)"
 
 
 def _ticks_us() -> int:
