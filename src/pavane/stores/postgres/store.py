@@ -24,6 +24,7 @@ from pavane.stores.port import (
     Commit,
     Features,
     Fence,
+    Glance,
     InboxRow,
     JournalRow,
     MailRow,
@@ -452,15 +453,16 @@ class PostgresStore(EventTables):
         self.past.keep(nonce, self._execute)
         return node
 
-    def renew(self, fence: Fence) -> bool:
+    def renew(self, fence: Fence) -> Glance | None:
         if self._pid != os.getpid():
             raise self._unusable()
         began = _ticks_us()
-        now = self._lease.renew(fence)
-        if now is None:
-            return False
-        self._set_clock(began, now)
-        return True
+        renewed = self._lease.renew(fence)
+        if renewed is None:
+            return None
+        self._set_clock(began, renewed.now_us)
+        self._watch.saw(renewed.heads, renewed.is_staged)
+        return renewed.glance
 
     async def look_at_past(self) -> Found:
         """Tell whether the database was put back, by what is noted on this machine."""
