@@ -151,7 +151,7 @@ class Session:
         self.run_timers = DueQueue(self.now_us, self._due_runs, 0, self.holder.wake)
         self.parked_timers = DueQueue(self.now_us, self._due_parked, "", self.steps.due)
         self.lease = LeaseKeeper(store, fence, process, self._lease_lost, self._saw)
-        self._pruner = Pruner(store, config.retention_s)
+        self._pruner = Pruner(store, config.retention_s, lambda: len(self._others) + 1)
 
     # -- what the duties ask -------------------------------------------------------------------
 

@@ -265,6 +265,18 @@ class PostgresStore(EventTables):
             raise self._unusable()
         return await self._writer.execute(work)
 
+    async def _execute_aside(self, work: Work) -> Any:
+        """Do `work`, which concerns nobody, in a transaction of its own, not in line with others.
+
+        Nobody is told of it, and no batch waits for it.
+        """
+
+        async def alone(c: Connection) -> Any:
+            async with c.transaction():
+                return await work(c)
+
+        return await self._ask(alone)
+
     async def take_run_numbers(self, count: int) -> int:
         async def take(c: Connection) -> int:
             sql = (
@@ -450,7 +462,7 @@ class PostgresStore(EventTables):
 
         node, beat = await self._execute(insert)
         await asyncio.to_thread(self.past.note, beat)
-        self.past.keep(nonce, self._execute)
+        self.past.keep(nonce, self._ask)
         return node
 
     def renew(self, fence: Fence) -> Glance | None:
@@ -574,7 +586,7 @@ class PostgresStore(EventTables):
             runs = await self._prune_runs(c, before_us, limit)
             return runs + await self._prune_log(c, before_us, limit)
 
-        return await self._execute(delete)
+        return await self._execute_aside(delete)
 
     async def _prune_runs(self, c: Connection, before_us: int, limit: int) -> int:
         """Delete what is left, at every service, of runs that ended at home."""

@@ -39,8 +39,9 @@ LOOK_DEAF_MAX_S = 0.5
 PROBE_S = 2.0
 FINISH_S = 1.0
 """How long to try to announce the last of it when a store is closed."""
-HEARTBEAT_S = 5.0
-"""How often the connection that listens is asked whether it is there: it says nothing by itself."""
+HEARTBEAT_S = 30.0
+"""How often the connection that listens is asked whether it is there: it says nothing by itself.
+What is not heard because of that is seen when the lease is renewed."""
 AGAIN_MAX_S = 10.0
 
 _NOTIFY = (
