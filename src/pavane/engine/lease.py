@@ -15,21 +15,23 @@ from collections.abc import Callable
 
 from pavane.engine.process import Process, Rounds
 from pavane.errors import StoreError
-from pavane.stores.port import Fence, Store
+from pavane.stores.port import Fence, Glance, Store
 
 log = logging.getLogger("pavane.lease")
 
 
 class LeaseKeeper:
-    """Renews `fence` until stopped; calls `lost` on the event loop when the store says so."""
+    """Renews `fence` until stopped; tells on the event loop what it saw, or that it is lost."""
 
     def __init__(
-        self, store: Store, fence: Fence, process: Process, lost: Callable[[], None]
-    ) -> None:
+        self, store: Store, fence: Fence, process: Process, lost: Callable[[], None],
+        saw: Callable[[Glance], None],
+    ) -> None:  # fmt: skip
         self._store = store
         self._fence = fence
         self._process = process
         self._lost = lost
+        self._saw = saw
         self._loop = asyncio.get_running_loop()
         self._alive = True
         self._rounds: Rounds | None = None
@@ -57,10 +59,12 @@ class LeaseKeeper:
         self._alive = False
         try:
             self._loop.call_soon_threadsafe(self._beat)
-            if not self._store.renew(self._fence):
+            glance = self._store.renew(self._fence)
+            if glance is None:
                 self._loop.call_soon_threadsafe(self._lost)
                 return False
             self._renewed()
+            self._loop.call_soon_threadsafe(self._saw, glance)
         except StoreError as error:
             log.warning("the lease could not be renewed: %s", error)
         except RuntimeError:

@@ -35,8 +35,10 @@ from pavane.handler import Handler
 from pavane.service import Step
 from pavane.stores.eventlog import EventRow, Reaction
 from pavane.stores.port import (
+    LAST_US,
     Commit,
     Fence,
+    Glance,
     InboxRow,
     Message,
     NodeRow,
@@ -55,9 +57,10 @@ PAGE = 500
 RUN_NUMBERS = 1000
 POSITIONS_EVERY_S = 2.0
 TICK_S = 0.5
-LOOK_S = 2.0
-"""How long, at most, a node does not look who else is there, and what people ask for."""
-TIMERS_S = 4.0
+LOOK_S = 10.0
+"""How long, at most, a node does not look who else is there, and what people ask for, though it
+saw no change of that and nobody told it of one."""
+TIMERS_S = 10.0
 GC_YOUNG = 50_000
 ALONE_LOOK_S = 0.01
 ALONE_MAX_LOOKS = 500
@@ -113,6 +116,10 @@ class Session:
         """Set when somebody asks all nodes to look round."""
         self._others: list[NodeRow] = []
         """Who else was there at the last look."""
+        self._roster = (0, 0, 0)
+        """The same, as a glance tells it."""
+        self._over_us = LAST_US
+        """When the first lease of the others is over, by the last glance or look."""
         self.services = frozenset(services)
         self._shared = sorted({*services, *(duty.name for duty in duties)})
         """What nodes share the partitions of."""
@@ -147,8 +154,8 @@ class Session:
         self.parked_timers = DueQueue(
             self.now_us, self._due_parked, "", self._in_turn(self.steps.due)
         )
-        self.lease = LeaseKeeper(store, fence, process, self._lease_lost)
-        self._pruner = Pruner(store, config.retention_s)
+        self.lease = LeaseKeeper(store, fence, process, self._lease_lost, self._saw)
+        self._pruner = Pruner(store, config.retention_s, lambda: len(self._others) + 1)
 
     # -- what the duties ask -------------------------------------------------------------------
 
@@ -394,12 +401,31 @@ class Session:
         """Look who is there."""
         nodes = await self.store.nodes()
         self._others = [node for node in nodes if node.no != self.fence.node]
+        newest = max((node.no for node in self._others), default=0)
+        self._roster = (len(self._others), newest, sum(node.asked != "" for node in nodes))
+        self._over_us = min((node.expires_us for node in self._others), default=LAST_US)
         return nodes
 
+    def _saw(self, glance: Glance) -> None:
+        """Look properly, if who is there is not who was."""
+        self._over_us = glance.expires_us
+        if glance.roster != self._roster:
+            self._called.set()
+
     def _gone(self) -> list[NodeRow]:
-        """Return those of the others who, by what is known of them here, are not there any more."""
-        now = self.store.now_us() if self.lease.is_steady else 0  # 0: no lease has run out yet
+        """Return those of the others who, by the last look, are not there any more."""
+        now = self._judged_us()
         return [node for node in self._others if self.process.is_gone(node, now)]
+
+    def _is_one_gone(self) -> bool:
+        """Tell whether one of the others may be gone: its lease is over, or its process ended."""
+        if self._over_us < self._judged_us():
+            return True
+        return any(self.process.is_gone(node, 0) for node in self._others)
+
+    def _judged_us(self) -> int:
+        """Return the time by which leases are judged: 0 while they cannot be, when none is over."""
+        return self.store.now_us() if self.lease.is_steady else 0
 
     async def _give(self, rows: Sequence[PartitionRow]) -> None:
         """Hand partitions over in order: let running steps end, write, forget, release."""
@@ -663,7 +689,7 @@ class Session:
             with suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await self._called.wait()
-            if self._called.is_set() or loop.time() >= look_due or self._gone():
+            if self._called.is_set() or loop.time() >= look_due or self._is_one_gone():
                 self._called.clear()
                 look_due = loop.time() + LOOK_S
                 await self.balance()

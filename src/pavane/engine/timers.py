@@ -13,7 +13,7 @@ from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
-HORIZON_US = 10_000_000
+HORIZON_US = 25_000_000
 PAGE = 1000
 HEAP_MAX = 10_000
 BURST = 200

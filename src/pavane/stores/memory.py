@@ -27,10 +27,12 @@ import msgspec
 from pavane.errors import LeaseLost, PavaneError, StoreError
 from pavane.stores.memory_events import EventData, EventViews, event_values
 from pavane.stores.port import (
+    LAST_US,
     Commit,
     Conflict,
     Features,
     Fence,
+    Glance,
     InboxRow,
     JournalRow,
     MailRow,
@@ -431,10 +433,15 @@ class MemoryStore(EventViews):
             data.version += 1
             return _node(node)
 
-    def renew(self, fence: Fence) -> bool:
+    def renew(self, fence: Fence) -> Glance | None:
         data = self._open_data()
         with data.lock:
-            return data.holds(fence)
+            if not data.holds(fence):
+                return None
+            others = [node for no, node in data.nodes.items() if no != fence.node]
+            asked = sum(node.asked != "" for node in data.nodes.values())
+            roster = (len(others), max((node.no for node in others), default=0), asked)
+            return Glance(roster, min((node.expires_us for node in others), default=LAST_US))
 
     async def leave(self, fence: Fence) -> None:
         data = self._open_data()

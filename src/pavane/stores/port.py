@@ -162,6 +162,17 @@ class PartitionRow(msgspec.Struct):
     position: int
 
 
+class Glance(msgspec.Struct, frozen=True):
+    """What a node sees of the others while it renews its lease.
+
+    `roster` (how many there are, the newest's number, how many are asked for something) is another
+    one when a node came, left or was asked. `expires_us` is when the first of their leases is over.
+    """
+
+    roster: tuple[int, int, int]
+    expires_us: int
+
+
 class RunFilter(msgspec.Struct, frozen=True):
     """Which runs to list; unset fields do not restrict."""
 
@@ -420,8 +431,11 @@ class Store(EventStore, Protocol):
         """Become a node, with a number and a nonce that no node before had."""
         ...
 
-    def renew(self, fence: Fence) -> bool:
-        """Prolong the lease; False if it is lost. Called from a thread of its own."""
+    def renew(self, fence: Fence) -> Glance | None:
+        """Prolong the lease, and see who else is there; None if it is lost.
+
+        Called from a thread of its own. Who idles looks no other way, so it is to cost little.
+        """
         ...
 
     async def leave(self, fence: Fence) -> None:

@@ -752,6 +752,32 @@ async def nodes_join_renew_and_leave(connections: Connections) -> None:
 
 
 @_check
+async def who_renews_sees_who_else_is_there(connections: Connections) -> None:
+    one, two = await connections.open(), await connections.open()
+    mine = await joined(one)
+    alone = one.renew(mine)
+    assert alone is not None
+    assert (alone.roster, alone.expires_us) == ((0, 0, 0), LAST_US)
+    theirs = await joined(two)
+    (_, row) = await one.nodes()
+    seen = one.renew(mine)
+    assert seen is not None
+    assert (seen.roster, seen.expires_us) == ((1, theirs.node, 0), row.expires_us)
+    await two.ask_node(mine.node, "drain")
+    asked = one.renew(mine)
+    assert asked is not None
+    assert asked.roster == (1, theirs.node, 1), "it is told what people ask of itself, too"
+    assert two.renew(Fence(theirs.node, theirs.nonce, 9 * LEASE_US))
+    later = one.renew(mine)
+    assert later is not None
+    assert later.expires_us > row.expires_us + 7 * LEASE_US
+    await two.leave(theirs)
+    left = one.renew(mine)
+    assert left is not None
+    assert left.roster == (0, 0, 1)
+
+
+@_check
 async def every_batch_prolongs_the_lease(connections: Connections) -> None:
     store = await connections.open()
     row = await store.join("a", "host", 42, ["shop"], LEASE_US)

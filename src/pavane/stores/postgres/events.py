@@ -53,6 +53,7 @@ class EventTables:
     async def _one(self, sql: str, *values: Any) -> Any: ...
     async def _quick(self, sql: str, *values: Any) -> Any: ...
     async def _execute(self, work: Callable[[Connection], Awaitable[Any]]) -> Any: ...
+    async def _execute_aside(self, work: Callable[[Connection], Awaitable[Any]]) -> Any: ...
 
     def slot_of(self, key: str, id: str) -> int:
         return crc32((key or id).encode()) % self.partitions
@@ -368,7 +369,7 @@ class EventTables:
             ended = await _count(c, _DROP_ENDED, before_us, limit)
             return expired + len(events) + over + ended
 
-        return await self._execute(delete)
+        return await self._execute_aside(delete)
 
     async def _prunable(self, c: Connection, before_us: int, limit: int) -> list[_Prunable]:
         """Find events to delete, from where the last call stopped looking.

@@ -10,7 +10,9 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pavane.stores.port import Fence
+import msgspec
+
+from pavane.stores.port import LAST_US, Fence, Glance
 from pavane.stores.postgres.connection import (
     FAILED,
     Connection,
@@ -20,12 +22,34 @@ from pavane.stores.postgres.connection import (
     is_lost,
 )
 
-RENEW = (
+_PROLONG = (
     "UPDATE pavane.nodes SET expires_us = pavane.clock_us() + $3"
-    " FROM (SELECT set_config('synchronous_commit', 'off', true)) AS at_once"
+    " FROM (SELECT set_config('synchronous_commit', 'off', true)) AS at_once{}"
     " WHERE no = $1 AND nonce = $2 RETURNING pavane.clock_us()"
 )
 """It does not wait for the disk: should the server forget it, the lease is over too early."""
+RENEW = _PROLONG.format("")
+_RENEW_AND_SEE = (
+    _PROLONG.format(
+        ", (SELECT count(*) FILTER (WHERE no <> $1) AS count,"
+        " coalesce(max(no) FILTER (WHERE no <> $1), 0) AS newest,"
+        " count(*) FILTER (WHERE asked <> '') AS asked,"
+        f" coalesce(min(expires_us) FILTER (WHERE no <> $1), {LAST_US}) AS expires_us"
+        " FROM pavane.nodes) AS seen"
+    )
+    + ", seen.*, (SELECT ARRAY[log, events] FROM pavane.heads),"
+    " EXISTS (SELECT FROM pavane.outbox)"
+)
+
+
+class Renewed(msgspec.Struct, frozen=True):
+    """What a renewal tells: the time, who else is there, and what is new in the logs."""
+
+    now_us: int
+    glance: Glance
+    heads: tuple[int, int]
+    is_staged: bool
+    """Whether the outbox holds what transactions of users' published."""
 
 
 class LeaseConnection:
@@ -37,8 +61,8 @@ class LeaseConnection:
         self._runner: asyncio.Runner | None = None
         self._connection: Connection | None = None
 
-    def renew(self, fence: Fence) -> int | None:
-        """Prolong the lease, within half of its time; None if it is lost, else the time in µs."""
+    def renew(self, fence: Fence) -> Renewed | None:
+        """Prolong the lease, within half of its time; None if it is lost."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "pavane-lease-connection")
         return self._thread.submit(self._renew_here, fence).result()
@@ -49,7 +73,7 @@ class LeaseConnection:
             self._thread.shutdown()
             self._thread = None
 
-    def _renew_here(self, fence: Fence) -> int | None:
+    def _renew_here(self, fence: Fence) -> Renewed | None:
         if self._runner is None:
             self._runner = asyncio.Runner()
         try:
@@ -65,7 +89,7 @@ class LeaseConnection:
             self._runner.close()
             self._runner = None
 
-    async def _renew(self, fence: Fence) -> Any:
+    async def _renew(self, fence: Fence) -> Renewed | None:
         within_s = fence.lease_us / 4e6
         while True:
             fresh = self._connection is None or self._connection.is_closed()
@@ -74,14 +98,24 @@ class LeaseConnection:
                 async with asyncio.timeout(within_s):
                     connection = await connect(self._dsn) if fresh else self._connection
                 self._connection = connection
-                asking = connection.fetchval(RENEW, fence.node, fence.nonce, fence.lease_us)
-                return await answered(connection, asking, within_s)
+                asking = connection.fetchrow(
+                    _RENEW_AND_SEE, fence.node, fence.nonce, fence.lease_us
+                )
+                return _read(await answered(connection, asking, within_s))
             except Exception as error:
                 if self._connection is not None:
                     self._connection.terminate()
                     self._connection = None
                 if fresh or not is_lost(error):
                     raise  # else it was lost since the last round, which says nothing of the next
+
+
+def _read(row: Any) -> Renewed | None:
+    if row is None:
+        return None
+    now_us, count, newest, asked, expires_us, heads, is_staged = row
+    glance = Glance((count, newest, asked), expires_us)
+    return Renewed(now_us, glance, tuple(heads), is_staged)
 
 
 async def _closed(connection: Connection) -> None:

@@ -1,9 +1,9 @@
 """The past of a database: tells a backup that was put back, and a database that is another one.
 
-Nothing inside of a restored database tells what it has forgotten. So each node beats in it every
-few seconds, durably, and then notes its beat in a small file of its machine. A database without the
-noted beat was put back: steps since then were done, and it would have them done again. Work is
-refused there until a person has looked, and accepted it as the next generation.
+Nothing inside of a restored database tells what it has forgotten. So nodes beat in it every few
+seconds, durably, and each notes the newest beat, whoever's it is, in a small file of its machine. A
+database without the noted beat was put back: steps since then were done, and it would have them
+done again. Work is refused there until a person has looked, and accepted it as the next generation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import asyncio
 import hashlib
 import logging
 import os
+import random
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
@@ -31,6 +33,8 @@ log = logging.getLogger("pavane.postgres")
 STATE_VARIABLE = "PAVANE_STATE"
 """Names the folder in which machines keep what they know of databases."""
 BEAT_S = 10.0
+FRESH = 0.1
+"""The part of `BEAT_S` for which one node's beat does for all: many need not beat each."""
 
 KEPT_US = 30 * 86400 * 1_000_000
 """How long the beats of nodes that left are kept; what was noted before that tells nothing."""
@@ -40,8 +44,10 @@ _READ = (
     " (SELECT value FROM pavane.meta WHERE key = 'next_run') = '1'"
     " AND (SELECT log + events FROM pavane.heads) = 0 AS blank,"
     " (SELECT beaten_us FROM pavane.beats WHERE nonce = $1) AS beaten_us,"
-    " (SELECT max(beaten_us) FROM pavane.beats WHERE beaten_us <= $2) AS known_us"
-    " FROM pavane.past"
+    " (SELECT max(beaten_us) FROM pavane.beats WHERE beaten_us <= $2) AS known_us,"
+    " newest.nonce, newest.beaten_us AS newest_us"
+    " FROM pavane.past LEFT JOIN"
+    " (SELECT * FROM pavane.beats ORDER BY beaten_us DESC LIMIT 1) AS newest ON true"
 )
 _BEAT = (
     "INSERT INTO pavane.beats VALUES ($1, pavane.clock_us()) ON CONFLICT (nonce) DO UPDATE"
@@ -62,13 +68,14 @@ class Found(msgspec.Struct, frozen=True):
     """What a database is, against what is noted of it on this machine.
 
     `noted` is None if that tells nothing. `lost` is from when to when, in µs, the database knows
-    nothing, if it was put back.
+    nothing, if it was put back. `newest` is the newest beat in it, if one is fresh.
     """
 
     cluster: str
     generation: int
     noted: Beat | None
     lost: tuple[int, int] | None
+    newest: Beat | None = None
 
 
 class _Noted(msgspec.Struct, frozen=True):
@@ -104,7 +111,7 @@ class Past:
 
     def note(self, beat: Beat) -> None:
         """Note a beat that is durable in the database; the file is replaced whole."""
-        half = self.file.with_suffix(f".{os.getpid()}.part")
+        half = self.file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with half.open("wb") as file:
@@ -130,14 +137,17 @@ class Past:
         cluster, generation = row["cluster"], row["generation"]
         is_other = noted is not None and noted.cluster != cluster
         if noted is None or (is_other and row["blank"]):
-            return Found(cluster, generation, None, None)
+            noted = None
+        newest = None
+        if (row["newest_us"] or 0) > row["now_us"] - round(FRESH * BEAT_S * 1e6):
+            newest = Beat(cluster, generation, row["nonce"], row["newest_us"])
         lost = None
-        if not is_other and generation <= noted.generation:
+        if noted is not None and not is_other and generation <= noted.generation:
             is_old = noted.beaten_us < row["now_us"] - KEPT_US  # its beat may have been deleted
             is_there = (row["beaten_us"] or 0) >= noted.beaten_us
             if generation < noted.generation or not (is_there or is_old):
                 lost = (row["known_us"] or 0, noted.beaten_us)
-        return Found(cluster, generation, noted, lost)
+        return Found(cluster, generation, noted, lost, newest)
 
     async def check(self, connection: Connection) -> Found:
         """Refuse a database that was put back, or is another one than before; else return it."""
@@ -165,9 +175,14 @@ class Past:
             0 if noted is None else noted.generation,
         )
 
-    async def beat(self, connection: Connection, nonce: str) -> Beat:
-        """Beat, unless the database is refused; return what may be noted when it is committed."""
+    async def beat(self, connection: Connection, nonce: str, *, also_fresh: bool = False) -> Beat:
+        """Beat, unless the database is refused; return what may be noted when it is committed.
+
+        If any beat will do, a fresh one is not repeated.
+        """
         found = await self.check(connection)
+        if also_fresh and found.newest is not None:
+            return found.newest
         beaten_us = await connection.fetchval(_BEAT, nonce)
         await connection.execute(
             "DELETE FROM pavane.beats WHERE beaten_us < pavane.clock_us() - $1", KEPT_US
@@ -181,17 +196,17 @@ class Past:
         """Whether a node beats here."""
         return self._task is not None
 
-    def keep(self, nonce: str, execute: Callable[[Work], Awaitable[Any]]) -> None:
+    def keep(self, nonce: str, ask: Callable[[Work], Awaitable[Any]]) -> None:
         """Beat and note until `stop`, with a new nonce from now on."""
         self._nonce = nonce
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._keep(execute))
+            self._task = asyncio.get_running_loop().create_task(self._keep(ask))
 
-    async def _keep(self, execute: Callable[[Work], Awaitable[Any]]) -> None:
+    async def _keep(self, ask: Callable[[Work], Awaitable[Any]]) -> None:
         while True:
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(BEAT_S * (0.75 + random.random() / 4))  # not all at once
             with suppress(StoreError):  # the next one tells as much
-                beat = await execute(lambda connection: self.beat(connection, self._nonce))
+                beat = await ask(lambda c: self.beat(c, self._nonce, also_fresh=True))
                 await asyncio.to_thread(self.note, beat)
 
     async def stop(self) -> None:

@@ -25,6 +25,7 @@ from pavane.stores.port import (
     Commit,
     Features,
     Fence,
+    Glance,
     InboxRow,
     JournalRow,
     MailRow,
@@ -265,6 +266,18 @@ class PostgresStore(EventTables):
             raise self._unusable()
         return await self._writer.execute(work)
 
+    async def _execute_aside(self, work: Work) -> Any:
+        """Do `work`, which concerns nobody, in a transaction of its own, not in line with others.
+
+        Nobody is told of it, and no batch waits for it.
+        """
+
+        async def alone(c: Connection) -> Any:
+            async with c.transaction():
+                return await work(c)
+
+        return await self._ask(alone)
+
     async def take_run_numbers(self, count: int) -> int:
         async def take(c: Connection) -> int:
             sql = (
@@ -450,18 +463,19 @@ class PostgresStore(EventTables):
 
         node, beat = await self._execute(insert)
         await asyncio.to_thread(self.past.note, beat)
-        self.past.keep(nonce, self._execute)
+        self.past.keep(nonce, self._ask)
         return node
 
-    def renew(self, fence: Fence) -> bool:
+    def renew(self, fence: Fence) -> Glance | None:
         if self._pid != os.getpid():
             raise self._unusable()
         began = _ticks_us()
-        now = self._lease.renew(fence)
-        if now is None:
-            return False
-        self._set_clock(began, now)
-        return True
+        renewed = self._lease.renew(fence)
+        if renewed is None:
+            return None
+        self._set_clock(began, renewed.now_us)
+        self._watch.saw(renewed.heads, renewed.is_staged)
+        return renewed.glance
 
     async def look_at_past(self) -> Found:
         """Tell whether the database was put back, by what is noted on this machine."""
@@ -573,7 +587,7 @@ class PostgresStore(EventTables):
             runs = await self._prune_runs(c, before_us, limit)
             return runs + await self._prune_log(c, before_us, limit)
 
-        return await self._execute(delete)
+        return await self._execute_aside(delete)
 
     async def _prune_runs(self, c: Connection, before_us: int, limit: int) -> int:
         """Delete what is left, at every service, of runs that ended at home."""

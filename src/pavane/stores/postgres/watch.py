@@ -1,5 +1,7 @@
 """The watch: tells that someone wrote, by NOTIFY where that works, by the clock everywhere.
 
+The clock is that of the lease where there is one: who renews it sees the heads of the logs as well.
+
 A wake-up is never needed: whoever is told only looks earlier. What this process wrote is announced
 from the background, at most every few milliseconds and in a statement of its own, since a NOTIFY
 takes a lock of the whole server until its commit. Behind a pooler in transaction mode LISTEN does
@@ -31,14 +33,15 @@ log = logging.getLogger("pavane.postgres")
 CHANNEL = "pavane"
 ANNOUNCE_EVERY_S = 0.005
 LOOK_S = 2.0
-"""How often to look although nobody was heard."""
+"""How often to look although nobody was heard, and nothing was seen."""
 LOOK_DEAF_S = 0.05
 LOOK_DEAF_MAX_S = 0.5
 PROBE_S = 2.0
 FINISH_S = 1.0
 """How long to try to announce the last of it when a store is closed."""
-HEARTBEAT_S = 5.0
-"""How often the connection that listens is asked whether it is there: it says nothing by itself."""
+HEARTBEAT_S = 30.0
+"""How often the connection that listens is asked whether it is there: it says nothing by itself.
+What is not heard because of that is seen when the lease is renewed."""
 AGAIN_MAX_S = 10.0
 
 _NOTIFY = (
@@ -56,6 +59,9 @@ class Watch:
         self._listening: Connection | None = None
         self._heard: asyncio.Event | None = None
         self._changed = True
+        self._seen: tuple[tuple[int, int], bool] | None = None
+        """What was seen last, if it was not judged yet."""
+        self._heads = (-1, -1)
         self._look_at = 0.0
         self._look_s = LOOK_DEAF_S
         self._to_announce: asyncio.Event = asyncio.Event()
@@ -81,6 +87,13 @@ class Watch:
     def changed(self) -> bool:
         """Whether someone may have written since the last call."""
         now = self._clock()
+        seen, self._seen = self._seen, None
+        if seen is not None:
+            heads, is_staged = seen
+            self._changed = self._changed or is_staged or heads != self._heads
+            self._heads = heads
+            if self.hears:
+                self._look_at = now + LOOK_S
         if self._changed:
             self._look_s = LOOK_DEAF_S
         elif now < self._look_at:
@@ -92,6 +105,10 @@ class Watch:
         pause_s = LOOK_S if self.hears else self._look_s
         self._look_at = now + pause_s * (0.75 + random.random() / 2)
         return True
+
+    def saw(self, heads: tuple[int, int], is_staged: bool) -> None:
+        """Note the ends of the logs, and whether events wait to be moved there; from any thread."""
+        self._seen = heads, is_staged
 
     def wake(self) -> None:
         """Note that this process wrote something that it has yet to read."""

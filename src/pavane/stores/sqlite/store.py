@@ -27,10 +27,12 @@ import msgspec
 from pavane.errors import LeaseLost, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import (
     COUNT_MAX,
+    LAST_US,
     Commit,
     Conflict,
     Features,
     Fence,
+    Glance,
     InboxRow,
     JournalRow,
     MailRow,
@@ -697,7 +699,7 @@ class SqliteStore(EventTables):
 
         return await self._execute(insert)
 
-    def renew(self, fence: Fence) -> bool:
+    def renew(self, fence: Fence) -> Glance | None:
         if self._pid != os.getpid():
             raise self._unusable()
         with self._lease_lock:
@@ -706,7 +708,10 @@ class SqliteStore(EventTables):
                 connection.execute(
                     statement("prove_lease"), (fence.node, fence.nonce, fence.lease_us)
                 )
-                return bool(connection.changes())
+                if not connection.changes():
+                    return None
+                seen = next(iter(connection.execute(statement("glance"), (fence.node, LAST_US))))
+                return Glance(seen[:3], seen[3])
             except apsw.Error as error:
                 raise self._explained(error) from error
 

@@ -21,7 +21,7 @@ import msgspec
 
 from pavane.errors import PavaneError, StoreError
 from pavane.stores.memory import MemoryStore
-from pavane.stores.port import Commit, Fence, NodeRow
+from pavane.stores.port import Commit, Fence, Glance, NodeRow
 from pavane.testing.sim.clock import Clock, SimHandle
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class SimStore(MemoryStore):
         """What the process takes for the database's time."""
         return self._clock.now_us + self.process.skew_us
 
-    def renew(self, fence: Fence) -> bool:
+    def renew(self, fence: Fence) -> Glance | None:
         """Prolong the lease, at once: the thread that does so has nothing else to do."""
         error = self.database.refusal(self.process, write=True)
         if error is None and self.database.weather.stalled_until_us > self._clock.now_us:
