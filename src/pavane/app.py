@@ -725,23 +725,24 @@ class Client:
         pause_s = POLL_S
         while self._waiting:
             await asyncio.sleep(pause_s)
-            looked = 0
-            for id, (home, target, looked_in) in list(self._homes.items()):
-                tenure = self._tenure(target)
-                if tenure is not None and tenure is looked_in:
-                    continue  # had it ended before, it would have been seen; now it is told
-                row = await self.store.run_row(home, id)
-                if row is not None and row.status == "stuck" and id not in self._stuck:
-                    self._stuck.add(id)
-                    log.warning("run %s, whose result is waited for, is stuck: %s", id, row.reason)
-                if row is not None and row.status in ENDED:
+            looked = {
+                id: (home, target, self._tenure(target))
+                for id, (home, target, looked_in) in self._homes.items()
+                # Had it ended before this tenure, it would have been seen; now it is told.
+                if looked_in is None or self._tenure(target) is not looked_in
+            }
+            for row in await self.store.halted_runs(list(looked)) if looked else ():
+                if row.service != looked[row.id][0]:
+                    continue
+                if row.status in ENDED:
                     self._ended(row)
-                elif id in self._homes:
-                    self._homes[id] = (home, target, tenure)
-                looked += 1
-                if looked % 50 == 0:
-                    await asyncio.sleep(0)
-            pause_s = POLL_S + min(0.2, looked * 50e-6)
+                elif row.id not in self._stuck:
+                    self._stuck.add(row.id)
+                    log.warning(
+                        "run %s, whose result is waited for, is stuck: %s", row.id, row.reason
+                    )
+            self._homes.update((id, at) for id, at in looked.items() if id in self._homes)
+            pause_s = POLL_S + min(0.2, len(looked) * 50e-6)
 
 
 class App:

@@ -282,6 +282,7 @@ async def contents(store: Store) -> dict[str, Any]:
         "of others": await store.read_log(0, None, targets[:1], LIMIT, 1),
         "runs": await store.list_runs(RunFilter(limit=LIMIT)),
         "rows": await store.rows_of(range(4)),
+        "halted": in_order(await store.halted_runs(RUNS)),
         "journals": await store.journals(range(4)),
         "live": await store.live_runs(targets, 0, LIMIT),
         "due runs": await store.due_runs(targets, (0, 0), LAST_US, LIMIT),

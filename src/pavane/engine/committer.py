@@ -1,13 +1,15 @@
 """The committer: merges all pending commits of a node into one batch, one batch at a time.
 
-The next batch forms while the first is being written (group commit). A commit's `done` is called
-only after the batch that contains it is durable, in the order of submission.
+The next batch forms while the first is being written (group commit); if much waits by then, it is
+on its way before anyone is told of the first. A commit's `done` is called only after the batch that
+contains it is durable, in the order of submission.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from pavane.errors import LeaseLost, PavaneError, StoreError
@@ -16,7 +18,7 @@ from pavane.stores.port import Commit, Fence, Message, Store, broken_chain
 
 log = logging.getLogger("pavane.committer")
 
-BATCH_MAX = 1000
+Results = Sequence[PavaneError | None]
 
 
 class Committer:
@@ -42,6 +44,8 @@ class Committer:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Commit] = []
         self._writing: list[Commit] = []
+        self._settled: deque[tuple[Sequence[Commit], Results, int | None]] = deque()
+        """What nobody was told of yet; of a batch with the log's tail when it was written."""
         self._scheduled = False
         self._broken: set[int] = set()
         self._idle: list[asyncio.Future[None]] = []
@@ -59,29 +63,56 @@ class Committer:
         self._scheduled = False
         if self._writing or not self._waiting:
             return
-        batch = self._waiting[:BATCH_MAX]
-        del self._waiting[:BATCH_MAX]
+        most = len(self._waiting) if self.closed else self._store.features.batch_max
+        batch = self._waiting[:most]
+        del self._waiting[:most]
         if self._broken:
             broken = [commit for commit in batch if commit.chain in self._broken]
             batch = [commit for commit in batch if commit.chain not in self._broken]
-            for commit in broken:
-                commit.done(broken_chain())
+            self._settled.append((broken, [broken_chain() for _ in broken], None))
         self._writing = batch
         if self.closed is not None or not batch:
             self._finished([self.closed] * len(batch))
         else:
             self._store.submit(batch, self._fence, self._finished)
 
-    def _finished(self, results: Sequence[PavaneError | None]) -> None:
+    def _finished(self, results: Results) -> None:
         batch, self._writing = self._writing, []
-        for result in results:
+        for commit, result in zip(batch, results, strict=True):
+            if result is None:
+                continue
+            if commit.chain:
+                self._broken.add(commit.chain)
             if isinstance(result, (LeaseLost, StoreError)) and self.closed is None:
                 self.closed = result
                 self._failed(result)
+        self._settled.append((batch, results, self._store.tail))
+        if len(self._waiting) >= self._store.features.batch_max // 2:
+            self._loop.call_soon(self._tell)
+            self._flush()
+        else:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell, in order, what became of commits."""
+        while self._settled:
+            batch, results, tail = self._settled[0]
+            self._tell_of(batch, results)
+            if tail is not None:
+                self.routed_tail = tail
+            self._settled.popleft()
+        if self._waiting and not self._scheduled and not self._writing:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+        elif not (self._waiting or self._writing):
+            idle, self._idle = self._idle, []
+            for future in idle:
+                if not future.done():
+                    future.set_result(None)
+
+    def _tell_of(self, batch: Sequence[Commit], results: Results) -> None:
         events: list[EventRow] = []
         for commit, result in zip(batch, results, strict=True):
-            if result is not None and commit.chain:
-                self._broken.add(commit.chain)
             try:
                 commit.done(result)
             except Exception:  # of one; the others are told all the same
@@ -93,19 +124,10 @@ class Committer:
                     events += commit.events
         if events:
             self._published(events)
-        self.routed_tail = self._store.tail
-        if self._waiting and not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._flush)
-        elif not self._waiting:
-            idle, self._idle = self._idle, []
-            for future in idle:
-                if not future.done():
-                    future.set_result(None)
 
     async def flush(self) -> None:
         """Return when everything submitted so far was written or refused."""
-        while self._waiting or self._writing:
+        while self._waiting or self._writing or self._settled:
             future = self._loop.create_future()
             self._idle.append(future)
             await future

@@ -320,6 +320,11 @@ class MemoryStore(EventViews):
         no = data.numbers.get(id, {}).get(service)
         return None if no is None else copy(data.runs[no])
 
+    async def halted_runs(self, ids: Sequence[str]) -> list[RunRow]:
+        data = self._open_data()
+        at_home = [row for id in ids for row in data.runs_of(id) if row.service == row.home]
+        return _copies(row for row in at_home if row.ended_us is not None or row.status == "stuck")
+
     async def rows_of(self, runs: Sequence[int]) -> list[RunRow]:
         rows = self._open_data().runs
         return _copies([rows[no] for no in runs if no in rows])

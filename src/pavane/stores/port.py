@@ -278,6 +278,8 @@ class Features(msgspec.Struct, frozen=True):
     """`work` is a coroutine function on the event loop, not a plain one on a thread that writes."""
     nul: bool = True
     """Ids, keys and bodies may contain NUL; else they are refused, and reasons show it as "␀"."""
+    batch_max: int = 1000
+    """How many commits to give it at once."""
 
 
 class Store(EventStore, Protocol):
@@ -357,6 +359,10 @@ class Store(EventStore, Protocol):
         ...
 
     async def run_row(self, service: str, id: str) -> RunRow | None: ...
+    async def halted_runs(self, ids: Sequence[str]) -> list[RunRow]:
+        """The rows, at their homes, of those of these runs that ended or are stuck."""
+        ...
+
     async def rows_of(self, runs: Sequence[int]) -> list[RunRow]:
         """The rows of these numbers, those that exist."""
         ...
@@ -418,7 +424,7 @@ class Store(EventStore, Protocol):
         ...
 
     def changed(self) -> bool:
-        """Whether anyone has written messages, events or run rows since the last call; cheap.
+        """Whether anyone has written messages or events since the last call; cheap.
 
         It may be told late, and without a reason: nothing but how soon one looks hangs on it.
         """

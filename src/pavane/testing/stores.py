@@ -77,6 +77,7 @@ async def an_empty_store_finds_nothing(connections: Connections) -> None:
     targets = await all_targets(store)
     assert await store.run_rows("r") == []
     assert await store.run_row("shop", "r") is None
+    assert await store.halted_runs(["r"]) == []
     assert await store.list_runs(RunFilter()) == []
     assert await store.journals([1, 2]) == {1: [], 2: []}
     assert await store.live_runs(targets, 0, 10) == []
@@ -256,6 +257,43 @@ async def of_two_equal_commits_the_first_one_counts(connections: Connections) ->
         assert refused(results) == [1, 2], kind
         assert all(isinstance(results[at], Conflict) for at in (1, 2)), kind
         assert [row.id for row in await store.mail_of("shop", kind)] == ["m0"]
+
+
+@_check
+async def runs_that_ended_or_are_stuck_are_found_at_their_homes(connections: Connections) -> None:
+    writer, reader = await connections.open(), await connections.open()
+    ended = a_run(writer, 1, "ended", status="completed", ended_us=9)
+    stuck = a_run(writer, 2, "stuck", status="stuck", reason="why")
+    away = a_run(writer, 3, "stuck", "bank", status="stuck")
+    other = a_run(writer, 4, "ended", "bank", home="bank", status="failed", ended_us=8)
+    waits = a_run(writer, 5, "waits", status="waiting")
+    await write(writer, runs=[ended, stuck, away, other, waits])
+    for store in (writer, reader):
+        ids = ["waits", "stuck", "none", "ended"]
+        found = await store.halted_runs(ids)
+        assert sorted(found, key=lambda row: row.no) == [ended, stuck, other]
+        assert await store.halted_runs(["waits", "none"]) == []
+        assert await store.halted_runs([]) == []
+
+
+@_check
+async def what_many_ask_at_once_each_is_told(connections: Connections) -> None:
+    writer, reader = await connections.open(), await connections.open()
+    runs = [a_run(writer, no, f"r{no}") for no in range(40)]
+    await write(
+        writer, runs=runs, inbox=[InboxRow("shop", run.id, 1) for run in runs[::2]],
+        messages=[a_message(writer, run.id) for run in runs],
+    )  # fmt: skip
+    for store in (writer, reader):
+        asked = [f"r{no}" for no in (*range(-3, 40), 5, 5)]
+        known = {run.id: run for run in runs}
+        rows = await asyncio.gather(*(store.run_row("shop", id) for id in asked))
+        assert rows == [known.get(id) for id in asked]
+        seen = await asyncio.gather(*(store.seen("shop", [id]) for id in asked))
+        assert seen == [{id} if id in known and known[id].no % 2 == 0 else set() for id in asked]
+        messages = await asyncio.gather(*(store.message(id) for id in asked))
+        assert [m and m.id for m in messages] == [id if id in known else None for id in asked]
+        assert rows[-1] is not rows[-2]  # whoever changes one changes no other
 
 
 @_check

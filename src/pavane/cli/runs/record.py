@@ -19,6 +19,8 @@ PAGE = 200
 LOOKED_AT_MAX = 1000
 """So many messages are looked through for runs that nobody has begun."""
 CHECK_S = 0.02
+LOOK_S = 0.2
+"""How often to look although nobody wrote: a store need not tell of runs that merely go on."""
 _SERVICE = re.compile(r"^(?:step|undo|child) ([^.]+)\.")
 
 
@@ -134,8 +136,8 @@ def needed_services(line: Timeline) -> set[str]:
 
 
 async def until_changed(client: Client) -> None:
-    """Wait until anyone has written to the store since the last call."""
-    while True:
-        if client.store.changed():
-            return
+    """Wait until someone wrote to the store, perhaps."""
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + LOOK_S
+    while not client.store.changed() and loop.time() < ends:
         await asyncio.sleep(CHECK_S)

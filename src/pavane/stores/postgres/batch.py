@@ -83,9 +83,8 @@ class Batch:
 
     @property
     def concerns_others(self) -> bool:
-        """Whether other processes may wait for some of it; for journals and marks nobody does."""
-        runs, _, messages, *_, events, reaction = self._values
-        return bool(runs or messages or events or reaction)
+        """Whether other processes may wait to be told of some of it."""
+        return bool(self.messages or self.events)
 
     @property
     def values(self) -> Row:

@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 from zlib import crc32
 
@@ -56,11 +57,14 @@ from pavane.stores.postgres.events import EventTables
 from pavane.stores.postgres.lease import RENEW, LeaseConnection
 from pavane.stores.postgres.past import Beat, Found, Past
 from pavane.stores.postgres.schema import prepare
+from pavane.stores.postgres.together import Together
 from pavane.stores.postgres.watch import Watch
 from pavane.stores.postgres.writer import Work, Writer
 
 SLOTS = 1024
 """Targets are `service number * SLOTS + partition`."""
+BATCH_MAX = 250
+"""Few enough that the event loop has others to go on with while the server writes some."""
 READERS_MAX = 4
 READ_S = 15.0
 """How long a read is tried again when the database is gone."""
@@ -85,7 +89,10 @@ class _Reader(asyncpg.Connection):
 class PostgresStore(EventTables):
     """See the module. `dsn` is a libpq URL; the database must exist, its schema is made."""
 
-    features = Features(durable=True, shared=True, transactions=True, awaits_work=True, nul=False)
+    features = Features(
+        durable=True, shared=True, transactions=True, awaits_work=True, nul=False,
+        batch_max=BATCH_MAX,
+    )  # fmt: skip
 
     def __init__(self, dsn: str, *, partitions: int = 32) -> None:
         self.dsn = dsn
@@ -98,6 +105,9 @@ class PostgresStore(EventTables):
         self._lease = LeaseConnection(dsn)
         self.past = Past(dsn)
         self._writer = Writer(dsn, self._wrote)
+        self._runs_of = Together[list[RunRow]](self._rows_by_run, [])
+        self._seen_at = Together[list[str]](self._marks_by_id, [])
+        self._newest = Together[Message | None](self._messages_by_id, None)
 
     # -- opening -------------------------------------------------------------------------------
 
@@ -324,12 +334,23 @@ class PostgresStore(EventTables):
         rows = await self._rows(f"SELECT {_RUN_COLUMNS} FROM pavane.runs WHERE {where}", *values)
         return [_run(row) for row in rows]
 
+    async def _rows_by_run(self, ids: Sequence[str]) -> dict[str, list[RunRow]]:
+        found: dict[str, list[RunRow]] = {}
+        for row in await self._run_rows("id = ANY($1) ORDER BY no", ids):
+            found.setdefault(row.id, []).append(row)
+        return found
+
     async def run_rows(self, id: str) -> list[RunRow]:
-        return await self._run_rows("id = $1 ORDER BY no", id)
+        return [copy(row) for row in await self._runs_of(id)]
 
     async def run_row(self, service: str, id: str) -> RunRow | None:
-        rows = await self._run_rows("id = $1 AND service = $2", id, service)
-        return rows[0] if rows else None
+        return next((row for row in await self.run_rows(id) if row.service == service), None)
+
+    async def halted_runs(self, ids: Sequence[str]) -> list[RunRow]:
+        return await self._run_rows(
+            "id = ANY($1) AND service = home AND (ended_us IS NOT NULL OR status = 'stuck')",
+            list(ids),
+        )
 
     async def rows_of(self, runs: Sequence[int]) -> list[RunRow]:
         return await self._run_rows("no = ANY($1) ORDER BY no", list(runs))
@@ -412,15 +433,28 @@ class PostgresStore(EventTables):
         )
         return [InboxRow(*row) for row in await self._rows(sql, run + "#", run + "$")]
 
+    async def _marks_by_id(self, ids: Sequence[str]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        sql = "SELECT id, service FROM pavane.inbox WHERE id = ANY($1)"
+        for id, service in await self._rows(sql, ids):
+            found.setdefault(id, []).append(service)
+        return found
+
     async def seen(self, service: str, ids: Sequence[str]) -> set[str]:
+        if len(ids) == 1:
+            return {*ids} if service in await self._seen_at(ids[0]) else set()
         sql = "SELECT id FROM pavane.inbox WHERE service = $1 AND id = ANY($2)"
         return {row[0] for row in await self._rows(sql, service, list(ids))}
 
-    async def message(self, id: str) -> Message | None:
-        row = await self._row(
-            f"SELECT {_MESSAGE_COLUMNS} FROM pavane.log WHERE id = $1 ORDER BY pos DESC LIMIT 1", id
+    async def _messages_by_id(self, ids: Sequence[str]) -> dict[str, Message | None]:
+        rows = await self._rows(
+            f"SELECT {_MESSAGE_COLUMNS} FROM pavane.log WHERE id = ANY($1) ORDER BY pos", ids
         )
-        return row and _message(row)
+        return {row[1]: _message(row) for row in rows}
+
+    async def message(self, id: str) -> Message | None:
+        found = await self._newest(id)
+        return found and copy(found)
 
     async def read_log(
         self, after: int, until: int | None, targets: Sequence[int] | None, limit: int,

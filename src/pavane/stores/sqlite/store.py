@@ -554,6 +554,13 @@ class SqliteStore(EventTables):
         )
         return row and _run(row)
 
+    async def halted_runs(self, ids: Sequence[str]) -> list[RunRow]:
+        sql = (
+            f"SELECT {_RUN_COLUMNS} FROM runs WHERE id IN (SELECT value FROM json_each(?))"
+            f" AND service = home AND (ended_us IS NOT NULL OR status = 'stuck')"
+        )
+        return [_run(row) for row in self._rows(sql, (_json(ids),))]
+
     async def rows_of(self, runs: Sequence[int]) -> list[RunRow]:
         sql = f"SELECT {_RUN_COLUMNS} FROM runs WHERE no IN (SELECT value FROM json_each(?))"
         return [_run(row) for row in self._rows(sql, (msgspec.json.encode(list(runs)).decode(),))]
