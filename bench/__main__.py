@@ -31,6 +31,7 @@ BENCHES = {
     "simulator": "bench.simulator",
     "postgres": "bench.postgres",
     "cluster": "bench.cluster",
+    "spread": "bench.spread",
     "growth": "bench.cluster",
     "idle": "bench.cluster",
 }
