@@ -165,7 +165,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "QUICK_S", 1.0)
     monkeypatch.setattr(writer, "CALL_S", 1.0)
     monkeypatch.setattr(store_module, "READ_S", 1.0)
-    monkeypatch.setattr(store_module.PostgresStore._ask, "__defaults__", (2.0,))
+    monkeypatch.setattr(store_module, "ANSWER_S", 2.0)
     monkeypatch.setattr(watch, "HEARTBEAT_S", 1.0)
 
 
@@ -192,6 +192,20 @@ async def test_half_open_connections_are_given_up_and_all_goes_on(lost: Sequence
             wire.lose(lost)
             assert await store.take_run_numbers(1) > no
         assert [message.id for message in await whole_log(store)] == ["before#1", "once#1"]
+
+
+@pytest.mark.usefixtures("impatient")
+@in_loop
+async def test_a_read_that_is_not_answered_is_soon_asked_anew_and_a_long_one_gets_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store_module, "ANSWER_S", 60.0)
+    async with wired() as (store, wire):
+        assert await store.nodes() == []
+        wire.lose(BOTH)
+        async with asyncio.timeout(40):
+            assert await store.nodes() == []
+        assert len(await store._rows("SELECT pg_sleep(1.2)")) == 1
 
 
 @pytest.mark.usefixtures("impatient")

@@ -150,7 +150,7 @@ class PostgresStore(EventTables):
         )  # fmt: skip
         await self._writer.open()
         self._pid = os.getpid()
-        self._watch = Watch(self.dsn, self._quick)
+        self._watch = Watch(self.dsn, self._row)
         self._watch.open()
 
     @staticmethod
@@ -300,10 +300,14 @@ class PostgresStore(EventTables):
 
     # -- reading -------------------------------------------------------------------------------
 
-    async def _ask(self, ask: Callable[[Connection], Any], within_s: float = ANSWER_S) -> Any:
-        """Ask a reader; on new connections, for a while, if the database is gone."""
+    async def _ask(self, ask: Callable[[Connection], Any]) -> Any:
+        """Ask a reader; on new connections, for a while, if the database is gone.
+
+        Most answers take milliseconds, so silence soon means that a connection is half-open. Should
+        it be a long read, it gets more time on the next one.
+        """
         loop = asyncio.get_running_loop()
-        ends = 0.0
+        ends, within_s = 0.0, QUICK_S
         while True:
             if self._pid != os.getpid():
                 raise self._unusable()
@@ -316,6 +320,7 @@ class PostgresStore(EventTables):
                     raise explained(self.dsn, error) from error
                 if is_lost(error):
                     await self._pool.expire_connections()  # the others are lost as well, perhaps
+                within_s = min(ANSWER_S, 2 * within_s)
             await asyncio.sleep(0.05 + random.random() / 4)
 
     async def _rows(self, sql: str, *values: Any) -> list[Any]:
@@ -326,9 +331,6 @@ class PostgresStore(EventTables):
 
     async def _one(self, sql: str, *values: Any) -> Any:
         return await self._ask(lambda c: c.fetchval(sql, *values))
-
-    async def _quick(self, sql: str, *values: Any) -> Any:
-        return await self._ask(lambda c: c.fetchrow(sql, *values), QUICK_S)
 
     async def _run_rows(self, where: str, *values: Any) -> list[RunRow]:
         rows = await self._rows(f"SELECT {_RUN_COLUMNS} FROM pavane.runs WHERE {where}", *values)
@@ -469,7 +471,7 @@ class PostgresStore(EventTables):
         return [_message(row) for row in rows]
 
     async def log_head(self) -> int:
-        return (await self._quick("SELECT log FROM pavane.heads"))[0]
+        return (await self._row("SELECT log FROM pavane.heads"))[0]
 
     def changed(self) -> bool:
         if self._pid != os.getpid():
@@ -513,7 +515,7 @@ class PostgresStore(EventTables):
 
     async def look_at_past(self) -> Found:
         """Tell whether the database was put back, by what is noted on this machine."""
-        return await self._ask(self.past.look, QUICK_S)
+        return await self._ask(self.past.look)
 
     async def accept_past(self) -> None:
         """Let nodes work here again, as in a new generation of the database."""
