@@ -87,7 +87,7 @@ async def forking(store: SqliteStore) -> None:
         finally:
             os._exit(0)
     await asyncio.to_thread(os.waitpid, child, 0)
-    tell(await written(store, numbered(store, 1, 0), fence=fence), store.renew(fence))
+    tell(await written(store, numbered(store, 1, 0), fence=fence), store.renew(fence) is not None)
     await store.close()
 
 
@@ -138,7 +138,7 @@ async def holding(store: SqliteStore) -> None:
         if number == 20:
             tell(fence.node)
         number += 1
-    renewed = store.renew(fence)
+    renewed = store.renew(fence) is not None
     results = await written(store, *[numbered(store, 1, number) for _ in range(20)], fence=fence)
     tell(number, renewed, {type(it).__name__ for it in results})
     await store.close()

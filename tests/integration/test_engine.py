@@ -1372,9 +1372,8 @@ async def test_a_step_whose_row_is_read_while_its_attempt_ends_is_not_done_again
     """Invariant 1: a takeover reads what is due, and resumes what it counted; both may be slow."""
     due = Steps.due
 
-    def twice(self: Steps, found: Any) -> None:
-        due(self, found)
-        due(self, found)
+    async def twice(self: Steps, found: Any) -> None:
+        await asyncio.gather(due(self, found), due(self, found))
 
     monkeypatch.setattr(Steps, "due", twice)
     async with world.working(*SERVICES) as director:

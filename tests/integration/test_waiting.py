@@ -25,14 +25,14 @@ async def greet() -> str:
 
 
 class FailingStore(MemoryStore):
-    """Fails when it is asked for one row, as long as it is told to."""
+    """Fails when it is asked what has ended, as long as it is told to."""
 
     is_failing = False
 
-    async def run_row(self, service: str, id: str) -> RunRow | None:
+    async def halted_runs(self, ids: Sequence[str]) -> list[RunRow]:
         if self.is_failing:
             raise StoreError("not now")
-        return await super().run_row(service, id)
+        return await super().halted_runs(ids)
 
     def connect(self) -> MemoryStore:
         return self
