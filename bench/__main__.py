@@ -33,6 +33,7 @@ BENCHES = {
     "cluster": "bench.cluster",
     "spread": "bench.spread",
     "growth": "bench.cluster",
+    "pruning": "bench.cluster",
     "idle": "bench.cluster",
 }
 

@@ -1,4 +1,4 @@
-"""Several worker processes on one Postgres: `cluster`, `growth`, `idle`.
+"""Several worker processes on one Postgres: `cluster`, `growth`, `pruning`, `idle`.
 
 `python -m bench.cluster STORE RECORD` is one of them: it works until SIGTERM, and then drains.
 """
@@ -32,6 +32,7 @@ ROUNDS = 4
 FINISHED = int(os.environ.get("BENCH_FINISHED", "1_000_000"))
 IDLE_NODES = int(os.environ.get("BENCH_IDLE_NODES", "100"))
 IDLE_S = 30.0
+RETENTION_S = 2.0
 SETTLING_S = 15.0
 MARK = struct.Struct("<iid")
 
@@ -200,6 +201,28 @@ async def _fill(connection: Any) -> None:
         )
     await connection.execute("ANALYZE runs")
     await connection.execute("ANALYZE journal")
+
+
+async def pruning(folder: Path) -> list[Figure]:
+    """Steps per second while runs are deleted two seconds after their end, and how late that is."""
+    with PostgresServer() as server:
+        async with make_app(server.create_database("kept")) as app:
+            kept = await steps_per_s(app, 3000)
+        url = server.create_database("pruned")
+        async with make_app(url, retention_s=RETENTION_S) as app:
+            began = time.perf_counter()
+            pruned = max([await steps_per_s(app, 3000) for _ in range(ROUNDS)])
+            runs_s = ROUNDS * 9000 / (time.perf_counter() - began)
+            connection: Any = await asyncpg.connect(url, server_settings={"search_path": "pavane"})
+            overdue = await connection.fetchval(
+                "SELECT count(*) FROM runs WHERE ended_us < pavane.clock_us() - $1",
+                round(RETENTION_S * 1e6),
+            )
+            await connection.close()
+        return [
+            against("steps, pruned soon after", pruned, "steps/s", kept),
+            Figure("how late the pruner is", overdue / runs_s, "s"),
+        ]
 
 
 async def idle(folder: Path) -> list[Figure]:

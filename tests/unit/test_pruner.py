@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from pavane.engine.pruner import BATCH, Pruner
+from pavane.engine.pruner import Pruner
 from pavane.stores.eventlog import EventFilter
 from pavane.stores.memory import MemoryStore
 from pavane.stores.port import RunFilter
@@ -16,6 +16,7 @@ RETENTION_S = 60.0
 NOW_US = 100_000_000
 OLD_US = NOW_US - 60_000_001
 YOUNG_US = NOW_US - 60_000_000
+MOST = MemoryStore.features.prune_max
 
 
 def with_store(test: Callable[[MemoryStore], Awaitable[None]]) -> Callable[[], None]:
@@ -47,7 +48,7 @@ async def test_runs_and_events_have_the_same_retention(store: MemoryStore) -> No
 
 @with_store
 async def test_the_pruner_goes_on_while_there_are_old_events(store: MemoryStore) -> None:
-    await published(store, *(an_event(store, f"e{n}", at_us=OLD_US) for n in range(BATCH + 1)))
+    await published(store, *(an_event(store, f"e{n}", at_us=OLD_US) for n in range(MOST + 1)))
     pruner = Pruner(store, RETENTION_S)
     assert await pruner.run_once()
     assert len(await store.find_events(EventFilter())) == 1
@@ -57,7 +58,7 @@ async def test_the_pruner_goes_on_while_there_are_old_events(store: MemoryStore)
 
 @with_store
 async def test_the_pruner_goes_on_while_there_are_old_runs(store: MemoryStore) -> None:
-    old = [a_run(store, no, f"r{no}", status="failed", ended_us=OLD_US) for no in range(BATCH + 1)]
+    old = [a_run(store, no, f"r{no}", status="failed", ended_us=OLD_US) for no in range(MOST + 1)]
     await write(store, runs=old)
     pruner = Pruner(store, RETENTION_S)
     assert await pruner.run_once()

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from pavane.stores.port import Store
 
-BATCH = 500
-
 
 class Pruner:
     """Works in small batches, with pauses, so that it never holds the store for long.
@@ -34,5 +32,6 @@ class Pruner:
     async def run_once(self) -> bool:
         """Delete one batch; tell whether there may be more."""
         before_us = self._store.now_us() - round(self._retention_s * 1e6)
-        pruned = await self._store.prune(before_us, BATCH)
-        return max(pruned, await self._store.prune_events(before_us, BATCH)) >= BATCH
+        most = self._store.features.prune_max
+        pruned = await self._store.prune(before_us, most)
+        return max(pruned, await self._store.prune_events(before_us, most)) >= most

@@ -280,6 +280,8 @@ class Features(msgspec.Struct, frozen=True):
     """Ids, keys and bodies may contain NUL; else they are refused, and reasons show it as "␀"."""
     batch_max: int = 1000
     """How many commits to give it at once."""
+    prune_max: int = 500
+    """How many old rows to delete at once: few where all that is written waits for that."""
 
 
 class Store(EventStore, Protocol):

@@ -65,6 +65,7 @@ SLOTS = 1024
 """Targets are `service number * SLOTS + partition`."""
 BATCH_MAX = 250
 """Few enough that the event loop has others to go on with while the server writes some."""
+PRUNE_MAX = 2000
 READERS_MAX = 4
 READ_S = 15.0
 """How long a read is tried again when the database is gone."""
@@ -91,7 +92,7 @@ class PostgresStore(EventTables):
 
     features = Features(
         durable=True, shared=True, transactions=True, awaits_work=True, nul=False,
-        batch_max=BATCH_MAX,
+        batch_max=BATCH_MAX, prune_max=PRUNE_MAX,
     )  # fmt: skip
 
     def __init__(self, dsn: str, *, partitions: int = 32) -> None:
