@@ -29,8 +29,9 @@ REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
     ("shop", "choreography", (475, 621)),
     ("shop", "orchestration", (238, 403336)),
     ("poison", "orchestration", (137, 849)),
+    ("poison", "choreography", (511444,)),
     ("shop", "choreography", (46, 154, 826)),
-    ("harbour", "orchestration", (30527,)),
+    ("harbour", "orchestration", (30527, 510090)),
     ("harbour", "choreography", (30305,)),
 ]  # fmt: skip
 """Seeds that found bugs of the engine once."""

@@ -1881,10 +1881,10 @@ class Holder:
 
     def is_busy(self, key: Key) -> bool:
         """Tell whether a suspect does something here, or did what is not durable yet."""
+        if key in self._loading:  # it is being loaded, or leaves, or what came for it is looked at
+            return True
         held = self.held.get(key)
-        if held is None:
-            return key in self._leaving
-        return held.commits > 0 or (held.suspect > 0 and bool(held.at_work))
+        return held is not None and (held.commits > 0 or (held.suspect > 0 and bool(held.at_work)))
 
     # -- housekeeping --------------------------------------------------------------------------
 

@@ -447,6 +447,8 @@ class Session:
         self.holder.release(leaving)
         self.steps.release(leaving)
         self.limits.release(leaving)
+        if not self.open:
+            return  # what was not written may land yet, and belongs to these partitions
         self._aside = {key: row for key, row in self._aside.items() if row.target not in leaving}
         positions = [
             (target, self._position(target)) for target in targets if target in self._flight
