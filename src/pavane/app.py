@@ -726,10 +726,10 @@ class Client:
         while self._waiting:
             await asyncio.sleep(pause_s)
             looked = {
-                id: (home, target, self._tenure(target))
+                id: (home, target, tenure)
                 for id, (home, target, looked_in) in self._homes.items()
                 # Had it ended before this tenure, it would have been seen; now it is told.
-                if looked_in is None or self._tenure(target) is not looked_in
+                if (tenure := self._tenure(target)) is None or tenure is not looked_in
             }
             for row in await self.store.halted_runs(list(looked)) if looked else ():
                 if row.service != looked[row.id][0]:

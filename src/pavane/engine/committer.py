@@ -55,6 +55,9 @@ class Committer:
     def submit(self, commit: Commit) -> None:
         """Queue `commit`; its `done` is called later, never from here."""
         self._waiting.append(commit)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
         if not self._writing and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._flush)
@@ -101,10 +104,9 @@ class Committer:
             if tail is not None:
                 self.routed_tail = tail
             self._settled.popleft()
-        if self._waiting and not self._scheduled and not self._writing:
-            self._scheduled = True
-            self._loop.call_soon(self._flush)
-        elif not (self._waiting or self._writing):
+        if self._waiting:
+            self._flush_soon()
+        elif not self._writing:
             idle, self._idle = self._idle, []
             for future in idle:
                 if not future.done():
