@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 
-from pavane import RunFailed
+from pavane import App, Event, Retry, RunFailed, Service, StoreError
 from pavane.core.operations import Mode
+from pavane.stores.eventlog import DeadFilter
 from tests.integration import crew
 from tests.integration.fleet import Fleet, connected, start
-from tests.integration.world import in_loop, until
+from tests.integration.world import Place, in_loop, until
 
 DEATHS_MAX = 5
+
+
+class Bell(Event):
+    """Something is ready."""
 
 
 POISON = [
@@ -66,3 +72,37 @@ async def test_what_kills_its_process_is_quarantined_and_the_others_finish(
         await run.kill()
         with pytest.raises(RunFailed, match="killed"):
             await run.result(timeout=30)
+
+
+@in_loop
+async def test_a_session_that_is_lost_in_a_living_process_counts_as_no_death(place: Place) -> None:
+    """Invariant 11: whoever did nothing wrong goes on, however often the store was away."""
+    inn = Service("inn")
+    begun, may_end = asyncio.Queue[str](), asyncio.Event()
+
+    @inn.step(retry=Retry(attempts=0, first="1ms", factor=1))
+    async def cook() -> None:
+        begun.put_nowait("step")
+        await may_end.wait()
+
+    @inn.workflow
+    async def dine() -> str:
+        await cook()
+        return "fed"
+
+    @inn.on(Bell)
+    async def serve(event: Bell) -> None:
+        begun.put_nowait("handler")
+        await may_end.wait()
+
+    async with App("inn", [inn], store=str(place)).worker() as worker:
+        run = await worker.start(dine)
+        await worker.publish(Bell())
+        for _ in range(2 * DEATHS_MAX):
+            assert {await begun.get(), await begun.get()} == {"step", "handler"}
+            assert worker.node is not None
+            assert worker.node.session is not None
+            worker.node.session.lost(StoreError("The test takes the store away."))
+        may_end.set()
+        assert await run.result(timeout=30) == "fed"
+        assert await worker.store.dead_letters(DeadFilter()) == []

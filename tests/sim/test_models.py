@@ -41,6 +41,7 @@ from pavane.stores.port import (
     MailRow,
     RunFilter,
     Store,
+    Touched,
 )
 from pavane.stores.postgres import PostgresStore
 from pavane.stores.sqlite import SqliteStore
@@ -140,6 +141,7 @@ def postgres() -> Place:
 
 numbers = st.integers(0, 3)
 times = st.integers(1, 9)
+deaths = st.integers(0, 3)
 runs = st.sampled_from(RUNS)
 services = st.sampled_from(SERVICES)
 types = st.sampled_from(TYPES)
@@ -464,11 +466,19 @@ class Stores(RuleBasedStateMachine):
 
         self.both(view, ask)
 
-    @rule(view=views, node=numbers)
-    def leave(self, view: int, node: int) -> None:
+    @rule(
+        view=views,
+        node=numbers,
+        runs=st.dictionaries(numbers, deaths, max_size=2),
+        events=st.dictionaries(st.tuples(numbers, numbers), deaths, max_size=2),
+    )
+    def leave(
+        self, view: int, node: int, runs: dict[int, int], events: dict[tuple[int, int], int]
+    ) -> None:
         async def ask(place: Place, store: Store) -> Any:
             fence = self.fence(place, node)
-            return fence and await store.leave(fence)
+            touched = Touched(runs, {("bank", f"r{no}#1"): runs[no] for no in runs}, events)
+            return fence and await store.leave(fence, touched)
 
         self.both(view, ask)
 

@@ -97,11 +97,10 @@ class Custody:
             after = upto
         now = self._session.now_us()
         parked = [
-            ParkedEvent(subscription.no, row.pos, row.slot, row.key, 1, now, now, deaths=1)
+            ParkedEvent(subscription.no, row.pos, row.slot, row.key, 1, now, now)
             for row in found[:QUEUE_MAX]
         ]
-        if parked:
-            await self._session.durable(reaction=Reaction(parked=parked))
+        await self._count(parked)
         return {row.pos for row in parked}
 
     async def load(
@@ -142,10 +141,7 @@ class Custody:
             and not subscription.paused_until_us
         ]  # fmt: skip
         calm = [row for row in under_way if row.deaths < SUSPECT_DEATHS]
-        for row in calm:
-            row.deaths += 1
-        if calm:
-            await self._session.durable(reaction=Reaction(parked=calm))
+        await self._count(calm)
         return [subscription.lanes[row.key or row.pos] for row in under_way if row not in calm]
 
     async def try_suspect(self, subscription: Subscription, lane: Lane) -> None:
@@ -166,11 +162,20 @@ class Custody:
                 lane.head, lane.busy = None, True
                 self._bury(subscription, [lane], item, PavaneError(text))
             return
-        head.deaths += 1
-        await self._session.durable(reaction=Reaction(parked=[head]))
+        await self._count([head])
         self.go_on(subscription, lane)
         while lane.busy and self._session.open:
             await asyncio.sleep(0.005)
+
+    async def _count(self, parked: Sequence[ParkedEvent]) -> None:
+        """Count a death, durably, for each of these; see `Session.touched`."""
+        if not parked:
+            return
+        touched = self._session.touched.events
+        for row in parked:
+            touched[row.handler, row.pos] = row.deaths
+            row.deaths += 1
+        await self._session.durable(reaction=Reaction(parked=parked))
 
     # -- what is next in a key -----------------------------------------------------------------
 

@@ -46,6 +46,7 @@ from pavane.stores.port import (
     PartitionRow,
     RunRow,
     Store,
+    Touched,
     durable,
     submit_alone,
 )
@@ -139,6 +140,8 @@ class Session:
         self._suspects: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._aside: dict[Key, RunRow | ParkedRow] = {}
         self._lane: asyncio.Task[None] | None = None
+        self.touched = Touched()
+        """What this session counted a death of; it takes that back if it is lost alive."""
         self._ticking: asyncio.Task[None] | None = None
         self.now_us = store.now_us
         self.committer = Committer(store, fence, self._route, self._published, self.lost)
@@ -533,13 +536,22 @@ class Session:
         async for rows in self._under_way(positions):
             suspects += [row for row in rows if row.deaths >= SUSPECT_DEATHS]
             calm = [row for row in rows if row.deaths < SUSPECT_DEATHS]
-            parked = [row for row in calm if isinstance(row, ParkedRow)]
-            for row in parked:
-                row.deaths += 1
             if calm:
-                runs = [row.no for row in calm if isinstance(row, RunRow)]
-                await self.store.touch(self.fence, runs, parked)
+                await self._touch(calm)
         return suspects
+
+    async def _touch(self, rows: Sequence[RunRow | ParkedRow]) -> None:
+        """Count a death, durably, for each of these, and note how many it had before.
+
+        A session that is lost in a living process takes back what it counted, landed or not.
+        """
+        runs = [row for row in rows if isinstance(row, RunRow)]
+        parked = [row for row in rows if isinstance(row, ParkedRow)]
+        self.touched.runs.update((row.no, row.deaths) for row in runs)
+        self.touched.parked.update(((row.service, row.id), row.deaths) for row in parked)
+        for row in parked:
+            row.deaths += 1
+        await self.store.touch(self.fence, [row.no for row in runs], parked)
 
     async def _under_way(
         self, positions: Mapping[int, int]
@@ -605,12 +617,11 @@ class Session:
         if self._aside.get(key) is not row or not self.owns(row.target):
             return  # its partition was handed over, or is about to be
         if isinstance(row, RunRow):
-            await self.store.touch(self.fence, [row.no], ())
+            await self._touch([row])
             if self._aside.pop(key, None) is row and self.owns(row.target):
                 await self.holder.try_again(row)
         else:
-            row.deaths += 1
-            await self.store.touch(self.fence, (), [row])
+            await self._touch([row])
             if self._aside.pop(key, None) is row:
                 self.steps.resume(row)
         await self.until_calm(key)
@@ -783,6 +794,8 @@ class Node:
         self.drained = asyncio.Event()
         """Set when people asked this node to drain, and it did: it works no more."""
         self._is_draining = False
+        self._lost: list[tuple[Fence, Touched]] = []
+        """Sessions that were lost and are still to be left: this process did not die."""
 
     async def start(self) -> None:
         """Join the store's other nodes and begin to work; raise if the store cannot be used."""
@@ -793,6 +806,9 @@ class Node:
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
 
     async def _join(self) -> None:
+        while self._lost:
+            await self._store.leave(*self._lost[0])
+            del self._lost[0]
         lease_us = round(self._config.lease_s * 1e6)
         process = self._process
         name = f"{'+'.join(self.services)}-{process.pid}"
@@ -806,6 +822,7 @@ class Node:
         try:
             await session.start()
         except BaseException:
+            self._lost.append((fence, session.touched))
             await session.close()  # else it would renew its lease for ever
             raise
         self.session = session
@@ -826,6 +843,7 @@ class Node:
                     await self._drain()
                     return
                 self.session = None
+                self._lost.append((session.fence, session.touched))
                 await session.close()
             try:
                 if isinstance(failure, StoreError):

@@ -42,6 +42,7 @@ from pavane.stores.port import (
     PartitionRow,
     RunFilter,
     RunRow,
+    Touched,
     broken_chain,
 )
 
@@ -174,6 +175,25 @@ class _Data:
             self.waking.pop(new.no, None)
         else:
             self.waking[new.no] = new
+
+    def take_back(self, node: int, touched: Touched) -> None:
+        """Let nothing that is this node's have more deaths than before it was touched."""
+        own = {target for target, row in self.partitions.items() if row.owner == node}
+        for no, deaths in touched.runs.items():
+            run = self.runs.get(no)
+            if run is not None and run.target in own:
+                run.deaths = min(run.deaths, deaths)
+        for key, deaths in touched.parked.items():
+            parked = self.parked.get(key)
+            if parked is not None and parked.target in own:
+                parked.deaths = min(parked.deaths, deaths)
+        for at, deaths in touched.events.items():
+            event = self.events.parked.get(at)
+            handler = self.events.handlers.get(at[0])
+            if event is None or handler is None:
+                continue
+            if self.services[handler.service] * SLOTS + event.slot in own:
+                event.deaths = min(event.deaths, deaths)
 
     def put_parked(self, row: ParkedRow) -> None:
         new = copy(row)
@@ -448,11 +468,13 @@ class MemoryStore(EventViews):
             roster = (len(others), max((node.no for node in others), default=0), asked)
             return Glance(roster, min((node.expires_us for node in others), default=LAST_US))
 
-    async def leave(self, fence: Fence) -> None:
+    async def leave(self, fence: Fence, touched: Touched | None = None) -> None:
         data = self._open_data()
         with data.lock:
             node = data.nodes.get(fence.node)
             if node is not None and node.nonce == fence.nonce:
+                if touched is not None:
+                    data.take_back(node.no, touched)
                 self._remove(data, node)
 
     async def nodes(self) -> list[NodeRow]:

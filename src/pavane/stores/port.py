@@ -95,6 +95,17 @@ class JournalRow(msgspec.Struct):
     body: bytes
 
 
+class Touched(msgspec.Struct):
+    """What was touched after a crash, each with its deaths before that was counted."""
+
+    runs: dict[int, int] = {}
+    """By number."""
+    parked: dict[tuple[str, str], int] = {}
+    """By (service, id)."""
+    events: dict[tuple[int, int], int] = {}
+    """By (handler, position)."""
+
+
 class InboxRow(msgspec.Struct):
     """Message `id` took effect at `service`; `passed_to` is where a baton went from there."""
 
@@ -446,8 +457,12 @@ class Store(EventStore, Protocol):
         """
         ...
 
-    async def leave(self, fence: Fence) -> None:
-        """Give the lease back; partitions that were not released before become free, not clean."""
+    async def leave(self, fence: Fence, touched: Touched | None = None) -> None:
+        """Give the lease back; partitions that were not released before become free, not clean.
+
+        Whoever takes them over counts a death. One who leaves alive says what it `touched` there,
+        and takes back what it counted: none has more deaths than before it was touched.
+        """
         ...
 
     async def nodes(self) -> list[NodeRow]: ...

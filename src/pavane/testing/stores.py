@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.stores.eventlog import HandlerSpec, ParkedEvent, Reaction
 from pavane.stores.port import (
     LAST_US,
     Commit,
@@ -37,6 +38,7 @@ from pavane.stores.port import (
     NodeRow,
     RunFilter,
     Store,
+    Touched,
 )
 from pavane.testing.event_stores import EVENT_STORE_CHECKS
 from pavane.testing.store_check import (
@@ -928,6 +930,47 @@ async def a_touch_is_counted(connections: Connections) -> None:
     assert await two.run_row("shop", "r") == msgspec.structs.replace(run, deaths=3)
     assert await two.run_row("shop", "s") == a_run(one, 2, "s")
     assert await two.parked_of("bank", "r") == [parked]
+
+
+@_check
+async def who_leaves_alive_takes_back_the_deaths_it_counted(connections: Connections) -> None:
+    one, two = await connections.open(), await connections.open()
+    mine, theirs = await joined(one), await joined(two)
+    (handler, *_) = await one.register_handlers([HandlerSpec("shop", "bill", ("Paid",), None)])
+    targets = await all_targets(one)
+    own = {*targets[::2]}
+    await one.claim(mine, sorted(own))
+    await two.claim(theirs, targets[1::2])
+
+    runs = [a_run(one, no, f"r{no}", deaths=4) for no in range(1, 30)]
+    parked = [a_parked(one, f"r{no}#1", deaths=4) for no in range(1, 30)]
+    slots = [row for row in await one.partition_rows(["shop"]) if row.partition < one.partitions]
+    events = [
+        ParkedEvent(handler.no, pos, row.partition, "", 1, 1, 1, deaths=4)
+        for pos, row in enumerate(slots, 1)
+    ]
+    runs[0].deaths = parked[0].deaths = events[0].deaths = 0  # it went on since
+    await write(one, mine, runs=runs, parked=parked, reaction=Reaction(parked=events))
+    touched = Touched(
+        {row.no: 3 for row in runs[:20]} | {99: 3},
+        {(row.service, row.id): 2 for row in parked[:20]} | {("bank", "r99#1"): 2},
+        {(row.handler, row.pos): 0 for row in events[:-1]} | {(99, 1): 0},
+    )
+    await one.leave(Fence(mine.node, "other", LEASE_US), touched)
+    assert await two.run_row("shop", "r2") == runs[1], "it is not who leaves"
+    await one.leave(mine, touched)
+    await one.leave(theirs, Touched())
+
+    for row in runs[:20]:
+        row.deaths = min(row.deaths, 3 if row.target in own else 4)
+    for row in parked[:20]:
+        row.deaths = min(row.deaths, 2 if row.target in own else 4)
+    for row, slot in zip(events[:-1], slots[:-1], strict=True):
+        row.deaths = 0 if slot.target in own else row.deaths
+    assert [await two.run_row("shop", row.id) for row in runs] == runs
+    assert [(await two.parked_of("bank", row.run))[0] for row in parked] == parked
+    assert await two.parked_at([row.pos for row in events]) == events
+    assert all(row.owner is None for row in await two.partition_rows(SERVICES))
 
 
 async def _finished_run(store: Store, no: int, id: str, **changes: Any) -> None:

@@ -36,6 +36,7 @@ from pavane.stores.port import (
     PartitionRow,
     RunFilter,
     RunRow,
+    Touched,
 )
 from pavane.stores.postgres.batch import Batch, parked_values
 from pavane.stores.postgres.connection import (
@@ -522,10 +523,12 @@ class PostgresStore(EventTables):
         """Let nodes work here again, as in a new generation of the database."""
         await self._execute(self.past.accept)
 
-    async def leave(self, fence: Fence) -> None:
+    async def leave(self, fence: Fence, touched: Touched | None = None) -> None:
         async def delete(c: Connection) -> None:
             sql = "DELETE FROM pavane.nodes WHERE no = $1 AND nonce = $2 RETURNING no"
             if await c.fetchval(sql, fence.node, fence.nonce) is not None:
+                if touched is not None:
+                    await _take_back(c, fence.node, touched)
                 await c.execute(_FREE, fence.node)
 
         await self._execute(delete)
@@ -724,6 +727,27 @@ async def _prove(c: Connection, fence: Fence) -> None:
             f"Node {fence.node} lost its lease (it was silent for longer than "
             f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
         )
+
+
+async def _take_back(c: Connection, node: int, touched: Touched) -> None:
+    """Let nothing that is this node's have more deaths than before it was touched."""
+    here = "target IN (SELECT target FROM pavane.partitions WHERE owner = $1)"
+    await c.executemany(
+        f"UPDATE pavane.runs SET deaths = least(deaths, $2) WHERE no = $3 AND {here}",
+        [(node, deaths, no) for no, deaths in touched.runs.items()],
+    )
+    await c.executemany(
+        "UPDATE pavane.parked SET deaths = least(deaths, $2)"
+        f" WHERE service = $3 AND id = $4 AND {here}",
+        [(node, deaths, *key) for key, deaths in touched.parked.items()],
+    )
+    await c.executemany(
+        "UPDATE pavane.parked_events AS e SET deaths = least(deaths, $2)"
+        " WHERE handler = $3 AND pos = $4 AND EXISTS (SELECT FROM pavane.handlers AS h"
+        " JOIN pavane.partitions AS p USING (service)"
+        " WHERE h.no = e.handler AND p.partition = e.slot AND p.owner = $1)",
+        [(node, deaths, *at) for at, deaths in touched.events.items()],
+    )
 
 
 def _count(rows: str) -> str:

@@ -42,6 +42,7 @@ from pavane.stores.port import (
     PartitionRow,
     RunFilter,
     RunRow,
+    Touched,
     broken_chain,
 )
 from pavane.stores.sqlite.connection import Connection, connect
@@ -722,10 +723,12 @@ class SqliteStore(EventTables):
             except apsw.Error as error:
                 raise self._explained(error) from error
 
-    async def leave(self, fence: Fence) -> None:
+    async def leave(self, fence: Fence, touched: Touched | None = None) -> None:
         def delete(c: Connection) -> None:
             c.execute("DELETE FROM nodes WHERE no = ? AND nonce = ?", (fence.node, fence.nonce))
             if c.changes():
+                if touched is not None:
+                    _take_back(c, fence.node, touched)
                 c.execute(
                     "UPDATE partitions SET owner = NULL, clean = 0 WHERE owner = ?", (fence.node,)
                 )
@@ -895,6 +898,25 @@ def _refusal(error: Exception) -> PavaneError:
     if isinstance(error, apsw.ConstraintError) and getattr(error, "extendedresult", 0) in REPEATED:
         return Conflict(f"This was written before: {error}.")
     return PavaneError(f"A value cannot be stored: {error!r}.")
+
+
+def _take_back(c: Connection, node: int, touched: Touched) -> None:
+    """Let nothing that is this node's have more deaths than before it was touched."""
+    here = "target IN (SELECT target FROM partitions WHERE owner = ?)"
+    c.executemany(
+        f"UPDATE runs SET deaths = min(deaths, ?) WHERE no = ? AND {here}",
+        [(deaths, no, node) for no, deaths in touched.runs.items()],
+    )
+    c.executemany(
+        f"UPDATE parked SET deaths = min(deaths, ?) WHERE service = ? AND id = ? AND {here}",
+        [(deaths, *key, node) for key, deaths in touched.parked.items()],
+    )
+    c.executemany(
+        "UPDATE parked_events AS e SET deaths = min(deaths, ?) WHERE handler = ? AND pos = ?"
+        " AND EXISTS (SELECT 1 FROM handlers AS h JOIN partitions AS p USING (service)"
+        " WHERE h.no = e.handler AND p.partition = e.slot AND p.owner = ?)",
+        [(deaths, *at, node) for at, deaths in touched.events.items()],
+    )
 
 
 def _json(values: Sequence[Any]) -> str:
