@@ -477,7 +477,8 @@ class Stores(RuleBasedStateMachine):
     ) -> None:
         async def ask(place: Place, store: Store) -> Any:
             fence = self.fence(place, node)
-            touched = Touched(runs, {("bank", f"r{no}#1"): runs[no] for no in runs}, events)
+            parked = {("bank", f"r{no}#1"): runs[no] for no in runs}
+            touched = Touched(runs, parked, events, [("shop", f"{RUNS[0]}#{no}") for no in runs])
             return fence and await store.leave(fence, touched)
 
         self.both(view, ask)

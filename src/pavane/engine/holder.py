@@ -250,7 +250,8 @@ class Holder:
         """Count one more try of a start that a process may have died of, then begin the run."""
         waiting = self._loading.get(key)
         tries = [f"{message.run}#try{number}" for number in range(1, self._config.deaths_max)]
-        deaths = len(await self._store.seen(message.to, tries)) + 1
+        seen = await self._store.seen(message.to, tries)
+        deaths = max((tries.index(id) + 1 for id in seen), default=0) + 1
         alone = SUSPECT_DEATHS < deaths < self._config.deaths_max
 
         def is_elsewhere() -> bool:
@@ -261,6 +262,7 @@ class Holder:
                 return  # its partition was handed over
             if deaths < self._config.deaths_max:
                 mark = InboxRow(message.to, tries[deaths - 1], self._session.now_us())
+                self._session.touched.tries.append((mark.service, mark.id))
                 await self._session.durable(inbox=[mark])
                 if is_elsewhere():
                     return
@@ -1525,8 +1527,11 @@ class Holder:
         return self._message("note", id, row.home, row.id, body, now)
 
     def _assign_number(self, held: Held) -> None:
-        if held.row.no == 0:
-            held.row.no = self._session.take_run_number()
+        row = held.row
+        if row.no == 0:
+            row.no = self._session.take_run_number()
+            if row.deaths:  # the last of them is this session's count
+                self._session.touched.runs[row.no] = row.deaths - 1
 
     def _write(
         self,

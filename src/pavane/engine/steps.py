@@ -270,6 +270,7 @@ class Steps:
             message.to, call.run, message.id, message.target, message.body, 1, now, now, b"null",
             b"null", max(1, call.deaths),
         )  # fmt: skip
+        self._session.touched.parked[parked.service, parked.id] = parked.deaths - 1
         self._park_command(message, parked, partial(self._counted, parked))
 
     def _counted(self, parked: ParkedRow, error: PavaneError | None) -> None:

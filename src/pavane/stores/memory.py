@@ -177,7 +177,7 @@ class _Data:
             self.waking[new.no] = new
 
     def take_back(self, node: int, touched: Touched) -> None:
-        """Let nothing that is this node's have more deaths than before it was touched."""
+        """Take back what a session of this node counted; see `Store.leave`."""
         own = {target for target, row in self.partitions.items() if row.owner == node}
         for no, deaths in touched.runs.items():
             run = self.runs.get(no)
@@ -194,6 +194,8 @@ class _Data:
                 continue
             if self.services[handler.service] * SLOTS + event.slot in own:
                 event.deaths = min(event.deaths, deaths)
+        for service, id in touched.tries:
+            self.inbox.get(id, {}).pop(service, None)
 
     def put_parked(self, row: ParkedRow) -> None:
         new = copy(row)

@@ -96,7 +96,7 @@ class JournalRow(msgspec.Struct):
 
 
 class Touched(msgspec.Struct):
-    """What was touched after a crash, each with its deaths before that was counted."""
+    """What a session counted a death of, each with its deaths before that."""
 
     runs: dict[int, int] = {}
     """By number."""
@@ -104,6 +104,8 @@ class Touched(msgspec.Struct):
     """By (service, id)."""
     events: dict[tuple[int, int], int] = {}
     """By (handler, position)."""
+    tries: list[tuple[str, str]] = []
+    """The marks, (service, id), by which tries of starts are counted."""
 
 
 class InboxRow(msgspec.Struct):
@@ -461,7 +463,7 @@ class Store(EventStore, Protocol):
         """Give the lease back; partitions that were not released before become free, not clean.
 
         Whoever takes them over counts a death. One who leaves alive says what it `touched` there,
-        and takes back what it counted: none has more deaths than before it was touched.
+        and takes back what it counted: none has more deaths than before, and the marks are gone.
         """
         ...
 

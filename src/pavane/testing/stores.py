@@ -950,11 +950,13 @@ async def who_leaves_alive_takes_back_the_deaths_it_counted(connections: Connect
         for pos, row in enumerate(slots, 1)
     ]
     runs[0].deaths = parked[0].deaths = events[0].deaths = 0  # it went on since
-    await write(one, mine, runs=runs, parked=parked, reaction=Reaction(parked=events))
+    marks = [InboxRow("shop", f"r1#try{number}", 1) for number in (1, 2)]
+    await write(one, mine, runs=runs, parked=parked, reaction=Reaction(parked=events), inbox=marks)
     touched = Touched(
         {row.no: 3 for row in runs[:20]} | {99: 3},
         {(row.service, row.id): 2 for row in parked[:20]} | {("bank", "r99#1"): 2},
         {(row.handler, row.pos): 0 for row in events[:-1]} | {(99, 1): 0},
+        [("shop", "r1#try2"), ("bank", "r1#try1"), ("shop", "r99#try1")],
     )
     await one.leave(Fence(mine.node, "other", LEASE_US), touched)
     assert await two.run_row("shop", "r2") == runs[1], "it is not who leaves"
@@ -970,6 +972,7 @@ async def who_leaves_alive_takes_back_the_deaths_it_counted(connections: Connect
     assert [await two.run_row("shop", row.id) for row in runs] == runs
     assert [(await two.parked_of("bank", row.run))[0] for row in parked] == parked
     assert await two.parked_at([row.pos for row in events]) == events
+    assert await two.seen("shop", ["r1#try1", "r1#try2"]) == {"r1#try1"}
     assert all(row.owner is None for row in await two.partition_rows(SERVICES))
 
 

@@ -730,7 +730,7 @@ async def _prove(c: Connection, fence: Fence) -> None:
 
 
 async def _take_back(c: Connection, node: int, touched: Touched) -> None:
-    """Let nothing that is this node's have more deaths than before it was touched."""
+    """Take back what a session of this node counted; see `Store.leave`."""
     here = "target IN (SELECT target FROM pavane.partitions WHERE owner = $1)"
     await c.executemany(
         f"UPDATE pavane.runs SET deaths = least(deaths, $2) WHERE no = $3 AND {here}",
@@ -748,6 +748,7 @@ async def _take_back(c: Connection, node: int, touched: Touched) -> None:
         " WHERE h.no = e.handler AND p.partition = e.slot AND p.owner = $1)",
         [(node, deaths, *at) for at, deaths in touched.events.items()],
     )
+    await c.executemany("DELETE FROM pavane.inbox WHERE service = $1 AND id = $2", touched.tries)
 
 
 def _count(rows: str) -> str:

@@ -901,7 +901,7 @@ def _refusal(error: Exception) -> PavaneError:
 
 
 def _take_back(c: Connection, node: int, touched: Touched) -> None:
-    """Let nothing that is this node's have more deaths than before it was touched."""
+    """Take back what a session of this node counted; see `Store.leave`."""
     here = "target IN (SELECT target FROM partitions WHERE owner = ?)"
     c.executemany(
         f"UPDATE runs SET deaths = min(deaths, ?) WHERE no = ? AND {here}",
@@ -917,6 +917,7 @@ def _take_back(c: Connection, node: int, touched: Touched) -> None:
         " WHERE h.no = e.handler AND p.partition = e.slot AND p.owner = ?)",
         [(deaths, *at, node) for at, deaths in touched.events.items()],
     )
+    c.executemany("DELETE FROM inbox WHERE service = ? AND id = ?", touched.tries)
 
 
 def _json(values: Sequence[Any]) -> str:
