@@ -733,18 +733,18 @@ async def _take_back(c: Connection, node: int, touched: Touched) -> None:
     """Take back what a session of this node counted; see `Store.leave`."""
     here = "target IN (SELECT target FROM pavane.partitions WHERE owner = $1)"
     await c.executemany(
-        f"UPDATE pavane.runs SET deaths = least(deaths, $2) WHERE no = $3 AND {here}",
+        f"UPDATE pavane.runs SET deaths = $2 WHERE deaths > $2 AND no = $3 AND {here}",
         [(node, deaths, no) for no, deaths in touched.runs.items()],
     )
     await c.executemany(
-        "UPDATE pavane.parked SET deaths = least(deaths, $2)"
-        f" WHERE service = $3 AND id = $4 AND {here}",
+        "UPDATE pavane.parked SET deaths = $2"
+        f" WHERE deaths > $2 AND service = $3 AND id = $4 AND {here}",
         [(node, deaths, *key) for key, deaths in touched.parked.items()],
     )
     await c.executemany(
-        "UPDATE pavane.parked_events AS e SET deaths = least(deaths, $2)"
-        " WHERE handler = $3 AND pos = $4 AND EXISTS (SELECT FROM pavane.handlers AS h"
-        " JOIN pavane.partitions AS p USING (service)"
+        "UPDATE pavane.parked_events AS e SET deaths = $2"
+        " WHERE deaths > $2 AND handler = $3 AND pos = $4 AND EXISTS"
+        " (SELECT FROM pavane.handlers AS h JOIN pavane.partitions AS p USING (service)"
         " WHERE h.no = e.handler AND p.partition = e.slot AND p.owner = $1)",
         [(node, deaths, *at) for at, deaths in touched.events.items()],
     )
