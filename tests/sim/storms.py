@@ -53,6 +53,14 @@ def storm(scenario: str, seed: int, mode: Mode, *, verbose: bool = False) -> Out
     return Simulation(SCENARIOS[scenario](), seed, mode, verbose=verbose).run()
 
 
+def broken(scenario: str, seed: int, mode: Mode) -> str:
+    """Return which promise a storm broke; an error that stopped the customer is one, too."""
+    try:
+        return storm(scenario, seed, mode).violation
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 @dataclass(frozen=True)
 class Found:
     """Where a planted bug was found, and what it broke."""
@@ -67,7 +75,7 @@ def find(bug: Bug, seeds: int) -> Found | None:
     for seed in range(seeds):
         for mode in MODES:
             with bug.change():
-                violation = storm(bug.scenario, seed, mode).violation
+                violation = broken(bug.scenario, seed, mode)
             if violation:
                 return Found(seed, mode, violation)
     return None
@@ -90,7 +98,7 @@ def storms(
 
 
 def _run(scenario: str, mode: Mode, seeds: range) -> list[Broken]:
-    found = ((seed, storm(scenario, seed, mode).violation) for seed in seeds)
+    found = ((seed, broken(scenario, seed, mode)) for seed in seeds)
     return [Broken(scenario, seed, mode, violation) for seed, violation in found if violation]
 
 

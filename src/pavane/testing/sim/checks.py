@@ -8,15 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pavane.app import App
 from pavane.core.baton import ENDED, decode_baton
 from pavane.core.codec import decoder
-from pavane.core.journal import decode_chunk
+from pavane.core.envelope import operation_id
+from pavane.core.execution import Execution
+from pavane.core.journal import decode_chunk, effective, eras, issue_eras, resumed_us
+from pavane.engine.held import decode_header
 from pavane.errors import PavaneError
 from pavane.stores.memory import SLOTS
 from pavane.stores.port import Commit, Fence, NodeRow
 from pavane.testing.sim.database import Database
-from pavane.testing.sim.outside import Outside
+from pavane.testing.sim.outside import LATENCY_US, SLOW_US, Outside, Request
 from pavane.testing.sim.process import SimProcess
+
+ATTEMPT_MAX_US = 2 * (LATENCY_US[1] + SLOW_US)
+"""An attempt asks the world outside within so much time."""
 
 
 class Violation(Exception):
@@ -32,7 +39,8 @@ class Ledger:
         self._data: Any = database.root._data  # pyright: ignore[reportPrivateUsage]
         self._ends: dict[str, tuple[str, bytes | None]] = {}
         self._batons: dict[str, bytes] = {}
-        self._handlers: dict[int, str] = {}
+        self._journalled: dict[str, int] = {}
+        """When the result of an operation was journalled, by its idempotency key."""
         database.watchers.append(self._watch)
         database.lease_watchers.append(self)
 
@@ -57,6 +65,23 @@ class Ledger:
             if held == node and owner is not None and owner.is_alive and not is_over:
                 self.wrong.append(f"{by.name} ended the lease of {owner.name} before it was over.")
 
+    def requested(self, request: Request, by: SimProcess) -> None:
+        """No step is done again whose result is in the journal (invariant 1).
+
+        A process that lost its lease may be in the middle of an attempt, and not know it yet.
+        """
+        journalled_us = self._journalled.get(request.key)
+        if journalled_us is None:
+            return
+        late_us = self._database.clock.now_us - journalled_us
+        for node in self._data.nodes.values():
+            is_its = (node.host, node.pid) == (by.host, by.pid)
+            if is_its and (late_us > ATTEMPT_MAX_US or node.joined_us > journalled_us):
+                self.wrong.append(
+                    f"{by.name} did {request.key} again, {late_us / 1e6:.3f} s after its result "
+                    f"was journalled."
+                )
+
     def _watch(
         self, batch: Sequence[Commit], fence: Fence | None, results: Sequence[PavaneError | None]
     ) -> None:
@@ -66,6 +91,7 @@ class Ledger:
                     self._check_owner(commit, fence)
                 self._check_ends(commit)
                 self._check_batons(commit)
+                self._note_results(commit)
 
     def _check_owner(self, commit: Commit, fence: Fence) -> None:
         """Nobody writes what belongs to a partition of another (invariant 2)."""
@@ -87,6 +113,16 @@ class Ledger:
                     f"Zombie write: node {fence.node} wrote in partition {target}, which belongs "
                     f"to {f'node {owner}' if owner else 'nobody'}."
                 )
+
+    def _note_results(self, commit: Commit) -> None:
+        now_us = self._database.clock.now_us
+        for row in commit.journal:
+            if row.run not in self._data.runs:
+                continue
+            id = self._data.runs[row.run].id
+            for entry in decode_chunk(row.body):
+                if entry.what in ("done", "failed"):
+                    self._journalled.setdefault(operation_id(id, entry.op, 0), now_us)
 
     def _check_ends(self, commit: Commit) -> None:
         """A run ends once, and once more after somebody retried it (invariant 3)."""
@@ -142,6 +178,26 @@ def is_settled(database: Database) -> str:
             if is_open and not data.events.has_mark(event.pos, handler):
                 return f"Event {event.id} was not handled by handler {handler}."
     return ""
+
+
+def check_results(database: Database, app: App) -> None:
+    """What a run returned is what its journal replays to (invariant 3)."""
+    data: Any = database.root._data  # pyright: ignore[reportPrivateUsage]
+    for row in data.runs.values():
+        chunks = sorted(data.journals.get(row.no, {}).items())
+        if row.service != row.home or row.status != "completed" or not chunks:
+            continue
+        entries = [entry for _, body in chunks for entry in decode_chunk(body)]
+        header = decode_header(row.header)
+        header.era, header.resumed_us = eras(entries), resumed_us(entries)
+        delivered = effective(entries)
+        definition = app.registry.workflow(header.workflow, header.version)
+        execution = Execution(header, definition, delivered, app.config.payload_max_bytes)
+        execution.eras = issue_eras(entries) if header.era else ()
+        execution.replay(delivered)
+        outcome = execution.outcome
+        if outcome is None or bytes(outcome.value) != row.result:
+            raise Violation(f"{row.id} gave {row.result!r}, and its journal gives {outcome!r}.")
 
 
 def check_answers(database: Database, answers: Mapping[str, tuple[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from pavane.testing.sim.clock import Clock, Lost
-from pavane.testing.sim.process import here
+from pavane.testing.sim.process import SimProcess, here
 
 LATENCY_US = (100, 20_000)
 SLOW_PROBABILITY = 0.05
@@ -46,6 +46,8 @@ class Outside:
         self.failing = 0.0
         self.model: Any = None
         """What a scenario keeps of it: balances, stock and the like."""
+        self.watchers: list[Callable[[Request, SimProcess], None]] = []
+        """Told of each request before it is answered."""
         self.is_closed = False
         self._clock = clock
         self._answers: dict[str, Any] = {}
@@ -86,6 +88,8 @@ class Outside:
             raise Lost
         request = Request(self._clock.at_us, process.number, what, key, args)
         self.requests.append(request)
+        for watch in self.watchers:
+            watch(request, process)
         if key not in self._answers:
             self._answers[key] = effect()
             self.done[key] = request

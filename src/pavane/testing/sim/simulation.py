@@ -20,7 +20,7 @@ from pavane.core.baton import ENDED
 from pavane.core.operations import Mode
 from pavane.errors import PavaneError
 from pavane.stores.port import Commit, Fence
-from pavane.testing.sim.checks import Ledger, Violation, is_settled
+from pavane.testing.sim.checks import Ledger, Violation, check_results, is_settled
 from pavane.testing.sim.clock import Clock, Stalled
 from pavane.testing.sim.database import Database, Weather
 from pavane.testing.sim.outside import Outside, outside
@@ -78,6 +78,7 @@ class Simulation:
         self.database = Database(self.clock, PARTITIONS)
         self.outside = Outside(self.clock)
         self.ledger = Ledger(self.database)
+        self.outside.watchers.append(self.ledger.requested)
         self.storm = storm or draw_storm(seed, len(scenario.app.registry.services))
         self.processes: dict[tuple[str, int], SimProcess] = {}
         self.is_over = False
@@ -113,6 +114,7 @@ class Simulation:
                 if self._failure is not None:
                     raise self._failure
                 self.ledger.check()
+                check_results(self.database, self.scenario.app)
                 self.scenario.check(self)
             except Violation as found:
                 violation = str(found)
