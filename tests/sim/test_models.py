@@ -478,7 +478,8 @@ class Stores(RuleBasedStateMachine):
         async def ask(place: Place, store: Store) -> Any:
             fence = self.fence(place, node)
             parked = {("bank", f"r{no}#1"): runs[no] for no in runs}
-            touched = Touched(runs, parked, events, [("shop", f"{RUNS[0]}#{no}") for no in runs])
+            tries = [("shop", f"{RUNS[0]}#{no}") for no in runs]
+            touched = [Touched(runs, parked), Touched(events=events, tries=tries)]
             return fence and await store.leave(fence, touched)
 
         self.both(view, ask)
@@ -500,7 +501,7 @@ class Stores(RuleBasedStateMachine):
         async def ask(place: Place, store: Store) -> Any:
             fence = self.fence(place, node)
             parked = [a_parked(store, "r1#1", deaths=2)] if nos else []
-            return fence and await store.touch(fence, nos, parked)
+            return fence and await store.touch(fence, dict.fromkeys(nos, 2), parked)
 
         self.both(view, ask)
 

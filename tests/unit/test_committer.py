@@ -85,6 +85,16 @@ async def test_what_follows_a_refused_commit_of_its_chain_is_refused_and_told_af
 
 
 @in_loop
+async def test_nothing_is_written_any_more_once_it_is_closed() -> None:
+    office = Office()
+    office.committer.close()
+    office.submit("late")
+    await office.committer.flush()
+    assert office.desk.asked == []
+    assert office.told == ["late: LeaseLost"]
+
+
+@in_loop
 async def test_nothing_is_written_under_a_lost_lease_and_everybody_is_told() -> None:
     office = Office()
     names = [f"c{at}" for at in range(5000)]

@@ -127,6 +127,11 @@ class Committer:
         if events:
             self._published(events)
 
+    def close(self) -> None:
+        """Write nothing any more: what is submitted from now on is refused."""
+        if self.closed is None:
+            self.closed = LeaseLost("The session that this belongs to has ended.")
+
     async def flush(self) -> None:
         """Return when everything submitted so far was written or refused."""
         while self._waiting or self._writing or self._settled:

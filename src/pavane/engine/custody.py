@@ -100,7 +100,7 @@ class Custody:
             ParkedEvent(subscription.no, row.pos, row.slot, row.key, 1, now, now)
             for row in found[:QUEUE_MAX]
         ]
-        await self._count(parked)
+        await self._count(subscription, parked)
         return {row.pos for row in parked}
 
     async def load(
@@ -141,7 +141,7 @@ class Custody:
             and not subscription.paused_until_us
         ]  # fmt: skip
         calm = [row for row in under_way if row.deaths < SUSPECT_DEATHS]
-        await self._count(calm)
+        await self._count(subscription, calm)
         return [subscription.lanes[row.key or row.pos] for row in under_way if row not in calm]
 
     async def try_suspect(self, subscription: Subscription, lane: Lane) -> None:
@@ -162,18 +162,18 @@ class Custody:
                 lane.head, lane.busy = None, True
                 self._bury(subscription, [lane], item, PavaneError(text))
             return
-        await self._count([head])
+        await self._count(subscription, [head])
         self.go_on(subscription, lane)
         while lane.busy and self._session.open:
             await asyncio.sleep(0.005)
 
-    async def _count(self, parked: Sequence[ParkedEvent]) -> None:
+    async def _count(self, subscription: Subscription, parked: Sequence[ParkedEvent]) -> None:
         """Count a death, durably, for each of these; see `Session.touched`."""
         if not parked:
             return
-        touched = self._session.touched.events
         for row in parked:
-            touched[row.handler, row.pos] = row.deaths
+            touched = self._session.touched_at(subscription.handler.service.name, row.slot)
+            touched.events[row.handler, row.pos] = row.deaths
             row.deaths += 1
         await self._session.durable(reaction=Reaction(parked=parked))
 

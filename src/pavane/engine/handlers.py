@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Iterable, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from msgspec import Raw
 
-from pavane.core.codec import encode
+from pavane.core.codec import encode, encode_error, error_summary
 from pavane.engine.breaker import BREAKER, Circuit
 from pavane.engine.consumer import Consumer
 from pavane.engine.custody import CAUSE_MAX, FINAL, Custody
@@ -136,15 +136,27 @@ class Handlers:
         for lane in suspects:
             self._session.suspect(partial(self.custody.try_suspect, subscription, lane))
 
-    async def give(self, service: str, slots: set[int], grace_s: float) -> None:
-        """Let what is under way in these slots end, and forget the rest."""
-        ends = self._loop.time() + grace_s
+    def leave(self, places: Collection[tuple[str, int]]) -> None:
+        """Begin nothing more in these slots of services."""
+        for service in {service for service, _ in places}:
+            slots = {slot for of, slot in places if of == service}
+            for subscription in self._by_service.get(service, ()):
+                self._unqueue(subscription.leave(slots, self.consumer.tail))
+
+    def at_work(self) -> set[tuple[str, int]]:
+        """Return the services and slots in which something is under way."""
+        return {
+            (service, lane.slot)
+            for service, subscriptions in self._by_service.items()
+            for subscription in subscriptions
+            for lane in subscription.lanes.values()
+            if lane.busy
+        }
+
+    async def give(self, service: str, slots: set[int]) -> None:
+        """Stop what is under way in these slots, and forget the rest."""
         mine = self._by_service.get(service, ())
         busy = [lane for s in mine for lane in s.leave(slots, self.consumer.tail)]
-        self._unqueue(busy)
-        await asyncio.sleep(0)  # a call must begin, or it cannot tidy up when it is cancelled
-        while self._loop.time() < ends and any(lane.busy for lane in busy):
-            await asyncio.sleep(0.002)
         calls = {lane.call for lane in busy if lane.busy and lane.call is not None}
         for call in calls:
             call.cancel()
@@ -319,8 +331,7 @@ class Handlers:
             if self._session.open:
                 raise
         except Exception as error:
-            log.exception("a duty of the handlers failed")
-            self._session.lost(StoreError(f"A duty of this node failed: {error!r}."))
+            self._session.failed(error)
         finally:
             self._calls.pop(first, None)
 
@@ -591,7 +602,8 @@ class Handlers:
             self._session.spawn(self._say(subscription, 0, ""))
             subscription.pump()
             return
-        reason = f"{circuit.says()}; the last: {error!r}"[:CAUSE_MAX]
+        last = error_summary(encode_error(error)) if error is not None else ""
+        reason = f"{circuit.says()}; the last: {last}"[:CAUSE_MAX]
         log.warning("%r is paused, %s", subscription.handler, reason)
         until = self._session.now_us() + round((circuit.retry_at_s - self._loop.time()) * 1e6)
         self._session.spawn(self._say(subscription, until, reason))

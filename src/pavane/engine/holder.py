@@ -262,7 +262,8 @@ class Holder:
                 return  # its partition was handed over
             if deaths < self._config.deaths_max:
                 mark = InboxRow(message.to, tries[deaths - 1], self._session.now_us())
-                self._session.touched.tries.append((mark.service, mark.id))
+                touched = self._session.touched[message.target]
+                touched.tries.append((mark.service, mark.id))
                 await self._session.durable(inbox=[mark])
                 if is_elsewhere():
                     return
@@ -1531,7 +1532,7 @@ class Holder:
         if row.no == 0:
             row.no = self._session.take_run_number()
             if row.deaths:  # the last of them is this session's count
-                self._session.touched.runs[row.no] = row.deaths - 1
+                self._session.touched[row.target].runs[row.no] = row.deaths - 1
 
     def _write(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
@@ -53,6 +54,8 @@ from pavane.stores.port import (
 
 log = logging.getLogger("pavane.node")
 
+PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 3.0
+"""How long to wait before joining again, when the session before did not last a lease."""
 POLL_GROWTH = 1.2
 PAGE = 500
 RUN_NUMBERS = 1000
@@ -115,6 +118,8 @@ class Session:
         """Why it must end; None when people asked this node to drain."""
         self._called = asyncio.Event()
         """Set when somebody asks all nodes to look round."""
+        self._disputed: set[int] = set()
+        """What it owned by its own account or by the store's, not by both, at the last look."""
         self._others: list[NodeRow] = []
         """Who else was there at the last look."""
         self._roster = (0, 0, 0)
@@ -140,8 +145,11 @@ class Session:
         self._suspects: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._aside: dict[Key, RunRow | ParkedRow] = {}
         self._lane: asyncio.Task[None] | None = None
-        self.touched = Touched()
-        """What this session counted a death of; it takes that back if it is lost alive."""
+        self.touched: dict[int, Touched] = defaultdict(Touched)
+        """What this session counted a death of, by target; it takes that back if it is lost alive.
+        """
+        self._slots: dict[tuple[str, int], int] = {}
+        """The targets that it owned, by service and partition."""
         self._ticking: asyncio.Task[None] | None = None
         self.now_us = store.now_us
         self.committer = Committer(store, fence, self._route, self._published, self.lost)
@@ -228,13 +236,12 @@ class Session:
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        if not isinstance(error, PavaneError):
-            log.error("a duty of this node failed", exc_info=error)
-            error = StoreError(f"A duty of this node failed: {error!r}.")
         if isinstance(error, CorruptJournal):
             log.error("%s", error)  # one bad row or message stops no other
-        else:
+        elif isinstance(error, PavaneError):
             self.lost(error)
+        else:
+            self.failed(error)
 
     def lost(self, error: PavaneError) -> None:
         """End the session: its lease is lost or its store does not work."""
@@ -243,6 +250,12 @@ class Session:
             log.warning("node %d stops: %s", self.fence.node, error)
         if not self.failure.done():
             self.failure.set_result(error)
+
+    def failed(self, error: BaseException) -> None:
+        """End the session for what nobody foresaw: that counts as a death of what was under way."""
+        log.error("a duty of this node failed", exc_info=error)
+        self.touched.clear()
+        self.lost(StoreError(f"A duty of this node failed with {type(error).__name__}."))
 
     def _asked_to_drain(self) -> None:
         if not self.failure.done():
@@ -384,6 +397,7 @@ class Session:
             nodes = await self._present()
         give: list[PartitionRow] = []
         want: list[int] = []
+        held: set[int] = set()
         hosts = {
             service: sorted(n.no for n in nodes if service in n.services and n.asked != DRAIN)
             for service in self._shared
@@ -391,10 +405,18 @@ class Session:
         for row in await self.store.partition_rows(self._shared):
             candidates = hosts[row.service]
             mine = candidates and candidates[row.partition % len(candidates)] == self.fence.node
+            if row.owner == self.fence.node:
+                held.add(row.target)
             if row.owner == self.fence.node and not mine:
                 give.append(row)
-            elif row.owner is None and mine:
+            elif row.owner is None and mine and row.target not in self._floors:
                 want.append(row.target)
+        # A database that crashed, or failed over, may have forgotten who owns what.
+        disputed = held ^ self._floors.keys()
+        if disputed & self._disputed:
+            self.lost(LeaseLost(f"Node {self.fence.node} and its store differ in what it owns."))
+            return
+        self._disputed = disputed
         if give:
             await self._give(give)
         if want:
@@ -431,19 +453,36 @@ class Session:
         return self.store.now_us() if self.lease.is_steady else 0
 
     async def _give(self, rows: Sequence[PartitionRow]) -> None:
-        """Hand partitions over in order: let running steps end, write, forget, release."""
-        targets = [row.target for row in rows]
-        self.draining.update(targets)
-        leaving = set(targets)
+        """Hand partitions over, each as soon as nothing runs there, or its time is over."""
+        self.draining.update(row.target for row in rows)
+        self.handlers.leave([(row.service, row.partition) for row in rows])
+        await asyncio.sleep(0)  # a call must begin, or it cannot tidy up when it is cancelled
         loop = asyncio.get_running_loop()
         ends = loop.time() + self.config.grace_s
-        while self.steps.busy(leaving) and loop.time() < ends:
-            await asyncio.sleep(0.005)
+        left = list(rows)
+        while left and self.open:
+            is_over = loop.time() >= ends
+            steps, slots = self.steps.at_work(), self.handlers.at_work()
+            ready = [
+                row for row in left
+                if is_over
+                or (row.target not in steps and (row.service, row.partition) not in slots)
+            ]  # fmt: skip
+            if ready:
+                await self._hand_over(ready)
+                left = [row for row in left if row not in ready]
+            else:
+                await asyncio.sleep(0.005)
+
+    async def _hand_over(self, rows: Sequence[PartitionRow]) -> None:
+        """Cancel what runs in these partitions, write, forget, release."""
+        targets = [row.target for row in rows]
+        leaving = set(targets)
         self.steps.abandon(leaving)
         await self._duties.give(leaving)
         for service in dict.fromkeys(row.service for row in rows):
             slots = {row.partition for row in rows if row.service == service}
-            await self.handlers.give(service, slots, max(0.0, ends - loop.time()))
+            await self.handlers.give(service, slots)
         await self.committer.flush()
         await self.holder.settle()
         await self.committer.flush()
@@ -453,6 +492,8 @@ class Session:
         if not self.open:
             return  # what was not written may land yet, and belongs to these partitions
         self._aside = {key: row for key, row in self._aside.items() if row.target not in leaving}
+        for target in targets:
+            self.touched.pop(target, None)  # whoever has it next may count more
         positions = [
             (target, self._position(target)) for target in targets if target in self._flight
         ]
@@ -468,6 +509,7 @@ class Session:
         """Take partitions up where they were left: messages, runs, parked steps, timers."""
         if not rows:
             return
+        self._slots.update(((row.service, row.partition), row.target) for row in rows)
         position = {row.target: row.position for row in rows}
         dirty = {row.target: row.position for row in rows if not row.clean}
         suspects = await self._count_deaths(dirty) if dirty else []
@@ -545,13 +587,21 @@ class Session:
 
         A session that is lost in a living process takes back what it counted, landed or not.
         """
-        runs = [row for row in rows if isinstance(row, RunRow)]
-        parked = [row for row in rows if isinstance(row, ParkedRow)]
-        self.touched.runs.update((row.no, row.deaths) for row in runs)
-        self.touched.parked.update(((row.service, row.id), row.deaths) for row in parked)
-        for row in parked:
-            row.deaths += 1
-        await self.store.touch(self.fence, [row.no for row in runs], parked)
+        runs: dict[int, int] = {}
+        parked: list[ParkedRow] = []
+        for row in rows:
+            touched = self.touched[row.target]
+            if isinstance(row, RunRow):
+                touched.runs[row.no] = row.deaths
+                runs[row.no] = row.deaths + 1
+            else:
+                touched.parked[row.service, row.id] = row.deaths
+                row.deaths += 1
+                parked.append(row)
+        await self.store.touch(self.fence, runs, parked)
+
+    def touched_at(self, service: str, partition: int) -> Touched:
+        return self.touched[self._slots[service, partition]]
 
     async def _under_way(
         self, positions: Mapping[int, int]
@@ -728,24 +778,27 @@ class Session:
         """Stop in order: let steps end, write everything, release the partitions."""
         if self._ticking is not None:
             await stop_all([self._ticking])  # it would take up more
+        # What was being taken up is left to be taken up again, with the deaths it was to count.
+        rows = [
+            PartitionRow(target, service, partition, self.fence.node, False, 0)
+            for (service, partition), target in self._slots.items()
+            if target in self._floors and target not in self._unread
+        ]
         self.draining.update(self._floors)
-        loop = asyncio.get_running_loop()
-        ends = loop.time() + self.config.grace_s
-        await self.steps.drain(self.config.grace_s)
-        await self.handlers.drain(max(0.0, ends - loop.time()))
+        with suppress(PavaneError):
+            await self.store.ask_node(self.fence.node, DRAIN)  # others take what it releases
+            await self._give(rows)
+        await self.steps.drain(0.0)
+        await self.handlers.drain(0.0)
         await self._duties.close()
         await self.holder.settle()
         await self.committer.flush()
-        # What was being taken up is left to be taken up again, with the deaths it was to count.
-        read = [target for target in self._floors if target not in self._unread]
-        positions = [(target, self._position(target)) for target in read]
         await self.close()
         if self.open:
             self.open = False
             with suppress(PavaneError):
-                await self.store.release(self.fence, positions)
                 await self.store.leave(self.fence)
-                if positions:
+                if rows:
                     await tell_nodes(self.store, min(self.services))
 
     async def close(self) -> None:
@@ -763,6 +816,7 @@ class Session:
         self.limits.close()
         self.holder.close()
         await self.committer.flush()
+        self.committer.close()
 
 
 class Node:
@@ -794,7 +848,7 @@ class Node:
         self.drained = asyncio.Event()
         """Set when people asked this node to drain, and it did: it works no more."""
         self._is_draining = False
-        self._lost: list[tuple[Fence, Touched]] = []
+        self._lost: list[tuple[Fence, list[Touched]]] = []
         """Sessions that were lost and are still to be left: this process did not die."""
 
     async def start(self) -> None:
@@ -822,17 +876,19 @@ class Node:
         try:
             await session.start()
         except BaseException:
-            self._lost.append((fence, session.touched))
+            self._lost.append((fence, list(session.touched.values())))
             await session.close()  # else it would renew its lease for ever
             raise
         self.session = session
 
     async def _supervise(self) -> None:
-        """Join again, with growing pauses, each time the session is lost.
+        """Join again each time the session is lost; with growing pauses if it did not last.
 
         When the store failed, its connections are not trusted any more.
         """
-        pause_s = 0.1
+        loop = asyncio.get_running_loop()
+        pause_s = 0.0
+        joined_s = loop.time()
         failure: PavaneError | None = None
         while not self._stopping:
             session = self.session
@@ -843,19 +899,21 @@ class Node:
                     await self._drain()
                     return
                 self.session = None
-                self._lost.append((session.fence, session.touched))
                 await session.close()
+                self._lost.append((session.fence, list(session.touched.values())))
+                if loop.time() - joined_s > self._config.lease_s:
+                    pause_s = 0.0
+            await asyncio.sleep(pause_s * (0.5 + self._process.random()))
+            pause_s = min(PAUSE_MAX_S, max(PAUSE_MIN_S, 2 * pause_s))
             try:
                 if isinstance(failure, StoreError):
                     log.warning("this node opens its store anew")
                     await self._store.reopen()
                 await self._join()
-                pause_s = 0.1
+                joined_s = loop.time()
             except PavaneError as error:
                 failure = error
                 log.error("this node cannot join: %s", error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(5.0, pause_s * 2)
 
     async def stop(self) -> None:
         """Drain and leave; runs go on at other nodes, or when one starts again."""

@@ -53,7 +53,7 @@ class _ThreadedRounds:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._every_s):
+        while not self._stop.wait(self._every_s * random.uniform(0.9, 1.1)):  # not in step
             if not self._work():
                 return
 

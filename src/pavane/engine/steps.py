@@ -270,7 +270,8 @@ class Steps:
             message.to, call.run, message.id, message.target, message.body, 1, now, now, b"null",
             b"null", max(1, call.deaths),
         )  # fmt: skip
-        self._session.touched.parked[parked.service, parked.id] = parked.deaths - 1
+        touched = self._session.touched[parked.target]
+        touched.parked[parked.service, parked.id] = parked.deaths - 1
         self._park_command(message, parked, partial(self._counted, parked))
 
     def _counted(self, parked: ParkedRow, error: PavaneError | None) -> None:
@@ -779,9 +780,11 @@ class Steps:
     def is_running(self, service: str, id: str) -> bool:
         return (service, id) in self._running
 
-    def busy(self, targets: set[int]) -> bool:
-        """Tell whether an attempt of one of these partitions is running."""
-        return any(self._target(attempt) in targets for attempt in self._running.values())
+    def at_work(self) -> set[int]:
+        """Return the partitions for which an attempt is running: its own, and its run's."""
+        running = self._running.values()
+        runs = {attempt.held.row.target for attempt in running if attempt.held is not None}
+        return runs | {self._target(attempt) for attempt in running}
 
     def abandon(self, targets: set[int]) -> None:
         """Cancel the attempts of these partitions; the next owner makes them again."""

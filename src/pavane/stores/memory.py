@@ -16,7 +16,7 @@ import asyncio
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -176,24 +176,16 @@ class _Data:
         else:
             self.waking[new.no] = new
 
-    def take_back(self, node: int, touched: Touched) -> None:
-        """Take back what a session of this node counted; see `Store.leave`."""
-        own = {target for target, row in self.partitions.items() if row.owner == node}
-        for no, deaths in touched.runs.items():
-            run = self.runs.get(no)
-            if run is not None and run.target in own:
-                run.deaths = min(run.deaths, deaths)
-        for key, deaths in touched.parked.items():
-            parked = self.parked.get(key)
-            if parked is not None and parked.target in own:
-                parked.deaths = min(parked.deaths, deaths)
-        for at, deaths in touched.events.items():
-            event = self.events.parked.get(at)
-            handler = self.events.handlers.get(at[0])
-            if event is None or handler is None:
-                continue
-            if self.services[handler.service] * SLOTS + event.slot in own:
-                event.deaths = min(event.deaths, deaths)
+    def take_back(self, touched: Touched) -> None:
+        """Take back what was counted; see `Store.leave`."""
+        kinds: list[tuple[dict[Any, Any], Mapping[Any, int]]] = [
+            (self.runs, touched.runs), (self.parked, touched.parked),
+            (self.events.parked, touched.events),
+        ]  # fmt: skip
+        for rows, befores in kinds:
+            for key, before in befores.items():
+                if key in rows:
+                    rows[key].deaths = min(rows[key].deaths, before)
         for service, id in touched.tries:
             self.inbox.get(id, {}).pop(service, None)
 
@@ -470,13 +462,13 @@ class MemoryStore(EventViews):
             roster = (len(others), max((node.no for node in others), default=0), asked)
             return Glance(roster, min((node.expires_us for node in others), default=LAST_US))
 
-    async def leave(self, fence: Fence, touched: Touched | None = None) -> None:
+    async def leave(self, fence: Fence, touched: Sequence[Touched] = ()) -> None:
         data = self._open_data()
         with data.lock:
             node = data.nodes.get(fence.node)
             if node is not None and node.nonce == fence.nonce:
-                if touched is not None:
-                    data.take_back(node.no, touched)
+                for of_one in touched:
+                    data.take_back(of_one)
                 self._remove(data, node)
 
     async def nodes(self) -> list[NodeRow]:
@@ -536,13 +528,15 @@ class MemoryStore(EventViews):
 
     # -- upkeep --------------------------------------------------------------------------------
 
-    async def touch(self, fence: Fence, runs: Sequence[int], parked: Sequence[ParkedRow]) -> None:
+    async def touch(
+        self, fence: Fence, runs: Mapping[int, int], parked: Sequence[ParkedRow]
+    ) -> None:
         data = self._open_data()
         with data.lock:
             data.prove(fence)
-            for no in runs:
+            for no, deaths in runs.items():
                 if no in data.runs:
-                    data.runs[no].deaths += 1
+                    data.runs[no].deaths = max(data.runs[no].deaths, deaths)
             for row in parked:
                 data.put_parked(row)
             data.version += 1

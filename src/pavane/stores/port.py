@@ -8,7 +8,7 @@ that one piece of progress changes is one `Commit`, written atomically, or refus
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -96,7 +96,7 @@ class JournalRow(msgspec.Struct):
 
 
 class Touched(msgspec.Struct):
-    """What a session counted a death of, each with its deaths before that."""
+    """What a session counted a death of in one partition, each with its deaths before that."""
 
     runs: dict[int, int] = {}
     """By number."""
@@ -459,11 +459,11 @@ class Store(EventStore, Protocol):
         """
         ...
 
-    async def leave(self, fence: Fence, touched: Touched | None = None) -> None:
+    async def leave(self, fence: Fence, touched: Sequence[Touched] = ()) -> None:
         """Give the lease back; partitions that were not released before become free, not clean.
 
-        Whoever takes them over counts a death. One who leaves alive says what it `touched` there,
-        and takes back what it counted: none has more deaths than before, and the marks are gone.
+        Whoever takes them over counts a death. One who leaves alive says what it `touched` in
+        them, and takes back what it counted: nothing there has more deaths than before.
         """
         ...
 
@@ -486,9 +486,11 @@ class Store(EventStore, Protocol):
         ...
 
     # upkeep
-    async def touch(self, fence: Fence, runs: Sequence[int], parked: Sequence[ParkedRow]) -> None:
-        """Count one more touch after a crash, durably: adds one to `deaths` of `runs`, and writes
-        `parked`, whose `deaths` the caller has counted already."""
+    async def touch(
+        self, fence: Fence, runs: Mapping[int, int], parked: Sequence[ParkedRow]
+    ) -> None:
+        """Count one more touch after a crash, durably: raises `deaths` of `runs` to what is given
+        for their numbers, and writes `parked`, whose `deaths` the caller has counted already."""
         ...
 
     async def prune(self, before_us: int, limit: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 from unittest.mock import patch
@@ -220,7 +220,7 @@ def deaths_forgotten() -> Iterator[None]:
     """Touch what a process may have died of without counting that, durably, before."""
 
     async def untouched(
-        self: SimStore, fence: Fence, runs: Sequence[int], parked: Sequence[ParkedRow]
+        self: SimStore, fence: Fence, runs: Mapping[int, int], parked: Sequence[ParkedRow]
     ) -> None:
         return
 

@@ -22,24 +22,18 @@ from pavane.stores.postgres.connection import (
     is_lost,
 )
 
-_PROLONG = (
+_RENEW = (
     "UPDATE pavane.nodes SET expires_us = pavane.clock_us() + $3"
-    " FROM (SELECT set_config('synchronous_commit', 'off', true)) AS at_once{}"
-    " WHERE no = $1 AND nonce = $2 RETURNING pavane.clock_us()"
+    " FROM (SELECT set_config('synchronous_commit', 'off', true)) AS at_once,"
+    " (SELECT count(*) FILTER (WHERE no <> $1) AS count,"
+    " coalesce(max(no) FILTER (WHERE no <> $1), 0) AS newest,"
+    " count(*) FILTER (WHERE asked <> '') AS asked,"
+    f" coalesce(min(expires_us) FILTER (WHERE no <> $1), {LAST_US}) AS expires_us"
+    " FROM pavane.nodes) AS seen"
+    " WHERE no = $1 AND nonce = $2 RETURNING pavane.clock_us(), seen.*,"
+    " (SELECT ARRAY[log, events] FROM pavane.heads), EXISTS (SELECT FROM pavane.outbox)"
 )
 """It does not wait for the disk: should the server forget it, the lease is over too early."""
-RENEW = _PROLONG.format("")
-_RENEW_AND_SEE = (
-    _PROLONG.format(
-        ", (SELECT count(*) FILTER (WHERE no <> $1) AS count,"
-        " coalesce(max(no) FILTER (WHERE no <> $1), 0) AS newest,"
-        " count(*) FILTER (WHERE asked <> '') AS asked,"
-        f" coalesce(min(expires_us) FILTER (WHERE no <> $1), {LAST_US}) AS expires_us"
-        " FROM pavane.nodes) AS seen"
-    )
-    + ", seen.*, (SELECT ARRAY[log, events] FROM pavane.heads),"
-    " EXISTS (SELECT FROM pavane.outbox)"
-)
 
 
 class Renewed(msgspec.Struct, frozen=True):
@@ -98,9 +92,7 @@ class LeaseConnection:
                 async with asyncio.timeout(within_s):
                     connection = await connect(self._dsn) if fresh else self._connection
                 self._connection = connection
-                asking = connection.fetchrow(
-                    _RENEW_AND_SEE, fence.node, fence.nonce, fence.lease_us
-                )
+                asking = connection.fetchrow(_RENEW, fence.node, fence.nonce, fence.lease_us)
                 return _read(await answered(connection, asking, within_s))
             except Exception as error:
                 if self._connection is not None:

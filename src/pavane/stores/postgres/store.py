@@ -13,8 +13,9 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -55,7 +56,7 @@ from pavane.stores.postgres.connection import (
     place_of,
 )
 from pavane.stores.postgres.events import EventTables
-from pavane.stores.postgres.lease import RENEW, LeaseConnection
+from pavane.stores.postgres.lease import LeaseConnection
 from pavane.stores.postgres.past import Beat, Found, Past
 from pavane.stores.postgres.schema import prepare
 from pavane.stores.postgres.together import Together
@@ -523,12 +524,16 @@ class PostgresStore(EventTables):
         """Let nodes work here again, as in a new generation of the database."""
         await self._execute(self.past.accept)
 
-    async def leave(self, fence: Fence, touched: Touched | None = None) -> None:
+    async def leave(self, fence: Fence, touched: Sequence[Touched] = ()) -> None:
+        try:
+            for of_one in touched:
+                await self._execute(partial(_take_back, fence, of_one))
+        except LeaseLost:
+            return
+
         async def delete(c: Connection) -> None:
             sql = "DELETE FROM pavane.nodes WHERE no = $1 AND nonce = $2 RETURNING no"
             if await c.fetchval(sql, fence.node, fence.nonce) is not None:
-                if touched is not None:
-                    await _take_back(c, fence.node, touched)
                 await c.execute(_FREE, fence.node)
 
         await self._execute(delete)
@@ -569,6 +574,7 @@ class PostgresStore(EventTables):
 
     async def claim(self, fence: Fence, targets: Sequence[int]) -> list[PartitionRow]:
         mine = 0
+        was_clean: dict[int, bool] = {}
 
         async def take(c: Connection) -> list[PartitionRow]:
             nonlocal mine
@@ -580,20 +586,26 @@ class PostgresStore(EventTables):
                 list(targets), mine,
             )  # fmt: skip
             mine = fence.node  # claimed already, if this is done again because its answer was lost
+            was_clean.update((row["target"], row["clean"]) for row in rows if row["owner"] is None)
             await c.execute(
                 "UPDATE pavane.partitions SET owner = $2, clean = false WHERE target = ANY($1)",
                 [row[0] for row in rows], fence.node,
             )  # fmt: skip
-            return [PartitionRow(t, s, p, None, clean, pos) for t, s, p, _, clean, pos in rows]
+            return [
+                PartitionRow(target, service, partition, None, was_clean[target], position)
+                for target, service, partition, _, _, position in rows
+            ]
 
         return await self._execute(take)
 
     async def release(self, fence: Fence, positions: Sequence[tuple[int, int]]) -> None:
         async def give(c: Connection) -> None:
             await _prove(c, fence)
-            await c.executemany(
-                "UPDATE pavane.partitions SET position = greatest(position, $2) WHERE target = $1",
-                sorted(positions),
+            await c.execute(
+                "UPDATE pavane.partitions AS p SET position = t.position"
+                " FROM unnest($1::bigint[], $2::bigint[]) AS t (target, position)"
+                " WHERE p.target = t.target AND p.position < t.position",
+                *_columns(2, positions),
             )
             await c.execute(
                 "UPDATE pavane.partitions SET owner = NULL, clean = true"
@@ -605,15 +617,19 @@ class PostgresStore(EventTables):
 
     # -- upkeep --------------------------------------------------------------------------------
 
-    async def touch(self, fence: Fence, runs: Sequence[int], parked: Sequence[ParkedRow]) -> None:
+    async def touch(
+        self, fence: Fence, runs: Mapping[int, int], parked: Sequence[ParkedRow]
+    ) -> None:
         async def count(c: Connection) -> None:
             await _prove(c, fence)
             await c.execute(
-                "UPDATE pavane.runs SET deaths = deaths + 1 WHERE no = ANY($1)", list(runs)
-            )
-            await c.executemany(
-                "INSERT INTO pavane.parked"
-                " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)"
+                "UPDATE pavane.runs AS r SET deaths = t.deaths"
+                " FROM unnest($1::bigint[], $2::integer[]) AS t (no, deaths)"
+                " WHERE r.no = t.no AND r.deaths < t.deaths",
+                list(runs), list(runs.values()),
+            )  # fmt: skip
+            await c.execute(
+                "INSERT INTO pavane.parked SELECT * FROM unnest($1::pavane.parked_1[])"
                 " ON CONFLICT (id, service) DO UPDATE SET attempt = excluded.attempt,"
                 " due_us = excluded.due_us, beat = excluded.beat, error = excluded.error,"
                 " deaths = excluded.deaths",
@@ -722,33 +738,51 @@ _FREE = "UPDATE pavane.partitions SET owner = NULL, clean = false WHERE owner = 
 
 
 async def _prove(c: Connection, fence: Fence) -> None:
-    if await c.fetchval(RENEW, fence.node, fence.nonce, fence.lease_us) is None:
+    # Not `RENEW`: what is done here under the lease is to outlive a crash of the server.
+    sql = (
+        "UPDATE pavane.nodes SET expires_us = pavane.clock_us() + $3"
+        " WHERE no = $1 AND nonce = $2 RETURNING no"
+    )
+    if await c.fetchval(sql, fence.node, fence.nonce, fence.lease_us) is None:
         raise LeaseLost(
             f"Node {fence.node} lost its lease (it was silent for longer than "
             f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
         )
 
 
-async def _take_back(c: Connection, node: int, touched: Touched) -> None:
-    """Take back what a session of this node counted; see `Store.leave`."""
-    here = "target IN (SELECT target FROM pavane.partitions WHERE owner = $1)"
-    await c.executemany(
-        f"UPDATE pavane.runs SET deaths = $2 WHERE deaths > $2 AND no = $3 AND {here}",
-        [(node, deaths, no) for no, deaths in touched.runs.items()],
+async def _take_back(fence: Fence, touched: Touched, c: Connection) -> None:
+    """Take back what was counted in one partition; see `Store.leave`."""
+    await _prove(c, fence)
+    await c.execute(
+        "UPDATE pavane.runs AS r SET deaths = t.before FROM unnest($1::bigint[], $2::integer[])"
+        " AS t (no, before) WHERE r.no = t.no AND r.deaths > t.before",
+        list(touched.runs), list(touched.runs.values()),
+    )  # fmt: skip
+    await c.execute(
+        "UPDATE pavane.parked AS p SET deaths = t.before"
+        " FROM unnest($1::text[], $2::text[], $3::integer[]) AS t (service, id, before)"
+        " WHERE p.service = t.service AND p.id = t.id AND p.deaths > t.before",
+        *_columns(2, touched.parked), list(touched.parked.values()),
+    )  # fmt: skip
+    await c.execute(
+        "UPDATE pavane.parked_events AS p SET deaths = t.before"
+        " FROM unnest($1::integer[], $2::bigint[], $3::integer[]) AS t (handler, pos, before)"
+        " WHERE p.handler = t.handler AND p.pos = t.pos AND p.deaths > t.before",
+        *_columns(2, touched.events), list(touched.events.values()),
+    )  # fmt: skip
+    await c.execute(
+        "DELETE FROM pavane.inbox AS i USING unnest($1::text[], $2::text[]) AS t (service, id)"
+        " WHERE i.service = t.service AND i.id = t.id",
+        *_columns(2, touched.tries),
     )
-    await c.executemany(
-        "UPDATE pavane.parked SET deaths = $2"
-        f" WHERE deaths > $2 AND service = $3 AND id = $4 AND {here}",
-        [(node, deaths, *key) for key, deaths in touched.parked.items()],
-    )
-    await c.executemany(
-        "UPDATE pavane.parked_events AS e SET deaths = $2"
-        " WHERE deaths > $2 AND handler = $3 AND pos = $4 AND EXISTS"
-        " (SELECT FROM pavane.handlers AS h JOIN pavane.partitions AS p USING (service)"
-        " WHERE h.no = e.handler AND p.partition = e.slot AND p.owner = $1)",
-        [(node, deaths, *at) for at, deaths in touched.events.items()],
-    )
-    await c.executemany("DELETE FROM pavane.inbox WHERE service = $1 AND id = $2", touched.tries)
+
+
+def _columns(width: int, rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Return rows as what `unnest` takes: one statement for all of them is one answer to wait for.
+
+    `executemany` of a connection that is cut in the middle of it never ends.
+    """
+    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(width)]
 
 
 def _count(rows: str) -> str:

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -723,12 +723,12 @@ class SqliteStore(EventTables):
             except apsw.Error as error:
                 raise self._explained(error) from error
 
-    async def leave(self, fence: Fence, touched: Touched | None = None) -> None:
+    async def leave(self, fence: Fence, touched: Sequence[Touched] = ()) -> None:
         def delete(c: Connection) -> None:
             c.execute("DELETE FROM nodes WHERE no = ? AND nonce = ?", (fence.node, fence.nonce))
             if c.changes():
-                if touched is not None:
-                    _take_back(c, fence.node, touched)
+                for of_one in touched:
+                    _take_back(c, of_one)
                 c.execute(
                     "UPDATE partitions SET owner = NULL, clean = 0 WHERE owner = ?", (fence.node,)
                 )
@@ -807,11 +807,14 @@ class SqliteStore(EventTables):
 
     # -- upkeep --------------------------------------------------------------------------------
 
-    async def touch(self, fence: Fence, runs: Sequence[int], parked: Sequence[ParkedRow]) -> None:
+    async def touch(
+        self, fence: Fence, runs: Mapping[int, int], parked: Sequence[ParkedRow]
+    ) -> None:
         def count(c: Connection) -> None:
             self._prove(c, fence)
             c.executemany(
-                "UPDATE runs SET deaths = deaths + 1 WHERE no = ?", [(no,) for no in runs]
+                "UPDATE runs SET deaths = max(deaths, ?) WHERE no = ?",
+                [(deaths, no) for no, deaths in runs.items()],
             )
             if parked:
                 insert_all(c, "put_parked", [_parked_values(row) for row in parked])
@@ -900,22 +903,19 @@ def _refusal(error: Exception) -> PavaneError:
     return PavaneError(f"A value cannot be stored: {error!r}.")
 
 
-def _take_back(c: Connection, node: int, touched: Touched) -> None:
-    """Take back what a session of this node counted; see `Store.leave`."""
-    here = "target IN (SELECT target FROM partitions WHERE owner = ?)"
+def _take_back(c: Connection, touched: Touched) -> None:
+    """Take back what was counted; see `Store.leave`."""
     c.executemany(
-        f"UPDATE runs SET deaths = min(deaths, ?) WHERE no = ? AND {here}",
-        [(deaths, no, node) for no, deaths in touched.runs.items()],
+        "UPDATE runs SET deaths = ?1 WHERE no = ?2 AND deaths > ?1",
+        [(before, no) for no, before in touched.runs.items()],
     )
     c.executemany(
-        f"UPDATE parked SET deaths = min(deaths, ?) WHERE service = ? AND id = ? AND {here}",
-        [(deaths, *key, node) for key, deaths in touched.parked.items()],
+        "UPDATE parked SET deaths = ?1 WHERE service = ?2 AND id = ?3 AND deaths > ?1",
+        [(before, *key) for key, before in touched.parked.items()],
     )
     c.executemany(
-        "UPDATE parked_events AS e SET deaths = min(deaths, ?) WHERE handler = ? AND pos = ?"
-        " AND EXISTS (SELECT 1 FROM handlers AS h JOIN partitions AS p USING (service)"
-        " WHERE h.no = e.handler AND p.partition = e.slot AND p.owner = ?)",
-        [(deaths, *at, node) for at, deaths in touched.events.items()],
+        "UPDATE parked_events SET deaths = ?1 WHERE handler = ?2 AND pos = ?3 AND deaths > ?1",
+        [(before, *at) for at, before in touched.events.items()],
     )
     c.executemany("DELETE FROM inbox WHERE service = ? AND id = ?", touched.tries)
 

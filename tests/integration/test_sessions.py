@@ -1,0 +1,130 @@
+"""How sessions of a node end, and begin again, on real stores."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+from pavane import App, Client, EngineConfig, Service, StoreError
+from pavane.engine.node import Session
+from pavane.workflow import Workflow
+from tests.integration.world import Place, in_loop, rows, until, until_status
+
+
+def inn(begun: asyncio.Queue[str], may_end: asyncio.Event) -> tuple[Service, Workflow[[str], str]]:
+    """A service with steps that take long, and short ones."""
+    service = Service("inn")
+
+    @service.step
+    async def cook(dish: str) -> None:
+        begun.put_nowait(dish)
+        if dish == "roast":
+            await may_end.wait()
+
+    @service.workflow
+    async def dine(dish: str) -> str:
+        await cook(dish)
+        return dish
+
+    return service, dine
+
+
+def session_of(worker: Client) -> Session:
+    assert worker.node is not None
+    assert worker.node.session is not None
+    return worker.node.session
+
+
+async def rejoined(worker: Client, before: Session) -> Session:
+    async def joined() -> Any:
+        node = worker.node
+        is_new = node is not None and node.session not in (None, before)
+        return is_new and session_of(worker)
+
+    return await until(joined, "the next session")
+
+
+@in_loop
+async def test_a_step_that_takes_long_holds_up_no_other_partition(place: Place) -> None:
+    """A node that joins has its share, and one that drains gives it, while a step is running."""
+    begun, may_end = asyncio.Queue[str](), asyncio.Event()
+    service, dine = inn(begun, may_end)
+    app = App("inn", [service], store=str(place))
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(app.worker())
+        roast = await first.start(dine, "roast", id="roast")
+        assert await begun.get() == "roast"
+        second = await stack.enter_async_context(App("inn", [service], store=str(place)).worker())
+
+        async def is_shared() -> bool:
+            return len(session_of(second).owned) >= 15
+
+        await until(is_shared, "a share of the second worker")
+        assert not may_end.is_set()
+
+        leaving = asyncio.create_task(session_of(first).drain())
+
+        async def is_left() -> bool:
+            return len(session_of(second).owned) == 31
+
+        await until(is_left, "all but the partition in which the step is running")
+        soup = await second.start(dine, "soup", id="soup")
+        assert await soup.result(timeout=30) == "soup"
+        may_end.set()
+        await leaving
+        assert await roast.result(timeout=30) == "roast"
+    dishes = [begun.get_nowait() for _ in range(begun.qsize())]
+    assert dishes.count("roast") == 0, "it was done once"
+
+
+@in_loop
+async def test_what_nobody_foresaw_counts_as_a_death(place: Place) -> None:
+    """Invariant 11: a run that breaks the engine is quarantined as one that ends processes."""
+    begun = asyncio.Queue[str]()
+    service, dine = inn(begun, asyncio.Event())
+    config = EngineConfig(lease_s=0.2)
+    async with App("inn", [service], store=str(place), config=config).worker() as worker:
+        run = await worker.start(dine, "roast")
+        for _ in range(worker.node._config.deaths_max if worker.node else 0):
+            await begun.get()
+            session = session_of(worker)
+            session.failed(ValueError("nobody foresaw this"))
+            await rejoined(worker, session)
+        await until_status(run, "stuck", reason="Quarantined")
+        await run.kill()
+
+
+@in_loop
+async def test_sessions_that_do_not_last_begin_with_growing_pauses(place: Place) -> None:
+    loop = asyncio.get_running_loop()
+    service, _ = inn(asyncio.Queue(), asyncio.Event())
+    async with App("inn", [service], store=str(place)).worker() as worker:
+        pauses: list[float] = []
+        for _ in range(5):
+            session = session_of(worker)
+            session.lost(StoreError("The test takes the store away."))
+            began_s = loop.time()
+            await rejoined(worker, session)
+            pauses.append(loop.time() - began_s)
+    assert all(
+        pause >= least for pause, least in zip(pauses, (0, 0.05, 0.1, 0.2, 0.4), strict=True)
+    )
+
+
+@in_loop
+async def test_a_node_that_differs_from_its_store_in_what_it_owns_joins_anew(place: Place) -> None:
+    """As after a crash of a server that had not written down who owns what."""
+    service, dine = inn(asyncio.Queue(), asyncio.Event())
+    async with App("inn", [service], store=str(place)).worker() as worker:
+        session = session_of(worker)
+        await rows(place, "UPDATE partitions SET owner = NULL WHERE partition < 9 RETURNING 1")
+        for _ in range(2):
+            await session.balance()
+        await rejoined(worker, session)
+        assert await (await worker.start(dine, "soup")).result() == "soup"
+
+        async def owns_all() -> bool:
+            return len(session_of(worker).owned) == 32
+
+        await until(owns_all, "all partitions")
