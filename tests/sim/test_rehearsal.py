@@ -14,6 +14,8 @@ import pytest
 from pavane import App, BadArguments, Event, PavaneError, Retry, Service, receive, saga
 from pavane.core.operations import Mode
 from pavane.testing import Rehearsal, RehearsalFailed, Sim, rehearse
+from pavane.testing.performance import Performance
+from pavane.testing.sim.storm import Storm
 from tests.sim import tailor
 from tests.sim.tailor import Delivered, Ordered
 
@@ -209,6 +211,14 @@ def test_what_is_wrong_without_any_fault_is_said_so() -> None:
 def test_a_run_that_never_ends_is_found() -> None:
     with pytest.raises(RehearsalFailed, match=r"never ends\n.* Run o-. is waiting \(event Go\)"):
         rehearse(app, starting(waiting), lambda sim: None, world=new_bank)
+
+
+def test_a_process_that_ends_long_before_its_storm_has_ended() -> None:
+    """Also if its customer does not look at once when the storm is over."""
+    rehearsal = Rehearsal(app, starting(right), pays_for_what_is_shipped, world=new_bank)
+    storm = Storm((), 15_000_000, ((0, 1, 2),), same_host=True)
+    plays = [Performance(rehearsal, seed, "orchestration", storm).play() for seed in range(10)]
+    assert {play.failure for play in plays} == {None}
 
 
 def test_a_step_that_would_do_real_things_is_refused() -> None:
