@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -246,6 +247,38 @@ def test_a_scenario_that_fails_is_shown() -> None:
 
     with pytest.raises(RehearsalFailed, match="scenario failed\n  LookupError: no such customer"):
         rehearse(app, scenario, lambda sim: None)
+
+
+@pytest.mark.parametrize("end", [pytest.fail, sys.exit, asyncio.CancelledError])
+@pytest.mark.parametrize("kind", ["scenario", "invariant"])
+def test_whatever_is_raised_in_a_storm_is_shown_with_its_seed(end: Any, kind: str) -> None:
+    def raise_in(here: str, sim: Sim[None]) -> None:
+        if here == kind and sim.seed > 1:
+            raise end("enough")
+
+    async def scenario(sim: Sim[None]) -> None:
+        await sim.start(right, "o-1")
+        raise_in("scenario", sim)
+
+    with pytest.raises(RehearsalFailed) as failed:
+        rehearse(app, scenario, lambda sim: raise_in("invariant", sim), seeds=4)
+    text = str(failed.value)
+    assert text.startswith(f"seed 2, orchestration: the {kind} ")
+    assert "enough" in text
+
+
+@pytest.mark.parametrize("kind", ["scenario", "invariant"])
+def test_skipping_in_a_rehearsal_skips_the_test(kind: str) -> None:
+    def skip_in(here: str) -> None:
+        if here == kind:
+            pytest.skip("not today")
+
+    async def scenario(sim: Sim[None]) -> None:
+        await sim.start(right, "o-1")
+        skip_in("scenario")
+
+    with pytest.raises(pytest.skip.Exception, match="not today"):
+        rehearse(app, scenario, lambda sim: skip_in("invariant"))
 
 
 def test_a_seed_that_does_something_else_the_next_time_is_not_trusted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -21,7 +22,7 @@ from pavane.insight.timeline import Mark, Timeline
 from pavane.testing.sim.app import Sim, simulated
 from pavane.testing.sim.calls import Calls
 from pavane.testing.sim.checks import Violation
-from pavane.testing.sim.clock import EPOCH_US
+from pavane.testing.sim.clock import EPOCH_US, Lost
 from pavane.testing.sim.seclusion import secluded
 from pavane.testing.sim.simulation import LOOK_S, Simulation
 from pavane.testing.sim.storm import Fault, Storm
@@ -124,7 +125,7 @@ class Performance:
         self.sim = Sim(self.app, sim, self._calls, self._world, self._mode)
         try:
             await self._rehearsal.scenario(self.sim)
-        except Exception as error:
+        except BaseException as error:
             self._fail("scenario", error)
         if self.app.registry.schedules:
             await self._end_schedules(self.sim)
@@ -146,10 +147,18 @@ class Performance:
             assert self.sim is not None
             if self._rehearsal.invariant(self.sim) is False:
                 raise AssertionError(f"{name_of(self._rehearsal.invariant)} returned False")
-        except Exception as error:
+        except BaseException as error:
             self._fail("invariant", error)
 
-    def _fail(self, kind: Kind, error: Exception) -> None:
+    def _fail(self, kind: Kind, error: BaseException) -> None:
+        """Take for a failure whatever code raises: `pytest.fail` and `sys.exit` are no Exception.
+
+        What skips a test does so before there is a storm, and not in the middle of a thousand.
+        """
+        if isinstance(error, (KeyboardInterrupt, GeneratorExit, Lost)):
+            raise error
+        if self._seed < 0 and _skips(error):
+            raise error
         self._failure = _failure(kind, error)
         raise Violation(self._failure.text) from error
 
@@ -208,7 +217,13 @@ def name_of(function: object) -> str:
     return getattr(function, "__name__", repr(function))
 
 
-def _failure(kind: Kind, error: Exception) -> Failure:
+def _skips(error: BaseException) -> bool:
+    """Tell whether an error is that of `pytest.skip`."""
+    pytest = sys.modules.get("pytest")
+    return pytest is not None and isinstance(error, pytest.skip.Exception)
+
+
+def _failure(kind: Kind, error: BaseException) -> Failure:
     frame = _users_frame(error)
     text, name = str(error).strip(), type(error).__name__
     if isinstance(error, AssertionError):
@@ -220,7 +235,7 @@ def _failure(kind: Kind, error: Exception) -> Failure:
     return Failure(kind, text, f"{_short(frame.filename)}:{frame.lineno}" if frame else "")
 
 
-def _users_frame(error: Exception) -> traceback.FrameSummary | None:
+def _users_frame(error: BaseException) -> traceback.FrameSummary | None:
     """Return the innermost line of the user's code at which an error passed."""
     ours = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
