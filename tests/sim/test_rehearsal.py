@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +115,25 @@ def pay_by_wire(order_id: str) -> None:
 @orders.workflow
 async def never_right(order_id: str) -> None:
     await pay_by_wire(order_id)
+
+
+@payments.step
+def start_a_process() -> None:
+    subprocess.run(["true"], check=True)
+
+
+@orders.workflow
+async def starts_a_process() -> None:
+    await start_a_process()
+
+
+@orders.workflow
+async def failing_in_a_group(order_id: str) -> None:
+    async def fail() -> None:
+        raise ValueError("no bank")
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail())
 
 
 @payments.on(Shipped, retry=Retry(attempts=20, first="20ms", most="200ms"))
@@ -265,6 +286,59 @@ def test_whatever_is_raised_in_a_storm_is_shown_with_its_seed(end: Any, kind: st
     text = str(failed.value)
     assert text.startswith(f"seed 2, orchestration: the {kind} ")
     assert "enough" in text
+    assert "test_rehearsal.py:" in text
+
+
+async def fail_in_groups(sim: Sim[None]) -> None:
+    async def fail() -> None:
+        async with asyncio.TaskGroup() as inner:
+            inner.create_task(raise_it())
+
+    async def raise_it() -> None:
+        raise LookupError("no such customer")
+
+    async with asyncio.TaskGroup() as outer:
+        outer.create_task(fail())
+
+
+async def run_in_a_group(sim: Sim[None]) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(sim.run(failing_in_a_group, "o-2"))
+
+
+async def run_out_of_time(sim: Sim[None]) -> None:
+    async with asyncio.timeout(1):
+        await asyncio.sleep(2)
+
+
+async def start_in_a_run(sim: Sim[None]) -> None:
+    await sim.run(starts_a_process)
+
+
+@pytest.mark.parametrize(
+    ("act", "message", "line"),
+    [
+        (fail_in_groups, "LookupError: no such customer", 'raise LookupError("no such customer")'),
+        (run_in_a_group, "because of ValueError: no bank", "async with asyncio.TaskGroup() as gr"),
+        (run_out_of_time, "TimeoutError", "async with asyncio.timeout(1)"),
+        (start_in_a_run, "NotInSimulation: subprocess.Popen would", "subprocess.run("),
+    ],
+)
+def test_an_error_is_shown_with_the_line_of_the_users_code(
+    act: Callable[[Sim[None]], Awaitable[None]], message: str, line: str
+) -> None:
+    async def scenario(sim: Sim[None]) -> None:
+        await sim.start(right, "o-1")
+        await act(sim)
+
+    with pytest.raises(RehearsalFailed) as failed:
+        rehearse(app, scenario, lambda sim: None)
+    finding = failed.value.report.finding
+    assert finding is not None
+    assert message in finding.failure.text
+    file, _, number = finding.failure.where.rpartition(":")
+    assert file.endswith("test_rehearsal.py")
+    assert line in Path(__file__).read_text("utf-8").splitlines()[int(number) - 1]
 
 
 @pytest.mark.parametrize("kind", ["scenario", "invariant"])

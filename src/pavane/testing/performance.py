@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 TIMELINES_MAX = 3
 FAULT = "fault: "
+_OURS = str(Path(__file__).parents[1])
+_PYTHONS = str(Path(os.__file__).parent)
 
 Kind = Literal["invariant", "scenario", "ends", "left", "engine"]
 
@@ -224,23 +227,46 @@ def _skips(error: BaseException) -> bool:
 
 
 def _failure(kind: Kind, error: BaseException) -> Failure:
-    frame = _users_frame(error)
+    leaves = list(_leaves(error))
+    frames = [_users_frame(leaf) for leaf in leaves]
+    text = "\n".join(map(_told, leaves, frames))
+    frame = next(filter(None, frames), None) or _users_frame(error)
+    return Failure(kind, text, f"{_short(frame.filename)}:{frame.lineno}" if frame else "")
+
+
+def _told(error: BaseException, frame: traceback.FrameSummary | None) -> str:
     text, name = str(error).strip(), type(error).__name__
     if isinstance(error, AssertionError):
         text = text or (frame.line if frame else None) or "assertion failed"
     else:
         text = f"{name}: {text}" if text else name
     if error.__cause__ is not None:
-        text += f"\nbecause of {type(error.__cause__).__name__}: {error.__cause__}"
-    return Failure(kind, text, f"{_short(frame.filename)}:{frame.lineno}" if frame else "")
+        for cause in _leaves(error.__cause__):
+            if not isinstance(cause, asyncio.CancelledError):  # of which a time-out is made
+                text += f"\nbecause of {type(cause).__name__}: {cause}"
+    return text
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors that are in a group, and in those in it; an error that is none, itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 def _users_frame(error: BaseException) -> traceback.FrameSummary | None:
     """Return the innermost line of the user's code at which an error passed."""
-    ours = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not frame.filename.startswith(ours)]
+    users = [frame for frame in frames if not _is_foreign(frame.filename)]
     return users[-1] if users else None
+
+
+def _is_foreign(file: str) -> bool:
+    """Tell whether code is not the user's: Pavane's, Python's own, or of what was installed."""
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+    return is_installed or file.startswith((_OURS, _PYTHONS, "<frozen "))
 
 
 def _short(file: str) -> str:
