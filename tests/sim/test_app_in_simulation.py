@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from pavane import App, BadArguments, RunFailed, Service, StoreError, UnknownRun
+from pavane import App, BadArguments, BadDeclaration, RunFailed, Service, StoreError, UnknownRun
 from pavane.errors import NotInSimulation
 from pavane.testing.sim.app import Sim, calm_sim
 from pavane.testing.sim.clock import Stalled
@@ -201,6 +201,27 @@ def test_what_is_no_step_of_the_app_is_refused_with_those_that_are() -> None:
 
     with pytest.raises(BadArguments, match=r"no step or handler of app 'tailor'. It has: workshop"):
         play(replace)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda sim: sim.run("make"), "'make' is no workflow. Give the function"),
+        (lambda sim: sim.start(tailor.cut, "o"), "is no workflow. Give the function"),
+        (lambda sim: sim.fails(tailor.cut, times=0), "times=0: how many attempts fail"),
+        (lambda sim: sim.fails(tailor.cut, times="2"), "times='2': how many attempts fail"),
+        (lambda sim: sim.fails(tailor.cut, error="declined"), "error='declined' is no exception"),
+        (lambda sim: sim.skip(None), "None is not a duration. Write a number of seconds"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_what_to_write(
+    ask: Callable[[Any], Any], message: str
+) -> None:
+    async def act(sim: Sim[None]) -> None:
+        await ask(sim)
+
+    with pytest.raises((BadArguments, BadDeclaration), match=message):
+        play(act)
 
 
 def test_a_step_that_reaches_for_the_network_is_told_to_use_a_fake() -> None:

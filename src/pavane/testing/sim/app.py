@@ -90,6 +90,11 @@ class Sim(Generic[World]):
         mode: Mode | None = None, timeout: Duration | None = None, **kwargs: Any,
     ) -> Run[R]:  # fmt: skip
         """Start a run; see `App.start`."""
+        if not isinstance(workflow, Workflow):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BadArguments(
+                f"{workflow!r} is no workflow. Give the function that is decorated with "
+                f"@service.workflow."
+            )
         return await self._customer().start_run(
             workflow, args, kwargs, id=id, mode=self.mode or mode, timeout=timeout
         )
@@ -125,6 +130,12 @@ class Sim(Generic[World]):
         error: BaseException | None = None,
     ) -> None:  # fmt: skip
         """Let the next attempts of a step or handler fail, before they do anything."""
+        if not isinstance(times, int) or times < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BadArguments(f"times={times!r}: how many attempts fail is a number from 1.")
+        if error is not None and not isinstance(error, BaseException):  # pyright: ignore
+            raise BadArguments(
+                f'error={error!r} is no exception. Write one: error=ValueError("card declined").'
+            )
         default = ConnectionError(f"{self._calls.find(step)!r} fails (simulated)")
         self._calls.fail(step, [error or default] * times)
 
