@@ -275,6 +275,23 @@ def test_plain_functions_sleep_in_virtual_time() -> None:
     assert time.monotonic() - began_s < 60
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda sim: sim.run(tailor.make, Ordered(order="o")),
+        lambda sim: sim.publish(Ordered(order="o")),
+        lambda sim: sim.get("o").cancel(),
+        lambda sim: sim.skip("1 day"),
+        lambda sim: sim.settle(),
+    ],
+)
+def test_who_acts_outside_of_the_simulation_is_told_to_act_in_the_test(
+    act: Callable[[Any], Any],
+) -> None:
+    with pytest.raises(BadArguments, match=r"outside of the simulation.* Act in the test itself"):
+        asyncio.run(act(calm_sim(tailor.app)))
+
+
 def test_a_simulation_is_played_once() -> None:
     sim = calm_sim(tailor.app)
 

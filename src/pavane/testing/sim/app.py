@@ -31,7 +31,7 @@ from pavane.stores.port import RunFilter
 from pavane.testing.sim.calls import Calls
 from pavane.testing.sim.checks import is_settled
 from pavane.testing.sim.clock import Stalled
-from pavane.testing.sim.customer import Customer
+from pavane.testing.sim.customer import Customer, check_inside
 from pavane.testing.sim.database import at_once
 from pavane.testing.sim.leap import Leaper
 from pavane.testing.sim.simulation import Simulation
@@ -109,6 +109,7 @@ class Sim(Generic[World]):
 
     async def skip(self, duration: Duration) -> None:
         """Let time pass, and all happen that is due by then."""
+        check_inside(self._simulation)
         await asyncio.sleep(seconds(duration))
         await self._leaper.settle()
 
@@ -117,6 +118,7 @@ class Sim(Generic[World]):
 
         Steps, handlers and their retries are through then; timers of runs have not fired.
         """
+        check_inside(self._simulation)
         await self._leaper.settle()
 
     # -- making trouble ------------------------------------------------------------------------
