@@ -149,7 +149,7 @@ async def test_never(sim):
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines([
         "*assert 'p-o' == 'p-x'*", "*Captured run o-1 call*", "sell  o-1 *completed*",
-        "*await run.result()", "E *What is awaited here never comes.*Run c-1 is waiting*Confirmed*",
+        "*await run.result()", "E *What is awaited here does not come.*Run c-1 is*Confirmed*",
     ])  # fmt: skip
     result.stdout.no_fnmatch_line("*plugin.py*")
     result.stdout.no_fnmatch_line("*customer.py*")

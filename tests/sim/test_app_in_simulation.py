@@ -10,9 +10,19 @@ from typing import Any, TypeVar
 
 import pytest
 
-from pavane import App, BadArguments, BadDeclaration, RunFailed, Service, StoreError, UnknownRun
+from pavane import (
+    App,
+    BadArguments,
+    BadDeclaration,
+    Event,
+    Retry,
+    RunFailed,
+    Service,
+    StoreError,
+    UnknownRun,
+)
 from pavane.errors import NotInSimulation
-from pavane.testing.sim.app import Sim, calm_sim
+from pavane.testing.sim.app import CALLBACKS_MAX, Sim, calm_sim
 from pavane.testing.sim.clock import Stalled
 from tests.sim import tailor
 from tests.sim.tailor import Delivered, Fitted, Ordered
@@ -91,9 +101,83 @@ def test_who_awaits_what_never_comes_is_told_where_and_why() -> None:
         run = await sim.start(tailor.fit, "o", id="o-1")
         return await run.result()
 
-    with pytest.raises(Stalled, match=r"never comes.*Run o-1 is waiting \(event Fitted\)") as told:
+    with pytest.raises(
+        Stalled, match=r"does not come.*Run o-1 is waiting \(event Fitted\)"
+    ) as told:
         play(wait)
     assert [entry.name for entry in told.traceback][-1] == "wait"
+
+
+restless = Service("restless")
+
+
+class Asked(Event, key="who"):
+    who: str
+
+
+@restless.step
+async def poll() -> None:
+    while True:
+        await asyncio.sleep(1)
+
+
+@restless.workflow
+async def wait_for_poll() -> None:
+    await poll()
+
+
+@restless.workflow
+async def tick() -> None:
+    while True:
+        await asyncio.sleep(1)
+
+
+@restless.on(Asked, retry=Retry(attempts=0))
+async def answer(asked: Asked) -> None:
+    raise ValueError("nobody knows")
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda sim: sim.start(wait_for_poll, id="w"), r"w waits for restless\.poll\."),
+        (lambda sim: sim.publish(Asked(who="a")), r"restless\.answer was called \d+ times"),
+    ],
+)
+def test_what_never_settles_is_named(
+    ask: Callable[[Any], Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pavane.testing.sim.app.SETTLING_MAX", 2_000)
+
+    async def settle(sim: Sim[None]) -> None:
+        await ask(sim)
+        await sim.settle()
+
+    text = rf"Something still goes on after 2,000 callbacks, at .*{message}"
+    with pytest.raises(Stalled, match=text) as told:
+        play(settle, App("restless", services=[restless]))
+    assert [entry.name for entry in told.traceback][-1] == "settle"
+
+
+def test_a_day_is_skipped_in_which_a_run_wakes_each_second() -> None:
+    async def skip(sim: Sim[None]) -> None:
+        await sim.start(tick)
+        before = sim._simulation.trace.callbacks
+        await sim.skip("10 minutes")
+        assert (sim._simulation.trace.callbacks - before) * 6 * 24 < CALLBACKS_MAX
+        assert sim.runs()[0].status == "waiting"
+
+    play(skip, App("restless", services=[restless]))
+
+
+def test_who_waits_for_what_goes_on_for_ever_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pavane.testing.sim.app.CALLBACKS_MAX", 20_000)
+
+    async def wait(sim: Sim[None]) -> None:
+        await sim.run(tick, id="t")
+
+    with pytest.raises(Stalled, match=r"goes on after 20,000 callbacks.* Run t is waiting"):
+        play(wait, App("restless", services=[restless]))
 
 
 def test_schedules_begin_runs_in_virtual_time() -> None:
