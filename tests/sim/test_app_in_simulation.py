@@ -249,6 +249,17 @@ def test_steps_fail_as_they_are_told_and_are_tried_again() -> None:
     play(order)
 
 
+def test_each_failure_that_was_asked_for_has_a_trace_of_its_own() -> None:
+    async def deliver(sim: Sim[None]) -> None:
+        sim.fails(tailor.thank, times=2, error=ValueError("no thanks"))
+        await sim.publish(Delivered(order="o"))
+        await sim.settle()
+        (letter,) = sim.dead_letters()
+        assert letter.trace.count("in _attempt") == 1
+
+    play(deliver)
+
+
 def test_what_a_process_did_before_it_died_is_done_again() -> None:
     async def order(sim: Sim[None]) -> None:
         sim.crash_after(tailor.cut)
