@@ -28,7 +28,10 @@ def seconds(value: Duration) -> float:
     elif isinstance(value, str):
         result = _parse(value)
     else:
-        result = float(value)
+        try:
+            result = float(value)
+        except (TypeError, ValueError):
+            raise _no_duration(value) from None
     if not 0 <= result < 1e11:
         raise BadDeclaration(f"{value!r} is not a duration: it must be finite and not negative.")
     return result
@@ -45,11 +48,15 @@ def _parse(text: str) -> float:
         total += float(part[1]) * _UNITS[unit]
         at = part.end()
     if not text.strip() or at < len(lowered):
-        raise BadDeclaration(
-            f'{text!r} is not a duration. Write a number of seconds, or text such as "200ms", '
-            f'"10s", "5m", "2h", "3 days".'
-        )
+        raise _no_duration(text)
     return total
+
+
+def _no_duration(value: object) -> BadDeclaration:
+    return BadDeclaration(
+        f'{value!r} is not a duration. Write a number of seconds, or text such as "200ms", '
+        f'"10s", "5m", "2h", "3 days".'
+    )
 
 
 class Retry(msgspec.Struct, frozen=True):

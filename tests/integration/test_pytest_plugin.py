@@ -106,6 +106,32 @@ async def test_of_theirs():
     shop.runpytest_subprocess(*options).assert_outcomes(passed=5)
 
 
+def test_an_async_fixture_that_acts_is_told_to_let_the_test_act(shop: pytest.Pytester) -> None:
+    shop.makepyfile(
+        test_shop="""
+import pytest
+from plugin_shop import *
+
+@pytest.fixture
+async def seeded(sim):
+    await sim.start(sell, Ordered(order="o"))
+
+@pytest.fixture
+def prepared(sim):
+    sim.replace(charge, lambda order: "gold")
+
+async def test_seeded(sim, seeded): ...
+
+async def test_prepared(sim, prepared):
+    assert await sim.run(sell, Ordered(order="o")) == "gold"
+"""
+    )
+    loop = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function")
+    result = shop.runpytest_subprocess(*loop)
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.fnmatch_lines(["E *BadArguments: This is outside of the simulation*"])
+
+
 def test_a_test_that_fails_shows_its_runs(shop: pytest.Pytester) -> None:
     shop.makepyfile(
         test_shop="""
@@ -123,7 +149,7 @@ async def test_never(sim):
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines([
         "*assert 'p-o' == 'p-x'*", "*Captured run o-1 call*", "sell  o-1 *completed*",
-        "*await run.result()", "E *What is awaited here never comes.*Run c-1 is waiting*Confirmed*",
+        "*await run.result()", "E *What is awaited here does not come.*Run c-1 is*Confirmed*",
     ])  # fmt: skip
     result.stdout.no_fnmatch_line("*plugin.py*")
     result.stdout.no_fnmatch_line("*customer.py*")

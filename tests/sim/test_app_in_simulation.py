@@ -10,9 +10,19 @@ from typing import Any, TypeVar
 
 import pytest
 
-from pavane import App, BadArguments, RunFailed, Service, StoreError, UnknownRun
+from pavane import (
+    App,
+    BadArguments,
+    BadDeclaration,
+    Event,
+    Retry,
+    RunFailed,
+    Service,
+    StoreError,
+    UnknownRun,
+)
 from pavane.errors import NotInSimulation
-from pavane.testing.sim.app import Sim, calm_sim
+from pavane.testing.sim.app import CALLBACKS_MAX, Sim, calm_sim
 from pavane.testing.sim.clock import Stalled
 from tests.sim import tailor
 from tests.sim.tailor import Delivered, Fitted, Ordered
@@ -91,9 +101,83 @@ def test_who_awaits_what_never_comes_is_told_where_and_why() -> None:
         run = await sim.start(tailor.fit, "o", id="o-1")
         return await run.result()
 
-    with pytest.raises(Stalled, match=r"never comes.*Run o-1 is waiting \(event Fitted\)") as told:
+    with pytest.raises(
+        Stalled, match=r"does not come.*Run o-1 is waiting \(event Fitted\)"
+    ) as told:
         play(wait)
     assert [entry.name for entry in told.traceback][-1] == "wait"
+
+
+restless = Service("restless")
+
+
+class Asked(Event, key="who"):
+    who: str
+
+
+@restless.step
+async def poll() -> None:
+    while True:
+        await asyncio.sleep(1)
+
+
+@restless.workflow
+async def wait_for_poll() -> None:
+    await poll()
+
+
+@restless.workflow
+async def tick() -> None:
+    while True:
+        await asyncio.sleep(1)
+
+
+@restless.on(Asked, retry=Retry(attempts=0))
+async def answer(asked: Asked) -> None:
+    raise ValueError("nobody knows")
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda sim: sim.start(wait_for_poll, id="w"), r"w waits for restless\.poll\."),
+        (lambda sim: sim.publish(Asked(who="a")), r"restless\.answer was called \d+ times"),
+    ],
+)
+def test_what_never_settles_is_named(
+    ask: Callable[[Any], Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pavane.testing.sim.app.SETTLING_MAX", 2_000)
+
+    async def settle(sim: Sim[None]) -> None:
+        await ask(sim)
+        await sim.settle()
+
+    text = rf"Something still goes on after 2,000 callbacks, at .*{message}"
+    with pytest.raises(Stalled, match=text) as told:
+        play(settle, App("restless", services=[restless]))
+    assert [entry.name for entry in told.traceback][-1] == "settle"
+
+
+def test_a_day_is_skipped_in_which_a_run_wakes_each_second() -> None:
+    async def skip(sim: Sim[None]) -> None:
+        await sim.start(tick)
+        before = sim._simulation.trace.callbacks
+        await sim.skip("10 minutes")
+        assert (sim._simulation.trace.callbacks - before) * 6 * 24 < CALLBACKS_MAX
+        assert sim.runs()[0].status == "waiting"
+
+    play(skip, App("restless", services=[restless]))
+
+
+def test_who_waits_for_what_goes_on_for_ever_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pavane.testing.sim.app.CALLBACKS_MAX", 20_000)
+
+    async def wait(sim: Sim[None]) -> None:
+        await sim.run(tick, id="t")
+
+    with pytest.raises(Stalled, match=r"goes on after 20,000 callbacks.* Run t is waiting"):
+        play(wait, App("restless", services=[restless]))
 
 
 def test_schedules_begin_runs_in_virtual_time() -> None:
@@ -165,6 +249,17 @@ def test_steps_fail_as_they_are_told_and_are_tried_again() -> None:
     play(order)
 
 
+def test_each_failure_that_was_asked_for_has_a_trace_of_its_own() -> None:
+    async def deliver(sim: Sim[None]) -> None:
+        sim.fails(tailor.thank, times=2, error=ValueError("no thanks"))
+        await sim.publish(Delivered(order="o"))
+        await sim.settle()
+        (letter,) = sim.dead_letters()
+        assert letter.trace.count("in _attempt") == 1
+
+    play(deliver)
+
+
 def test_what_a_process_did_before_it_died_is_done_again() -> None:
     async def order(sim: Sim[None]) -> None:
         sim.crash_after(tailor.cut)
@@ -201,6 +296,27 @@ def test_what_is_no_step_of_the_app_is_refused_with_those_that_are() -> None:
 
     with pytest.raises(BadArguments, match=r"no step or handler of app 'tailor'. It has: workshop"):
         play(replace)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda sim: sim.run("make"), "'make' is no workflow. Give the function"),
+        (lambda sim: sim.start(tailor.cut, "o"), "is no workflow. Give the function"),
+        (lambda sim: sim.fails(tailor.cut, times=0), "times=0: how many attempts fail"),
+        (lambda sim: sim.fails(tailor.cut, times="2"), "times='2': how many attempts fail"),
+        (lambda sim: sim.fails(tailor.cut, error="declined"), "error='declined' is no exception"),
+        (lambda sim: sim.skip(None), "None is not a duration. Write a number of seconds"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_what_to_write(
+    ask: Callable[[Any], Any], message: str
+) -> None:
+    async def act(sim: Sim[None]) -> None:
+        await ask(sim)
+
+    with pytest.raises((BadArguments, BadDeclaration), match=message):
+        play(act)
 
 
 def test_a_step_that_reaches_for_the_network_is_told_to_use_a_fake() -> None:
@@ -252,6 +368,23 @@ def test_plain_functions_sleep_in_virtual_time() -> None:
     began_s = time.monotonic()
     assert 3600 < play(order) < 3601
     assert time.monotonic() - began_s < 60
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda sim: sim.run(tailor.make, Ordered(order="o")),
+        lambda sim: sim.publish(Ordered(order="o")),
+        lambda sim: sim.get("o").cancel(),
+        lambda sim: sim.skip("1 day"),
+        lambda sim: sim.settle(),
+    ],
+)
+def test_who_acts_outside_of_the_simulation_is_told_to_act_in_the_test(
+    act: Callable[[Any], Any],
+) -> None:
+    with pytest.raises(BadArguments, match=r"outside of the simulation.* Act in the test itself"):
+        asyncio.run(act(calm_sim(tailor.app)))
 
 
 def test_a_simulation_is_played_once() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ import pytest
 from pavane import App, BadArguments, Event, PavaneError, Retry, Service, receive, saga
 from pavane.core.operations import Mode
 from pavane.testing import Rehearsal, RehearsalFailed, Sim, rehearse
+from pavane.testing.performance import Performance
+from pavane.testing.sim.storm import Storm
 from tests.sim import tailor
 from tests.sim.tailor import Delivered, Ordered
 
@@ -110,6 +115,25 @@ def pay_by_wire(order_id: str) -> None:
 @orders.workflow
 async def never_right(order_id: str) -> None:
     await pay_by_wire(order_id)
+
+
+@payments.step
+def start_a_process() -> None:
+    subprocess.run(["true"], check=True)
+
+
+@orders.workflow
+async def starts_a_process() -> None:
+    await start_a_process()
+
+
+@orders.workflow
+async def failing_in_a_group(order_id: str) -> None:
+    async def fail() -> None:
+        raise ValueError("no bank")
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail())
 
 
 @payments.on(Shipped, retry=Retry(attempts=20, first="20ms", most="200ms"))
@@ -211,6 +235,14 @@ def test_a_run_that_never_ends_is_found() -> None:
         rehearse(app, starting(waiting), lambda sim: None, world=new_bank)
 
 
+def test_a_process_that_ends_long_before_its_storm_has_ended() -> None:
+    """Also if its customer does not look at once when the storm is over."""
+    rehearsal = Rehearsal(app, starting(right), pays_for_what_is_shipped, world=new_bank)
+    storm = Storm((), 15_000_000, ((0, 1, 2),), same_host=True)
+    plays = [Performance(rehearsal, seed, "orchestration", storm).play() for seed in range(10)]
+    assert {play.failure for play in plays} == {None}
+
+
 def test_a_step_that_would_do_real_things_is_refused() -> None:
     """Also by code that blocks; a thousand seeds must not pay a thousand times."""
     with pytest.raises(RehearsalFailed, match=r"socket\.getaddrinfo would leave") as failed:
@@ -236,6 +268,91 @@ def test_a_scenario_that_fails_is_shown() -> None:
 
     with pytest.raises(RehearsalFailed, match="scenario failed\n  LookupError: no such customer"):
         rehearse(app, scenario, lambda sim: None)
+
+
+@pytest.mark.parametrize("end", [pytest.fail, sys.exit, asyncio.CancelledError])
+@pytest.mark.parametrize("kind", ["scenario", "invariant"])
+def test_whatever_is_raised_in_a_storm_is_shown_with_its_seed(end: Any, kind: str) -> None:
+    def raise_in(here: str, sim: Sim[None]) -> None:
+        if here == kind and sim.seed > 1:
+            raise end("enough")
+
+    async def scenario(sim: Sim[None]) -> None:
+        await sim.start(right, "o-1")
+        raise_in("scenario", sim)
+
+    with pytest.raises(RehearsalFailed) as failed:
+        rehearse(app, scenario, lambda sim: raise_in("invariant", sim), seeds=4)
+    text = str(failed.value)
+    assert text.startswith(f"seed 2, orchestration: the {kind} ")
+    assert "enough" in text
+    assert "test_rehearsal.py:" in text
+
+
+async def fail_in_groups(sim: Sim[None]) -> None:
+    async def fail() -> None:
+        async with asyncio.TaskGroup() as inner:
+            inner.create_task(raise_it())
+
+    async def raise_it() -> None:
+        raise LookupError("no such customer")
+
+    async with asyncio.TaskGroup() as outer:
+        outer.create_task(fail())
+
+
+async def run_in_a_group(sim: Sim[None]) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(sim.run(failing_in_a_group, "o-2"))
+
+
+async def run_out_of_time(sim: Sim[None]) -> None:
+    async with asyncio.timeout(1):
+        await asyncio.sleep(2)
+
+
+async def start_in_a_run(sim: Sim[None]) -> None:
+    await sim.run(starts_a_process)
+
+
+@pytest.mark.parametrize(
+    ("act", "message", "line"),
+    [
+        (fail_in_groups, "LookupError: no such customer", 'raise LookupError("no such customer")'),
+        (run_in_a_group, "because of ValueError: no bank", "async with asyncio.TaskGroup() as gr"),
+        (run_out_of_time, "TimeoutError", "async with asyncio.timeout(1)"),
+        (start_in_a_run, "NotInSimulation: subprocess.Popen would", "subprocess.run("),
+    ],
+)
+def test_an_error_is_shown_with_the_line_of_the_users_code(
+    act: Callable[[Sim[None]], Awaitable[None]], message: str, line: str
+) -> None:
+    async def scenario(sim: Sim[None]) -> None:
+        await sim.start(right, "o-1")
+        await act(sim)
+
+    with pytest.raises(RehearsalFailed) as failed:
+        rehearse(app, scenario, lambda sim: None)
+    finding = failed.value.report.finding
+    assert finding is not None
+    assert message in finding.failure.text
+    file, _, number = finding.failure.where.rpartition(":")
+    assert file.endswith("test_rehearsal.py")
+    assert line in Path(__file__).read_text("utf-8").splitlines()[int(number) - 1]
+
+
+@pytest.mark.parametrize("kind", ["scenario", "invariant"])
+def test_skipping_in_a_rehearsal_skips_the_test(kind: str) -> None:
+    def skip_in(here: str) -> None:
+        if here == kind:
+            pytest.skip("not today")
+
+    async def scenario(sim: Sim[None]) -> None:
+        await sim.start(right, "o-1")
+        skip_in("scenario")
+
+    with pytest.raises(pytest.skip.Exception, match="not today"):
+        rehearse(app, scenario, lambda sim: skip_in("invariant"))
 
 
 def test_a_seed_that_does_something_else_the_next_time_is_not_trusted() -> None:
@@ -316,7 +433,13 @@ def test_chance_is_given_by_the_seed() -> None:
         ((app, starting(right), starting(right)), {}, "invariant scenario must be a plain"),
         ((orders, starting(right), print), {}, "is no App"),
         ((app, starting(right), print), {"seeds": 0}, "at least one seed"),
-        ((app, starting(right), print), {"modes": ["waltz"]}, r"modes=\('waltz',\)"),
+        ((app, starting(right), print), {"seeds": [-5]}, "-5 is no seed: seeds are whole"),
+        ((app, starting(right), print), {"seeds": ["x"]}, "'x' is no seed: seeds are whole"),
+        ((app, starting(right), print), {"seeds": 1.5}, r"seeds=1\.5: write how many"),
+        ((app, starting(right), print), {"seeds": "abc"}, "seeds='abc': write how many"),
+        ((app, starting(right), print), {"modes": ["waltz"]}, r"modes=\['waltz'\]: write some"),
+        ((app, starting(right), print), {"modes": "orchestration"}, "write some of .*, as a list"),
+        ((app, starting(right), print), {"modes": ()}, r"modes=\(\): write some of"),
         ((app, starting(right), print), {"fakes": {print: print}}, "no step or handler of app"),
     ],
 )

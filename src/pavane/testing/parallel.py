@@ -94,7 +94,7 @@ def _work(work: Callable[[T], R], items: Sequence[T], mine: Sequence[int], write
             writer.send((at, work(items[at]), ""))
     except (BrokenPipeError, KeyboardInterrupt):
         pass  # nobody wants to know any more
-    except Exception:
+    except BaseException:
         writer.send((-1, None, traceback.format_exc()))
     finally:
         writer.close()

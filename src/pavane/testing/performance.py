@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import os
+import sys
 import traceback
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
@@ -21,7 +23,7 @@ from pavane.insight.timeline import Mark, Timeline
 from pavane.testing.sim.app import Sim, simulated
 from pavane.testing.sim.calls import Calls
 from pavane.testing.sim.checks import Violation
-from pavane.testing.sim.clock import EPOCH_US
+from pavane.testing.sim.clock import EPOCH_US, Lost
 from pavane.testing.sim.seclusion import secluded
 from pavane.testing.sim.simulation import LOOK_S, Simulation
 from pavane.testing.sim.storm import Fault, Storm
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 TIMELINES_MAX = 3
 FAULT = "fault: "
+_OURS = str(Path(__file__).parents[1])
+_PYTHONS = str(Path(os.__file__).parent)
 
 Kind = Literal["invariant", "scenario", "ends", "left", "engine"]
 
@@ -124,7 +128,7 @@ class Performance:
         self.sim = Sim(self.app, sim, self._calls, self._world, self._mode)
         try:
             await self._rehearsal.scenario(self.sim)
-        except Exception as error:
+        except BaseException as error:
             self._fail("scenario", error)
         if self.app.registry.schedules:
             await self._end_schedules(self.sim)
@@ -146,10 +150,18 @@ class Performance:
             assert self.sim is not None
             if self._rehearsal.invariant(self.sim) is False:
                 raise AssertionError(f"{name_of(self._rehearsal.invariant)} returned False")
-        except Exception as error:
+        except BaseException as error:
             self._fail("invariant", error)
 
-    def _fail(self, kind: Kind, error: Exception) -> None:
+    def _fail(self, kind: Kind, error: BaseException) -> None:
+        """Take for a failure whatever code raises: `pytest.fail` and `sys.exit` are no Exception.
+
+        What skips a test does so before there is a storm, and not in the middle of a thousand.
+        """
+        if isinstance(error, (KeyboardInterrupt, GeneratorExit, Lost)):
+            raise error
+        if self._seed < 0 and _skips(error):
+            raise error
         self._failure = _failure(kind, error)
         raise Violation(self._failure.text) from error
 
@@ -208,24 +220,53 @@ def name_of(function: object) -> str:
     return getattr(function, "__name__", repr(function))
 
 
-def _failure(kind: Kind, error: Exception) -> Failure:
-    frame = _users_frame(error)
+def _skips(error: BaseException) -> bool:
+    """Tell whether an error is that of `pytest.skip`."""
+    pytest = sys.modules.get("pytest")
+    return pytest is not None and isinstance(error, pytest.skip.Exception)
+
+
+def _failure(kind: Kind, error: BaseException) -> Failure:
+    leaves = list(_leaves(error))
+    frames = [_users_frame(leaf) for leaf in leaves]
+    text = "\n".join(map(_told, leaves, frames))
+    frame = next(filter(None, frames), None) or _users_frame(error)
+    return Failure(kind, text, f"{_short(frame.filename)}:{frame.lineno}" if frame else "")
+
+
+def _told(error: BaseException, frame: traceback.FrameSummary | None) -> str:
     text, name = str(error).strip(), type(error).__name__
     if isinstance(error, AssertionError):
         text = text or (frame.line if frame else None) or "assertion failed"
     else:
         text = f"{name}: {text}" if text else name
     if error.__cause__ is not None:
-        text += f"\nbecause of {type(error.__cause__).__name__}: {error.__cause__}"
-    return Failure(kind, text, f"{_short(frame.filename)}:{frame.lineno}" if frame else "")
+        for cause in _leaves(error.__cause__):
+            if not isinstance(cause, asyncio.CancelledError):  # of which a time-out is made
+                text += f"\nbecause of {type(cause).__name__}: {cause}"
+    return text
 
 
-def _users_frame(error: Exception) -> traceback.FrameSummary | None:
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors that are in a group, and in those in it; an error that is none, itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _users_frame(error: BaseException) -> traceback.FrameSummary | None:
     """Return the innermost line of the user's code at which an error passed."""
-    ours = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not frame.filename.startswith(ours)]
+    users = [frame for frame in frames if not _is_foreign(frame.filename)]
     return users[-1] if users else None
+
+
+def _is_foreign(file: str) -> bool:
+    """Tell whether code is not the user's: Pavane's, Python's own, or of what was installed."""
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+    return is_installed or file.startswith((_OURS, _PYTHONS, "<frozen "))
 
 
 def _short(file: str) -> str:

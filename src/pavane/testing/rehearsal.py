@@ -127,12 +127,8 @@ class Rehearsal(Generic[World]):
         progress: Progress | None = None,
     ) -> Report:  # fmt: skip
         """Play seeds until one fails, and shrink that; see `rehearse`."""
-        chosen = range(seeds) if isinstance(seeds, int) else list(seeds)
-        if not chosen:
-            raise BadArguments("A rehearsal needs at least one seed.")
-        wrong = [mode for mode in modes if mode not in MODES]
-        if wrong or not modes:
-            raise BadArguments(f"modes={tuple(modes)!r}: write some of {MODES!r}.")
+        chosen = checked_seeds(seeds)
+        check_modes(modes)
         began_s = perf_counter()
         plays = _Sum()
         failed: Play | None = None
@@ -210,6 +206,27 @@ class Rehearsal(Generic[World]):
     @property
     def _calm_storm(self) -> Storm:
         return calm(len(self.app.registry.services))
+
+
+def checked_seeds(seeds: int | Iterable[int]) -> Sequence[int]:
+    """Return the seeds that are meant; raise BadArguments if none are."""
+    is_either = isinstance(seeds, (int, Iterable)) and not isinstance(seeds, str)  # pyright: ignore
+    if not is_either:
+        raise BadArguments(f"seeds={seeds!r}: write how many, such as 200, or which: [4711].")
+    chosen = range(seeds) if isinstance(seeds, int) else list(seeds)
+    if not chosen:
+        raise BadArguments("A rehearsal needs at least one seed.")
+    for seed in chosen:
+        if not isinstance(seed, int) or seed < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BadArguments(f"{seed!r} is no seed: seeds are whole numbers from 0.")
+    return chosen
+
+
+def check_modes(modes: Sequence[Mode]) -> None:
+    """Raise BadArguments if these are no modes."""
+    is_several = isinstance(modes, Sequence) and not isinstance(modes, str)  # pyright: ignore
+    if not is_several or not modes or any(mode not in MODES for mode in modes):
+        raise BadArguments(f"modes={modes!r}: write some of {list(MODES)!r}, as a list.")
 
 
 class _Sum:

@@ -14,7 +14,13 @@ from pavane.cli.timeline import draw
 from pavane.core.operations import Mode
 from pavane.insight.timeline import Timeline
 from pavane.testing.performance import Finding
-from pavane.testing.rehearsal import Rehearsal, RehearsalFailed, Report
+from pavane.testing.rehearsal import (
+    Rehearsal,
+    RehearsalFailed,
+    Report,
+    check_modes,
+    checked_seeds,
+)
 
 MISHAPS_MAX = 12
 _KINDS = {
@@ -41,12 +47,12 @@ def with_bar(
 
 
 def played(rehearsal: Rehearsal[Any], seeds: int | Iterable[int], modes: Sequence[Mode]) -> Report:
-    chosen = seeds if isinstance(seeds, int) else list(seeds)
-    count = chosen if isinstance(chosen, int) else len(chosen)
+    chosen = checked_seeds(seeds)
+    check_modes(modes)
     if not sys.stderr.isatty():
         return rehearsal.run(chosen, modes)
     with click.progressbar(
-        length=count * len(modes), label="rehearsing", file=sys.stderr, show_pos=True
+        length=len(chosen) * len(modes), label="rehearsing", file=sys.stderr, show_pos=True
     ) as bar:
         return rehearsal.run(chosen, modes, lambda done, total: bar.update(done))
 

@@ -18,20 +18,22 @@ import msgspec
 
 from pavane.app import App, Client, Run, RunStatus
 from pavane.cli.runs.record import read_list, read_timeline
+from pavane.core.baton import ENDED
 from pavane.core.operations import Mode
 from pavane.engine.config import EngineConfig
 from pavane.engine.publishing import read_event
 from pavane.errors import BadArguments
 from pavane.event import is_event_type
+from pavane.handler import Handler
 from pavane.insight.timeline import Timeline
 from pavane.policy import Duration, seconds
-from pavane.service import Step
+from pavane.service import Service, Step
 from pavane.steering.dead import DeadLetter
 from pavane.stores.port import RunFilter
 from pavane.testing.sim.calls import Calls
 from pavane.testing.sim.checks import is_settled
 from pavane.testing.sim.clock import Stalled
-from pavane.testing.sim.customer import Customer
+from pavane.testing.sim.customer import Customer, check_inside
 from pavane.testing.sim.database import at_once
 from pavane.testing.sim.leap import Leaper
 from pavane.testing.sim.simulation import Simulation
@@ -44,8 +46,11 @@ World = TypeVar("World")
 
 LEASE_S = 0.6
 FOR_EVER_S = 1e9
-BUSY_WITHIN_S = 3600.0
-"""So much time in which something happens is more than any test needs."""
+CALLBACKS_MAX = 5_000_000
+"""More than anybody waits for: some minutes, or two days of a run that wakes each second."""
+SETTLING_MAX = 200_000
+"""More than it takes until all has happened that waits for nothing, were it 30,000 events."""
+NAMED_MAX = 3
 ALL = 1_000_000
 _OURS = str(Path(__file__).parents[2])
 
@@ -73,6 +78,7 @@ class Sim(Generic[World]):
         self._onlooker = Client(app.registry, simulation.database.root.connect(), [], app.config)
         self._look(self._onlooker.store.open())
         self._client: Customer | None = None
+        self._callbacks_max = CALLBACKS_MAX
         self.is_played = False
 
     # -- acting --------------------------------------------------------------------------------
@@ -90,6 +96,11 @@ class Sim(Generic[World]):
         mode: Mode | None = None, timeout: Duration | None = None, **kwargs: Any,
     ) -> Run[R]:  # fmt: skip
         """Start a run; see `App.start`."""
+        if not isinstance(workflow, Workflow):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BadArguments(
+                f"{workflow!r} is no workflow. Give the function that is decorated with "
+                f"@service.workflow."
+            )
         return await self._customer().start_run(
             workflow, args, kwargs, id=id, mode=self.mode or mode, timeout=timeout
         )
@@ -104,15 +115,22 @@ class Sim(Generic[World]):
 
     async def skip(self, duration: Duration) -> None:
         """Let time pass, and all happen that is due by then."""
+        check_inside(self._simulation)
         await asyncio.sleep(seconds(duration))
-        await self._leaper.settle()
+        await self.settle()
 
     async def settle(self) -> None:
         """Return when everything has happened that does not wait for a later time or for you.
 
-        Steps, handlers and their retries are through then; timers of runs have not fired.
+        Steps, handlers and their retries are through then; timers of runs have not fired. What
+        never is, such as a step that polls for ever, makes it raise Stalled.
         """
-        await self._leaper.settle()
+        check_inside(self._simulation)
+        self._callbacks_max = self._simulation.trace.callbacks + SETTLING_MAX
+        try:
+            await self._leaper.settle()
+        finally:
+            self._callbacks_max = CALLBACKS_MAX
 
     # -- making trouble ------------------------------------------------------------------------
 
@@ -125,6 +143,12 @@ class Sim(Generic[World]):
         error: BaseException | None = None,
     ) -> None:  # fmt: skip
         """Let the next attempts of a step or handler fail, before they do anything."""
+        if not isinstance(times, int) or times < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BadArguments(f"times={times!r}: how many attempts fail is a number from 1.")
+        if error is not None and not isinstance(error, BaseException):  # pyright: ignore
+            raise BadArguments(
+                f'error={error!r} is no exception. Write one: error=ValueError("card declined").'
+            )
         default = ConnectionError(f"{self._calls.find(step)!r} fails (simulated)")
         self._calls.fail(step, [error or default] * times)
 
@@ -196,12 +220,43 @@ class Sim(Generic[World]):
         with simulation.staged(), self._calls.standing_in(simulation, self.mode):
             task = simulation.shop.spawn(test)
             try:
-                simulation.clock.run(task.done, BUSY_WITHIN_S)
+                simulation.clock.run(lambda: self._is_over(task), FOR_EVER_S)
             except Stalled as stalled:
                 raise _awaited_for_ever(
-                    test, f"{stalled} {is_settled(simulation.database)}"
+                    test, f"{stalled} {is_settled(simulation.database)}{self._under_way()}"
                 ) from None
             return task.result()
+
+    def _is_over(self, test: asyncio.Task[Any]) -> bool:
+        """Tell whether the test has ended; raise Stalled if what it awaits takes too much."""
+        simulation = self._simulation
+        if simulation.trace.callbacks > self._callbacks_max:
+            is_settling = self._callbacks_max != CALLBACKS_MAX
+            count = SETTLING_MAX if is_settling else CALLBACKS_MAX
+            raise Stalled(
+                f"Something still goes on after {count:,} callbacks, at "
+                f"{simulation.clock.at_us / 1e6:,.0f} s of virtual time."
+            )
+        return test.done()
+
+    def _under_way(self) -> str:
+        """Say which operations of runs are open, and which step or handler was called most."""
+        said = ""
+        runs = [status for status in self.runs() if status.status not in ENDED]
+        for status in runs[:NAMED_MAX]:
+            spans = self.timeline(status.id).spans
+            names = [span.label for span in spans if span.ended_us is None]
+            if names:
+                said += f" {status.id} waits for {', '.join(names[:NAMED_MAX])}."
+        services = self._app.registry.services.values()
+        calls = {
+            repr(called): len(self.calls(called))
+            for service in services for called in (*service.steps.values(), *_handlers(service))
+        }  # fmt: skip
+        most = max(calls, key=lambda name: calls[name], default="")
+        if calls.get(most, 0) > 1:
+            said += f" {most} was called {calls[most]:,} times."
+        return said
 
     def _look(self, coro: Coroutine[Any, Any, T]) -> T:
         """Ask the database something, at once."""
@@ -212,6 +267,11 @@ class Sim(Generic[World]):
             self._calls.check()
             self._client = Customer(self._app.registry, self._app.config, self._simulation)
         return self._client
+
+
+def _handlers(service: Service) -> list[Handler]:
+    """Return the handlers of a service that start no run."""
+    return [handler for handler in service.handlers.values() if handler.starts is None]
 
 
 def simulated(app: App, config: EngineConfig | None = None) -> App:
@@ -243,7 +303,7 @@ def calm_sim(app: App, fakes: Mapping[Any, Callable[..., Any]] | None = None) ->
 
 def _awaited_for_ever(test: Any, why: str) -> BaseException:
     """Return the error of a test that awaits what never comes, as if raised where it does."""
-    error = Stalled(f"What is awaited here never comes. {why}".strip())
+    error = Stalled(f"What is awaited here does not come. {why}".strip())
     try:
         test.throw(error)
     except BaseException as raised:

@@ -150,7 +150,7 @@ class Calls:
         work = partial(self._noted, simulation, called, args, kwargs)
         errors = self._errors.get(called)
         if errors:
-            raise errors.popleft()
+            raise errors.popleft().with_traceback(None)  # it may have been raised before
         if self._takes_time:
             made = len(self._made[called])
             chance = Random(f"{simulation.seed} {called!r} {made}")

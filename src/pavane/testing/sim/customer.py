@@ -5,6 +5,7 @@ Ids are drawn before the first attempt, so that what is asked for twice takes ef
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,10 +13,21 @@ from pavane.app import Client, Run, RunHistory, RunStatus
 from pavane.core.operations import Mode
 from pavane.engine.config import EngineConfig
 from pavane.engine.registry import Registry
+from pavane.errors import BadArguments
 from pavane.policy import Duration
 from pavane.stores.port import RunFilter, RunRow
 from pavane.testing.sim.simulation import Simulation, insist
 from pavane.workflow import Workflow
+
+
+def check_inside(simulation: Simulation) -> None:
+    """Raise BadArguments where no virtual time passes: on an event loop that is not simulated."""
+    if getattr(asyncio.get_running_loop(), "clock", None) is not simulation.clock:
+        raise BadArguments(
+            "This is outside of the simulation, such as in an async fixture or in asyncio.run(…), "
+            "where its time stands still. Act in the test itself: "
+            "`async def test_…(sim): await sim.start(…)`, or in what it awaits."
+        )
 
 
 class Customer(Client):
@@ -29,6 +41,7 @@ class Customer(Client):
 
     async def _insist(self, ask: Callable[[], Awaitable[Any]]) -> Any:
         """Ask until there is an answer; the first time, introduce oneself."""
+        check_inside(self.simulation)
         if not self._is_open:
             await insist(self.open)
             self._is_open = True

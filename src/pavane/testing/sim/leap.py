@@ -31,7 +31,7 @@ LEAST_US = 100_000
 AHEAD_US = 5_000
 """Nodes read what becomes due a little ahead."""
 PATIENCE_US = 10_000_000
-"""What does not wait for anything has moved by then, by one of the rounds that nodes make."""
+"""What does not wait for anything has moved by then, by one of the rounds of nodes or customer."""
 
 _ROUNDS = {
     routine.__code__
@@ -53,7 +53,7 @@ class Leaper:
         self._data: Any = simulation.database.root._data  # pyright: ignore[reportPrivateUsage]
         self._version = -1
         self._since_us = 0
-        """Since when nothing was written."""
+        """Since when nothing was written, and the storm is over."""
         self._settling: list[asyncio.Future[None]] = []
         self._clock.on_quiet = self._look
         self._clock.quiet_us = 0
@@ -68,6 +68,8 @@ class Leaper:
     def _look(self) -> None:
         """Leap, if nothing is under way; else say when to look again."""
         clock = self._clock
+        if not self._simulation.is_healed:
+            self._since_us = clock.now_us
         if self._data.version != self._version:
             self._version, self._since_us = self._data.version, clock.now_us
             clock.quiet_us = clock.now_us + QUIET_US
@@ -87,7 +89,7 @@ class Leaper:
             return
         until_us = min(happens_us, wakes_us)
         if until_us == LAST_US:
-            if clock.now_us - self._since_us > PATIENCE_US and self._simulation.is_healed:
+            if clock.now_us - self._since_us > PATIENCE_US:
                 raise Stalled("Nothing is left to happen.")
         elif until_us - clock.now_us > LEAST_US:
             self._leap(until_us - clock.now_us)
