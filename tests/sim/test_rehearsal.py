@@ -7,6 +7,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -215,6 +216,39 @@ def test_a_step_that_would_do_real_things_is_refused() -> None:
     """Also by code that blocks; a thousand seeds must not pay a thousand times."""
     with pytest.raises(RehearsalFailed, match=r"socket\.getaddrinfo would leave") as failed:
         rehearse(app, starting(never_right), lambda sim: None, world=new_bank)
+    assert "a step leaves the simulation" in str(failed.value)
+
+
+def test_threads_that_a_step_starts_are_refused_the_network_as_well() -> None:
+    bank = Service("bank")
+
+    def in_another(connect: Callable[[], None]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(connect).result()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+
+        def connect() -> None:
+            socket.create_connection(server.getsockname()).close()
+
+        @bank.step
+        def pay() -> None:
+            in_another(lambda: in_another(connect))
+
+        @bank.workflow
+        async def settle() -> None:
+            await pay()
+
+        async def one(sim: Sim[None]) -> None:
+            await sim.start(settle)
+
+        with pytest.raises(RehearsalFailed, match=r"socket\.getaddrinfo would leave") as failed:
+            rehearse(App("bank", services=[bank]), one, lambda sim: None, seeds=1)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        in_another(connect)  # which is nothing that is rehearsed
+        server.accept()[0].close()
     assert "a step leaves the simulation" in str(failed.value)
 
 
