@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from pavane import App, BadArguments, RunFailed, Service, StoreError, UnknownRun
+from pavane import App, BadArguments, Event, Retry, RunFailed, Service, UnknownRun
 from pavane.errors import NotInSimulation
 from pavane.testing.sim.app import Sim, calm_sim
 from pavane.testing.sim.clock import Stalled
@@ -213,29 +213,70 @@ def test_a_step_that_reaches_for_the_network_is_told_to_use_a_fake() -> None:
     assert "sim.replace(step, fake)" in str(failed.value.__cause__)
 
 
-def test_transactions_need_fakes() -> None:
-    bank = Service("bank")
+bank = Service("bank")
 
-    @bank.transaction
-    def book(connection: Any, cents: int) -> int:
-        return connection.execute("SELECT 1")
 
-    @bank.workflow
-    async def settle(cents: int) -> int:
-        return await book(cents)
+class Paid(Event, key="account"):
+    account: str
+    cents: int
 
-    async def unprepared(sim: Sim[None]) -> int:
-        return await sim.run(settle, 5)
+
+@bank.transaction
+def book(connection: Any, cents: int) -> int:
+    return connection.execute("SELECT 1")
+
+
+@bank.on(Paid, transaction=True, retry=Retry(attempts=1))
+def add(event: Paid, connection: Any) -> None:
+    connection.execute("SELECT 1")
+
+
+@bank.workflow
+async def settle(cents: int) -> int:
+    return await book(cents)
+
+
+@bank.workflow
+async def ask() -> str:
+    return "how much?"
+
+
+banking = App("bank", services=[bank])
+
+
+def test_who_needs_no_transaction_is_simulated_beside_who_does() -> None:
+    async def unrelated(sim: Sim[None]) -> str:
+        return await sim.run(ask)
+
+    assert play(unrelated, banking) == "how much?"
+
+
+def test_what_needs_a_transaction_is_refused_when_it_is_called() -> None:
+    async def unprepared(sim: Sim[None]) -> None:
+        await sim.publish(Paid(account="a", cents=5))
+        await sim.settle()
+        (letter,) = sim.dead_letters()
+        assert "bank.add runs inside a transaction of the store's database" in letter.error
+        await sim.run(settle, 5)
+
+    with pytest.raises(RunFailed, match=r"sim.replace\(book, fake\)"):
+        play(unprepared, banking)
+
+
+def test_fakes_stand_in_for_what_needs_a_transaction() -> None:
+    booked: list[Paid] = []
 
     async def prepared(sim: Sim[None]) -> int:
         sim.replace(book, lambda cents: -cents)
+        sim.replace(add, booked.append)
+        await sim.publish(Paid(account="a", cents=5))
+        await sim.settle()
+        assert booked == sim.published(Paid)
         return await sim.run(settle, 5)
 
-    app = App("bank", services=[bank])
-    with pytest.raises(StoreError, match=r"bank.book must run inside a transaction"):
-        play(unprepared, app)
-    assert play(prepared, app) == -5
+    assert play(prepared, banking) == -5
     assert book.transaction
+    assert bank.handlers["add"].options.transaction
 
 
 def test_plain_functions_sleep_in_virtual_time() -> None:

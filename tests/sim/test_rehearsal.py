@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import pytest
 
 from pavane import App, BadArguments, Event, PavaneError, Retry, Service, receive, saga
@@ -329,6 +330,40 @@ def test_fakes_stand_in_for_steps() -> None:
 
     rehearse(app, scenario, result, fakes={ship: lambda order_id: "a fake"}, seeds=5)
     assert asyncio.run(ship("o-1")) == "parcel-o-1"
+
+
+def test_fakes_stand_in_for_handlers_that_need_a_transaction() -> None:
+    ledger = Service("ledger")
+
+    class Balance(msgspec.Struct):
+        cents: int = 0
+
+    class Paid(Event, key="account"):
+        account: str
+        cents: int
+
+    class Counted(Event):
+        cents: int
+
+    @ledger.on(Paid, transaction=True, state=Balance)
+    def add(event: Paid, balance: Balance, connection: Any) -> Counted:
+        raise AssertionError("a real one")
+
+    def count(event: Paid, balance: Balance) -> Counted:
+        balance.cents += event.cents
+        return Counted(cents=balance.cents)
+
+    async def two(sim: Sim[None]) -> None:
+        await sim.publish(Paid(account="a", cents=5))
+        await sim.publish(Paid(account="a", cents=6))
+
+    def both_are_counted(sim: Sim[None]) -> None:
+        assert max(event.cents for event in sim.published(Counted)) == 11
+
+    app = App("ledger", services=[ledger])
+    rehearse(app, two, both_are_counted, fakes={add: count}, seeds=5)
+    with pytest.raises(RehearsalFailed, match=r"rehearse\(…, fakes=\{add: fake\}\)"):
+        rehearse(app, two, both_are_counted, seeds=5)
 
 
 def test_chance_is_given_by_the_seed() -> None:
