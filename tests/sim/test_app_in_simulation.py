@@ -295,6 +295,30 @@ def test_plain_functions_sleep_in_virtual_time() -> None:
     assert time.monotonic() - began_s < 60
 
 
+def test_plain_functions_that_sleep_until_a_time_get_there() -> None:
+    slept = 0
+
+    def sew_until_evening(cloth: str) -> str:
+        nonlocal slept
+        clocks = (time.monotonic, time.perf_counter, time.time)
+        ends_s = [clock() + 36000 for clock in clocks]
+        while any(clock() < end_s for clock, end_s in zip(clocks, ends_s, strict=True)):
+            time.sleep(3600)
+            slept += 1
+        return f"fine-{cloth}"
+
+    async def order(sim: Sim[None]) -> float:
+        sim.replace(tailor.sew, sew_until_evening)
+        began = sim.now
+        await sim.run(tailor.make, Ordered(order="o", days=0))
+        return (sim.now - began).total_seconds()
+
+    clocks = (time.sleep, time.monotonic, time.perf_counter, time.time)
+    assert 36000 < play(order) < 36001
+    assert slept == 10
+    assert clocks == (time.sleep, time.monotonic, time.perf_counter, time.time)
+
+
 def test_a_simulation_is_played_once() -> None:
     sim = calm_sim(tailor.app)
 

@@ -30,6 +30,7 @@ from pavane.testing.sim.process import here
 from pavane.testing.sim.simulation import Simulation
 
 RESTART_US = 10_000
+_CLOCKS = ("monotonic", "perf_counter", "time")
 
 Called = Step[..., Any] | Handler
 Fakes = Mapping[Any, Callable[..., Any]]
@@ -216,7 +217,13 @@ def _tried(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         nonlocal slept_s
         slept_s += duration_s
 
-    before, time.sleep = time.sleep, sleep
+    def after_sleep(clock: Callable[[], float]) -> float:
+        return clock() + slept_s
+
+    before = {name: getattr(time, name) for name in ("sleep", *_CLOCKS)}
+    time.sleep = sleep
+    for name in _CLOCKS:  # or who polls until a time would do so for as long as it really takes
+        setattr(time, name, partial(after_sleep, before[name]))
     try:
         return fn(*args, **kwargs), None, slept_s
     except KeyboardInterrupt:
@@ -224,4 +231,5 @@ def _tried(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     except BaseException as error:
         return None, error, slept_s
     finally:
-        time.sleep = before
+        for name, function in before.items():
+            setattr(time, name, function)
