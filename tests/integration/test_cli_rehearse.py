@@ -73,7 +73,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     (tmp_path / "storm_shop.py").write_text(SHOP)
     (tmp_path / "storms.py").write_text(REHEARSALS)
     (tmp_path / "empty.py").write_text("from storm_shop import Parcel")
-    with in_folder_of(tmp_path, "storm_shop.py", monkeypatch, "storms", "empty"):
+    with in_folder_of(tmp_path, "storm_shop.py", monkeypatch, "storms", "empty", "other"):
         yield
 
 
@@ -86,7 +86,8 @@ def test_what_holds_is_told_in_figures() -> None:
 def test_what_breaks_is_shown_with_the_line_that_repeats_it() -> None:
     result = pavane("rehearse", "storms.py", "-n", "100")
     assert result.exit_code == 1
-    assert "storms.py:ships_all" in result.stderr
+    assert result.stdout.startswith("storms.py:ships_all\nheld in 200 plays, ")
+    assert "\nstorms.py:ships_once\n" in result.stdout
     assert "the invariant is broken" in result.stdout
     assert "was shipped 2 times" in result.stdout
     assert "shop.ship('o-" in result.stdout
@@ -113,6 +114,69 @@ def test_an_app_without_rehearsals_is_played_with_examples() -> None:
     assert "examples stand in for arguments and steps" in result.stderr
     assert "held in 6 plays" in result.stdout
     assert "ships" not in result.stdout
+
+
+def app_of(text: str) -> str:
+    Path("other.py").write_text("from pavane import App, Event, Service\n\n" + text)
+    return "other.py"
+
+
+def test_examples_are_passed_as_parameters_want_them() -> None:
+    text = """
+shop = Service("shop")
+
+@shop.workflow
+async def sell(order: str, /, sku: str, *, count: int, gift: bool = False) -> str:
+    return order + sku * count
+
+app = App("keywords", services=[shop])
+"""
+    printed = good("rehearse", app_of(text), "-n", "2")
+    assert "held in 4 plays" in printed
+    assert "12 completed" in printed
+
+
+def test_an_app_of_handlers_only_is_played_with_examples_of_their_events() -> None:
+    text = """
+class Sold(Event, key="order"):
+    order: str
+    cents: int
+
+shop = Service("shop")
+
+@shop.on(Sold)
+async def thank(event: Sold) -> None:
+    raise AssertionError("a real one")
+
+app = App("handlers", services=[shop])
+"""
+    printed = good("rehearse", app_of(text), "-n", "2")
+    assert "held in 4 plays" in printed
+    assert "events  12\n" in printed
+
+
+def test_a_type_without_examples_is_refused_before_anything_is_played() -> None:
+    text = """
+from typing import Annotated
+from msgspec import Meta
+
+shop = Service("shop")
+
+@shop.workflow
+async def sell(sku: Annotated[str, Meta(pattern="^[A-Z]{3}$")]) -> str:
+    return sku
+
+app = App("patterns", services=[shop])
+"""
+    error = refused(2, "rehearse", app_of(text))
+    assert "shop.sell, sku: No example of " in error
+    assert error.count("can be made up") == 1
+    assert "`mine = Rehearsal(app, scenario, invariant)`" in error
+
+
+def test_an_app_with_nothing_to_begin_with_is_refused() -> None:
+    error = refused(2, "rehearse", app_of('app = App("none", services=[Service("shop")])'))
+    assert "has no workflows to start and handles no events." in error
 
 
 def test_targets_that_are_nothing_to_rehearse_are_refused() -> None:

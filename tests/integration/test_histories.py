@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,6 +175,39 @@ def test_what_is_no_history_is_said_with_its_line(histories: Path) -> None:
     assert result.exit_code == 1
     assert f"{histories}/odd.jsonl:2" in result.stdout
     assert "no history of a run" in result.stdout
+    assert "8 of 9 runs fit" in result.stdout
+    assert "of 3 workflows" in result.stdout
+
+
+def test_alike_lines_that_are_no_histories_are_counted(histories: Path) -> None:
+    (histories / "odd.jsonl").write_text("[]\n[]\n[]\n")
+    result = pavane("replay-check", "history_shop.py", str(histories))
+    assert f"{histories}/odd.jsonl:1 and 2 lines more\n" in result.stdout
+
+
+def test_nothing_to_replay_passes_no_gate(tmp_path: Path) -> None:
+    (tmp_path / "failed.jsonl").touch()
+    text = refused(2, "replay-check", "history_shop.py", str(tmp_path))
+    assert f"There is no run in {tmp_path}, so nothing was checked." in text
+    assert "`pavane runs export --app shop.py --to histories/`" in text
+
+
+def test_histories_are_read_from_pipes(histories: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, (histories / "wait.v1.jsonl").read_bytes())
+        os.close(writing)
+        printed = good("replay-check", "history_shop.py", f"/dev/fd/{reading}")
+    finally:
+        os.close(reading)
+    assert "1 of 1 runs fit" in printed
+    assert "of 1 workflow in" in printed
+
+
+def test_arguments_are_not_compared_which_the_help_says(histories: Path) -> None:
+    text = SHOP.replace("await charge(order)", "await charge(order * 2)")
+    assert "8 of 8 runs fit" in good("replay-check", changed(text), str(histories))
+    assert "Arguments, durations and" in good("replay-check", "--help")
 
 
 def test_paths_without_histories_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+<<<<<<< HEAD
 from pavane import (
     App,
     BadArguments,
@@ -21,6 +22,9 @@ from pavane import (
     StoreError,
     UnknownRun,
 )
+=======
+from pavane import App, BadArguments, Event, Retry, RunFailed, Service, UnknownRun
+>>>>>>> help-w2
 from pavane.errors import NotInSimulation
 from pavane.testing.sim.app import CALLBACKS_MAX, Sim, calm_sim
 from pavane.testing.sim.clock import Stalled
@@ -329,29 +333,70 @@ def test_a_step_that_reaches_for_the_network_is_told_to_use_a_fake() -> None:
     assert "sim.replace(step, fake)" in str(failed.value.__cause__)
 
 
-def test_transactions_need_fakes() -> None:
-    bank = Service("bank")
+bank = Service("bank")
 
-    @bank.transaction
-    def book(connection: Any, cents: int) -> int:
-        return connection.execute("SELECT 1")
 
-    @bank.workflow
-    async def settle(cents: int) -> int:
-        return await book(cents)
+class Paid(Event, key="account"):
+    account: str
+    cents: int
 
-    async def unprepared(sim: Sim[None]) -> int:
-        return await sim.run(settle, 5)
+
+@bank.transaction
+def book(connection: Any, cents: int) -> int:
+    return connection.execute("SELECT 1")
+
+
+@bank.on(Paid, transaction=True, retry=Retry(attempts=1))
+def add(event: Paid, connection: Any) -> None:
+    connection.execute("SELECT 1")
+
+
+@bank.workflow
+async def settle(cents: int) -> int:
+    return await book(cents)
+
+
+@bank.workflow
+async def ask() -> str:
+    return "how much?"
+
+
+banking = App("bank", services=[bank])
+
+
+def test_who_needs_no_transaction_is_simulated_beside_who_does() -> None:
+    async def unrelated(sim: Sim[None]) -> str:
+        return await sim.run(ask)
+
+    assert play(unrelated, banking) == "how much?"
+
+
+def test_what_needs_a_transaction_is_refused_when_it_is_called() -> None:
+    async def unprepared(sim: Sim[None]) -> None:
+        await sim.publish(Paid(account="a", cents=5))
+        await sim.settle()
+        (letter,) = sim.dead_letters()
+        assert "bank.add runs inside a transaction of the store's database" in letter.error
+        await sim.run(settle, 5)
+
+    with pytest.raises(RunFailed, match=r"sim.replace\(book, fake\)"):
+        play(unprepared, banking)
+
+
+def test_fakes_stand_in_for_what_needs_a_transaction() -> None:
+    booked: list[Paid] = []
 
     async def prepared(sim: Sim[None]) -> int:
         sim.replace(book, lambda cents: -cents)
+        sim.replace(add, booked.append)
+        await sim.publish(Paid(account="a", cents=5))
+        await sim.settle()
+        assert booked == sim.published(Paid)
         return await sim.run(settle, 5)
 
-    app = App("bank", services=[bank])
-    with pytest.raises(StoreError, match=r"bank.book must run inside a transaction"):
-        play(unprepared, app)
-    assert play(prepared, app) == -5
+    assert play(prepared, banking) == -5
     assert book.transaction
+    assert bank.handlers["add"].options.transaction
 
 
 def test_plain_functions_sleep_in_virtual_time() -> None:
@@ -370,6 +415,7 @@ def test_plain_functions_sleep_in_virtual_time() -> None:
     assert time.monotonic() - began_s < 60
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     "act",
     [
@@ -385,6 +431,30 @@ def test_who_acts_outside_of_the_simulation_is_told_to_act_in_the_test(
 ) -> None:
     with pytest.raises(BadArguments, match=r"outside of the simulation.* Act in the test itself"):
         asyncio.run(act(calm_sim(tailor.app)))
+=======
+def test_plain_functions_that_sleep_until_a_time_get_there() -> None:
+    slept = 0
+
+    def sew_until_evening(cloth: str) -> str:
+        nonlocal slept
+        clocks = (time.monotonic, time.perf_counter, time.time)
+        ends_s = [clock() + 36000 for clock in clocks]
+        while any(clock() < end_s for clock, end_s in zip(clocks, ends_s, strict=True)):
+            time.sleep(3600)
+            slept += 1
+        return f"fine-{cloth}"
+
+    async def order(sim: Sim[None]) -> float:
+        sim.replace(tailor.sew, sew_until_evening)
+        began = sim.now
+        await sim.run(tailor.make, Ordered(order="o", days=0))
+        return (sim.now - began).total_seconds()
+
+    clocks = (time.sleep, time.monotonic, time.perf_counter, time.time)
+    assert 36000 < play(order) < 36001
+    assert slept == 10
+    assert clocks == (time.sleep, time.monotonic, time.perf_counter, time.time)
+>>>>>>> help-w2
 
 
 def test_a_simulation_is_played_once() -> None:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pavane import App, BadArguments, Event, PavaneError, Retry, Service, receive, saga
@@ -250,6 +252,39 @@ def test_a_step_that_would_do_real_things_is_refused() -> None:
     assert "a step leaves the simulation" in str(failed.value)
 
 
+def test_threads_that_a_step_starts_are_refused_the_network_as_well() -> None:
+    bank = Service("bank")
+
+    def in_another(connect: Callable[[], None]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(connect).result()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+
+        def connect() -> None:
+            socket.create_connection(server.getsockname()).close()
+
+        @bank.step
+        def pay() -> None:
+            in_another(lambda: in_another(connect))
+
+        @bank.workflow
+        async def settle() -> None:
+            await pay()
+
+        async def one(sim: Sim[None]) -> None:
+            await sim.start(settle)
+
+        with pytest.raises(RehearsalFailed, match=r"socket\.getaddrinfo would leave") as failed:
+            rehearse(App("bank", services=[bank]), one, lambda sim: None, seeds=1)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        in_another(connect)  # which is nothing that is rehearsed
+        server.accept()[0].close()
+    assert "a step leaves the simulation" in str(failed.value)
+
+
 def test_a_rehearsal_in_which_nothing_works_is_doubted() -> None:
     def fail(order_id: str) -> None:
         raise ValueError("no bank")
@@ -412,6 +447,40 @@ def test_fakes_stand_in_for_steps() -> None:
 
     rehearse(app, scenario, result, fakes={ship: lambda order_id: "a fake"}, seeds=5)
     assert asyncio.run(ship("o-1")) == "parcel-o-1"
+
+
+def test_fakes_stand_in_for_handlers_that_need_a_transaction() -> None:
+    ledger = Service("ledger")
+
+    class Balance(msgspec.Struct):
+        cents: int = 0
+
+    class Paid(Event, key="account"):
+        account: str
+        cents: int
+
+    class Counted(Event):
+        cents: int
+
+    @ledger.on(Paid, transaction=True, state=Balance)
+    def add(event: Paid, balance: Balance, connection: Any) -> Counted:
+        raise AssertionError("a real one")
+
+    def count(event: Paid, balance: Balance) -> Counted:
+        balance.cents += event.cents
+        return Counted(cents=balance.cents)
+
+    async def two(sim: Sim[None]) -> None:
+        await sim.publish(Paid(account="a", cents=5))
+        await sim.publish(Paid(account="a", cents=6))
+
+    def both_are_counted(sim: Sim[None]) -> None:
+        assert max(event.cents for event in sim.published(Counted)) == 11
+
+    app = App("ledger", services=[ledger])
+    rehearse(app, two, both_are_counted, fakes={add: count}, seeds=5)
+    with pytest.raises(RehearsalFailed, match=r"rehearse\(…, fakes=\{add: fake\}\)"):
+        rehearse(app, two, both_are_counted, seeds=5)
 
 
 def test_chance_is_given_by_the_seed() -> None:

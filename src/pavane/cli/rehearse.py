@@ -36,9 +36,9 @@ Examples:
 \b
 TARGET is a module with rehearsals, or one of them:
   nobody_pays_twice = Rehearsal(app, place_orders, one_payment_each, world=Bank)
-Of an app without any, each workflow is started with examples of its arguments, and examples of
-results stand in for all steps and handlers: nothing real is done, and all that is checked is
-that every run ends, in both modes.
+Of an app without any, each workflow is started with examples of its arguments, an example of each
+event that is handled is published, and examples of results stand in for all steps and handlers:
+nothing real is done, and all that is checked is that everything ends, in both modes.
 
 \b
 One seed decides everything that happens, so --seed plays the same again. The exit code is 1 if a
@@ -65,7 +65,7 @@ def rehearse(
     reports: list[Rehearsed] = []
     for name, rehearsal in found:
         if output == "table" and len(found) > 1:
-            say(name)
+            click.secho(name, bold=True)  # to where its report will be
         report = played(rehearsal, seeds if one is None else [one], chosen)
         reports.append(Rehearsed(name, report))
         if output == "table":

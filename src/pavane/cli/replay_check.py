@@ -21,12 +21,16 @@ from pavane.testing.histories import replay, summary, told
 Examples:
   pavane runs export --store /var/lib/shop/shop.db --to histories/
   pavane replay-check shop:app histories/
+  pavane replay-check shop:app <(cat histories/*.jsonl)
   pavane replay-check shop.py open.jsonl -o json | jq -r '.misfits[].run'
 
 \b
 HISTORIES are files as `pavane runs export` writes them, or folders with such files. A run fits if
-the workflow's code asks for the same as it did then, after every entry of its journal; one that
-does not would be stuck when this code is deployed. The exit code is 1 if any does not fit.
+after every entry of its journal the workflow's code asks for the same steps, timers, events and
+the like as it did then: the same kinds, services and names, in the same order. One that does not
+would be stuck when this code is deployed. Arguments, durations and what the workflow returns are
+not compared: a step that is now asked for with other arguments fits. The exit code is 1 if any
+run does not fit, and 2 if there is none to replay.
 """,
 )
 @click.argument("target", envvar="PAVANE_APP", shell_complete=complete_target)

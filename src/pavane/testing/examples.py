@@ -6,6 +6,7 @@ such a rehearsal can find is workflow code that does not end, or that does not r
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -23,6 +24,7 @@ from pavane.testing.sim.app import Sim
 from pavane.workflow import Workflow
 
 DEPTH_MAX = 6
+EXAMPLES = 10
 MOMENT = "2025-06-15T12:00:00Z"
 _PLAIN: dict[type, Any] = {
     types.NoneType: None, types.AnyType: "a", types.BytesType: "YQ==", types.ByteArrayType: "YQ==",
@@ -30,6 +32,10 @@ _PLAIN: dict[type, Any] = {
     types.TimeDeltaType: "PT1S", types.DecimalType: "1",
     types.UUIDType: "00000000-0000-4000-8000-000000000001",
 }  # fmt: skip
+_OF_YOUR_OWN = (
+    "Write a rehearsal of your own, beside the app or in another module: "
+    "`from pavane.testing import Rehearsal`, then `mine = Rehearsal(app, scenario, invariant)`."
+)
 
 
 def example(annotation: object, random: Random) -> Any:
@@ -39,8 +45,7 @@ def example(annotation: object, random: Random) -> Any:
         return decoder(annotation)(raw)
     except Exception as error:
         raise BadArguments(
-            f"No example of {annotation} can be made up ({error}). Write a Rehearsal of your own: "
-            f"Rehearsal(app, scenario, invariant)."
+            f"No example of {annotation} can be made up: {error.__cause__ or error}\n{_OF_YOUR_OWN}"
         ) from error
 
 
@@ -89,43 +94,87 @@ def _model(cls: Any, again: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def example_rehearsal(app: App) -> Rehearsal[None]:
-    """Return a rehearsal that starts each workflow, and publishes each event, with examples."""
+    """Return a rehearsal that starts each workflow, and publishes each event that is handled.
+
+    Raises BadArguments at once if there is nothing to begin with, or no example of something.
+    """
     registry = app.registry
-    random = Random("examples")
     fakes: dict[Any, Any] = {}
+    events: dict[type[Any], _Examples] = {}
     for service in registry.services.values():
         for step in service.steps.values():
-            fakes[step] = partial(_answer, example(step.params.returns, random))
+            fakes[step] = partial(_answer, _Examples(step.params.returns, step).made[0])
         for handler in service.handlers.values():
             if handler.starts is None:
                 fakes[handler] = _nothing
+            events |= {it: _Examples(it, handler) for it in handler.events.values()}
     newest = {name: registry.workflow(name) for name, _ in registry.workflows}
-    if not newest:
+    calls = {name: _Call(workflow) for name, workflow in newest.items()}
+    received = {
+        name: [_Examples(it, workflow) for it in workflow.receives]
+        for name, workflow in newest.items()
+    }
+    if not calls and not events:
         raise BadArguments(
-            f"App {app.name!r} has no workflows to start. Write a Rehearsal of your own: "
-            f"Rehearsal(app, scenario, invariant)."
+            f"App {app.name!r} has no workflows to start and handles no events. {_OF_YOUR_OWN}"
         )
 
-    async def start_each(sim: Sim[None]) -> None:
-        for name, workflow in newest.items():
-            for number in (1, 2):
-                arguments = [example(it, sim.random) for it in workflow.params.annotations]
-                await sim.start(workflow, *arguments, id=f"{name}-{number}")
+    async def begin_each(sim: Sim[None]) -> None:
+        for number in (1, 2):
+            for name, call in calls.items():
+                await call.start(sim, f"{name}-{number}")
+            for examples in events.values():
+                await sim.publish(examples.draw(sim.random))
         await sim.settle()
-        await _send_what_is_awaited(sim, newest)
+        await _send_what_is_awaited(sim, received)
 
     def all_end(sim: Sim[None]) -> None:
         """That they do is what every rehearsal checks."""
 
-    return Rehearsal(app, start_each, all_end, fakes=fakes)
+    return Rehearsal(app, begin_each, all_end, fakes=fakes)
 
 
-async def _send_what_is_awaited(sim: Sim[None], workflows: dict[str, Workflow[..., Any]]) -> None:
+class _Examples:
+    """Values of a type, made up before anything is played: so what has none is refused at once."""
+
+    def __init__(self, annotation: object, whose: object) -> None:
+        random = Random(f"{whose}")
+        try:
+            self.made = [example(annotation, random) for _ in range(EXAMPLES)]
+        except BadArguments as error:
+            raise BadArguments(f"{whose}: {error}") from error
+
+    def draw(self, random: Random) -> Any:
+        return random.choice(self.made)
+
+
+class _Call:
+    """How a workflow is started, with examples of its arguments."""
+
+    def __init__(self, workflow: Workflow[..., Any]) -> None:
+        self._workflow = workflow
+        parameters = inspect.signature(workflow.fn).parameters.values()
+        self._args: list[_Examples] = []
+        self._kwargs: dict[str, _Examples] = {}
+        for parameter, it in zip(parameters, workflow.params.annotations, strict=True):
+            examples = _Examples(it, f"{workflow!r}, {parameter.name}")
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                self._kwargs[parameter.name] = examples
+            else:
+                self._args.append(examples)
+
+    async def start(self, sim: Sim[None], id: str) -> None:
+        args = [it.draw(sim.random) for it in self._args]
+        kwargs = {name: it.draw(sim.random) for name, it in self._kwargs.items()}
+        await sim.start(self._workflow, *args, id=id, **kwargs)
+
+
+async def _send_what_is_awaited(sim: Sim[None], received: dict[str, list[_Examples]]) -> None:
     """Send each waiting run an example of all that it receives, and cancel what waits on."""
     for status in sim.runs():
-        for event in workflows[status.workflow].receives:
+        for examples in received[status.workflow]:
             with suppress(RunEnded):
-                await sim.get(status.id).send(example(event, sim.random))
+                await sim.get(status.id).send(examples.draw(sim.random))
     await sim.settle()
     for status in sim.runs():
         if "event" in status.reason and "timer" not in status.reason:

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from pavane.app import App, Client
+from pavane.cli.text import counted
 from pavane.core.baton import ENDED, Header, Status
 from pavane.core.execution import Execution
 from pavane.core.journal import Entry, effective, eras, issue_eras
@@ -99,7 +100,10 @@ def replay_check(app: App, *paths: str | Path) -> ReplayReport:
         replay_check(app, "tests/histories")
     ```
 
-    `paths` are files as `pavane runs export` writes them, or folders with such files.
+    `paths` are files as `pavane runs export` writes them, or folders with such files. What is
+    compared is what each entry of a journal led to: the steps, timers, events and the like that
+    the workflow asked for, by kind, service and name, in order. Arguments, durations and what the
+    workflow returns are not. Raises BadArguments if there is no run to replay.
     """
     __tracebackhide__ = True
     report = replay(app, paths)
@@ -112,6 +116,11 @@ def replay(app: App, paths: Sequence[str | Path], progress: Progress | None = No
     """Replay exported histories against an app's code, and say which do not fit."""
     began_s = perf_counter()
     lines = [line for path in paths for line in _lines(Path(path))]
+    if not lines:
+        raise BadArguments(
+            f"There is no run in {', '.join(map(str, paths)) or 'nothing'}, so nothing was "
+            f"checked. `pavane runs export --app shop.py --to histories/` writes runs to a folder."
+        )
     chunks = [lines[at : at + CHUNK] for at in range(0, len(lines), CHUNK)]
     found: dict[int, list[Replayed]] = {}
     for at, replayed in spread(partial(_replay_all, app), chunks):
@@ -121,7 +130,8 @@ def replay(app: App, paths: Sequence[str | Path], progress: Progress | None = No
     all_of_them = [it for at in sorted(found) for it in found[at]]
     workflows: dict[str, int] = {}
     for it in all_of_them:
-        workflows[it.workflow] = workflows.get(it.workflow, 0) + 1
+        if it.workflow:  # else it is unreadable
+            workflows[it.workflow] = workflows.get(it.workflow, 0) + 1
     return ReplayReport(
         len(all_of_them), sum(it.entries for it in all_of_them),
         sum(it.verdict == "retired" for it in all_of_them), workflows,
@@ -134,7 +144,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield each history below a path, with where it is."""
     if path.is_dir():
         files = sorted(path.rglob(f"*{SUFFIX}"))
-    elif path.is_file():
+    elif path.exists():  # a pipe, too
         files = [path]
     else:
         raise BadArguments(f"{path} does not exist. `pavane runs export --to {path}` writes it.")
@@ -200,7 +210,8 @@ def told(report: ReplayReport) -> Iterator[str]:
             runs = "1 run does" if len(alike) == 1 else f"{len(alike):,} runs do"
             head = f"{workflow} v{version}: {runs} not fit, such as {first.run} ({first.where})"
         else:
-            head = first.where
+            more = f" and {counted(len(alike) - 1, 'line')} more" if alike[1:] else ""
+            head = f"{first.where}{more}"
         yield head
         yield from text.splitlines()
         yield ""
@@ -215,8 +226,8 @@ def summary(report: ReplayReport) -> str:
     facts += [f"{report.retired:,} ended under code that is gone"] if report.retired else []
     speed = report.entries / max(report.took_s, 1e-9)
     facts.append(
-        f"{report.entries:,} journal entries of {len(report.workflows)} workflows in "
-        f"{report.took_s:.2f} s ({speed:,.0f}/s)"
+        f"{report.entries:,} journal entries of "
+        f"{counted(len(report.workflows), 'workflow')} in {report.took_s:.2f} s ({speed:,.0f}/s)"
     )
     return "; ".join(facts)
 

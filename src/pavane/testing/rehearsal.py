@@ -120,7 +120,7 @@ class Rehearsal(Generic[World]):
                 f"parameter, the simulation. It is called when everything has ended, so there is "
                 f"nothing to await."
             )
-        Calls(self.app, self.fakes, takes_time=True).check()
+        Calls(self.app, self.fakes, takes_time=True)  # refuses fakes for what the app has not
 
     def run(
         self, seeds: int | Iterable[int] = SEEDS, modes: Sequence[Mode] = MODES,

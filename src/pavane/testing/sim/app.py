@@ -135,7 +135,10 @@ class Sim(Generic[World]):
     # -- making trouble ------------------------------------------------------------------------
 
     def replace(self, step: Step[..., Any] | Callable[..., Any], fake: Callable[..., Any]) -> None:
-        """Let `fake`, async or not, do what a step or handler does; it is called with the same."""
+        """Let `fake`, async or not, do what a step or handler does; it is called with the same.
+
+        One that stands in for what runs inside a transaction is called without the connection.
+        """
         self._calls.replace(step, fake)
 
     def fails(
@@ -264,7 +267,6 @@ class Sim(Generic[World]):
 
     def _customer(self) -> Customer:
         if self._client is None:
-            self._calls.check()
             self._client = Customer(self._app.registry, self._app.config, self._simulation)
         return self._client
 

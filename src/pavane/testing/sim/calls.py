@@ -19,15 +19,18 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from msgspec.structs import replace
+
 from pavane.app import App
 from pavane.core.operations import Mode
-from pavane.errors import BadArguments, NotInSimulation, StoreError
+from pavane.errors import BadArguments, NotInSimulation
 from pavane.handler import Handler, current_handler
 from pavane.service import Step, current_step, step_info
 from pavane.testing.sim.process import here
 from pavane.testing.sim.simulation import Simulation
 
 RESTART_US = 10_000
+_CLOCKS = ("monotonic", "perf_counter", "time")
 
 Called = Step[..., Any] | Handler
 Fakes = Mapping[Any, Callable[..., Any]]
@@ -48,6 +51,10 @@ class Calls:
             if handler.starts is None
         ]  # fmt: skip
         self._own = {called: called.fn for called in (*self._steps, *self._handlers)}
+        self._in_transaction = {
+            *(step for step in self._steps if step.transaction),
+            *(handler for handler in self._handlers if handler.options.transaction),
+        }
         self._fakes: dict[Called, Callable[..., Any]] = {}
         self._errors: dict[Called, deque[BaseException]] = {}
         self._crashes: Counter[Called] = Counter()
@@ -78,10 +85,7 @@ class Calls:
     def replace(self, called: Any, fake: Callable[..., Any]) -> None:
         if not callable(fake):
             raise BadArguments(f"{fake!r} cannot stand in for {called!r}: it is no function.")
-        found = self.find(called)
-        self._fakes[found] = fake
-        if isinstance(found, Step) and self._simulation is not None:
-            found.transaction = False  # until the simulation is over
+        self._fakes[self.find(called)] = fake
 
     def fail(self, called: Any, errors: list[BaseException]) -> None:
         self._errors.setdefault(self.find(called), deque()).extend(errors)
@@ -107,11 +111,14 @@ class Calls:
         callables: list[Any] = list(self._own)
         before = [(it.fn, it.is_async) for it in callables]
         transactions = [step.transaction for step in self._steps]
+        options = [handler.options for handler in self._handlers]
         try:
             for it in callables:
                 it.fn, it.is_async = partial(self._call, it), True
             for step in self._steps:
-                step.transaction = self._needs_transaction(step)
+                step.transaction = False
+            for handler in self._handlers:
+                handler.options = replace(handler.options, transaction=False)
             for workflow in workflows:
                 workflow.mode = mode or workflow.mode
             yield
@@ -120,21 +127,10 @@ class Calls:
                 it.fn, it.is_async = fn, is_async
             for step, transaction in zip(self._steps, transactions, strict=True):
                 step.transaction = transaction
+            for handler, was in zip(self._handlers, options, strict=True):
+                handler.options = was
             for workflow, was in zip(workflows, modes, strict=True):
                 workflow.mode = was
-
-    def _needs_transaction(self, called: Called) -> bool:
-        return isinstance(called, Step) and called.transaction and called not in self._fakes
-
-    def check(self) -> None:
-        """Raise StoreError for what a simulated database cannot do."""
-        needed = [repr(step) for step in self._steps if self._needs_transaction(step)]
-        needed += [repr(h) for h in self._handlers if h.options.transaction]
-        if needed:
-            raise StoreError(
-                f"{', '.join(needed)} must run inside a transaction of a real database, which a "
-                f"simulation has not. Replace the step by a fake before anything is started."
-            )
 
     def _function(self, called: Called) -> Callable[..., Any]:
         return self._fakes.get(called, self._own[called])
@@ -144,6 +140,10 @@ class Calls:
         is_plain = current_step.get() is None and current_handler.get() is None
         if process is None or simulation is None or is_plain:  # just a function
             return await self._do(called, args, kwargs)
+        if called in self._in_transaction and called not in self._fakes:
+            error = _without_transaction(called)
+            self.left = self.left or error
+            raise error
         bound = inspect.signature(self._function(called)).bind(*args, **kwargs)
         bound.apply_defaults()
         self._made.setdefault(called, []).append(tuple(bound.arguments.values()))
@@ -198,6 +198,14 @@ class Calls:
         await asyncio.get_running_loop().create_future()  # which a dead process never does
 
 
+def _without_transaction(called: Called) -> NotInSimulation:
+    return NotInSimulation(
+        f"{called!r} runs inside a transaction of the store's database, which a simulation has "
+        f"not. Let a fake stand in: sim.replace({called.name}, fake), or "
+        f"rehearse(…, fakes={{{called.name}: fake}}). It is called without the connection."
+    )
+
+
 Tried = tuple[Any, BaseException | None, float]
 
 
@@ -209,7 +217,13 @@ def _tried(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         nonlocal slept_s
         slept_s += duration_s
 
-    before, time.sleep = time.sleep, sleep
+    def after_sleep(clock: Callable[[], float]) -> float:
+        return clock() + slept_s
+
+    before = {name: getattr(time, name) for name in ("sleep", *_CLOCKS)}
+    time.sleep = sleep
+    for name in _CLOCKS:  # or who polls until a time would do so for as long as it really takes
+        setattr(time, name, partial(after_sleep, before[name]))
     try:
         return fn(*args, **kwargs), None, slept_s
     except KeyboardInterrupt:
@@ -217,4 +231,5 @@ def _tried(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     except BaseException as error:
         return None, error, slept_s
     finally:
-        time.sleep = before
+        for name, function in before.items():
+            setattr(time, name, function)
