@@ -23,11 +23,16 @@ class Lost(msgspec.Struct, frozen=True):
 class Restored:
     """Looks at a database that was put back, and accepts it; see the module.
 
-    Both raise BadArguments for a store other than Postgres.
+    Only a Postgres store tells: of others, `lost` and `accept` raise BadArguments.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
+
+    async def check(self) -> None:
+        """Raise StoreError for a store that refuses workers, before they write anything to it."""
+        if self._tells():
+            await self._postgres().check_past()
 
     async def lost(self) -> Lost | None:
         """Return what the database has forgotten, as far as this machine knows; None for nothing.
@@ -43,8 +48,11 @@ class Restored:
         """Let workers of all machines go on with the database as it is. Durable."""
         await self._postgres().accept_past()
 
+    def _tells(self) -> bool:
+        return hasattr(self._store, "past")
+
     def _postgres(self) -> PostgresStore:
-        if not hasattr(self._store, "past"):
+        if not self._tells():
             raise BadArguments(
                 "Only a Postgres store tells that it was put back. A copy of a SQLite file goes on "
                 "where it was made: steps done since are done again, with the same idempotency "

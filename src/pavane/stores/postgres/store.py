@@ -519,6 +519,10 @@ class PostgresStore(EventTables):
         """Tell whether the database was put back, by what is noted on this machine."""
         return await self._ask(self.past.look)
 
+    async def check_past(self) -> None:
+        """Raise StoreError if nodes may not work here; writes nothing."""
+        await self._ask(self.past.check)
+
     async def accept_past(self) -> None:
         """Let nodes work here again, as in a new generation of the database."""
         await self._execute(self.past.accept)
