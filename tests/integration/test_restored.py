@@ -223,6 +223,33 @@ async def test_a_blank_database_is_taken_by_an_app_with_schedules_too() -> None:
 
 
 @in_loop
+async def test_another_database_is_told_of_and_taken_over_on_this_machine() -> None:
+    with Database() as url:
+        app = app_on(url)
+        await work_once(app)
+        make_anew(url)
+        async with app.connect() as client:
+            await client.start(in_parts, id="there")
+        assert "`pavane restored --accept` lets workers of this machine go on" in await in_vain(app)
+        told = await asyncio.to_thread(pavane, "restored", "--store", url)
+        assert told.exit_code == 1
+        assert "This is another database (cluster " in told.stderr
+        listed = await asyncio.to_thread(pavane, "restored", "--store", url, "-o", "json")
+        found = json.loads(listed.stdout)
+        assert listed.exit_code == 1
+        assert (found["lost"], found["runs"]) == (None, [])
+        assert found["other"]["cluster"] in await in_vain(app)
+        accepted = await asyncio.to_thread(pavane, "restored", "--store", url, "--accept")
+        assert accepted.exit_code == 0
+        assert "accepted: workers of this machine go on" in accepted.stderr
+        async with app.worker() as client:
+            await until_status(Run(client, "there"), "waiting")
+        well = await asyncio.to_thread(pavane, "restored", "--store", url, "-o", "json")
+        assert well.exit_code == 0
+        assert json.loads(well.stdout) == {"lost": None, "other": None, "runs": []}
+
+
+@in_loop
 async def test_nothing_is_written_to_a_database_that_is_refused() -> None:
     with Database() as url:
         await work_once(app_with_schedule(url))

@@ -175,7 +175,7 @@ class Past:
             raise StoreError(
                 f"{self._place} is another database (cluster {found.cluster}) than the one that "
                 f"this machine worked for at this address (cluster {found.other}). If that "
-                f"is meant, remove {self.file}."
+                f"is meant, `pavane restored --accept` lets workers of this machine go on with it."
             )
         if found.lost is not None:
             since, until = (_moment(us) for us in found.lost)
@@ -187,11 +187,17 @@ class Past:
         return found
 
     async def accept(self, connection: Connection) -> None:
-        """Make the database the next generation, newer than what is noted here."""
-        noted = self.noted()
+        """Make the database the next generation, newer than what is noted here.
+
+        Of another database nothing is noted that it could be older than: this machine takes it.
+        """
+        found = await self.look(connection)
+        if found.other:
+            self.forget()
+            return
         await connection.execute(
             "UPDATE pavane.past SET generation = greatest(generation, $1) + 1",
-            0 if noted is None else noted.generation,
+            0 if found.noted is None else found.noted.generation,
         )
 
     async def beat(self, connection: Connection, nonce: str, *, also_fresh: bool = False) -> Beat:
