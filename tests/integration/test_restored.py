@@ -80,6 +80,14 @@ def make_anew(url: str) -> None:
     server().create_database(name)
 
 
+async def looked_at(url: str) -> dict[str, Any]:
+    """Return what the doctor finds, who fails for it, by what was checked."""
+    told = await asyncio.to_thread(pavane, "doctor", "--store", url, "-o", "json")
+    found = {finding["check"]: finding for finding in json.loads(told.stdout)}
+    assert (told.exit_code, found["restored"]["level"]) == (1, "fail")
+    return found
+
+
 async def gone_on_after_a_backup(client: Client, postgres: PostgresServer) -> None:
     """Have a run finish whose first half is in the backup only."""
     run = await client.start(in_parts, id="before")
@@ -120,6 +128,9 @@ async def test_a_backup_that_was_put_back_is_refused_listed_and_accepted(
 
     assert "was put back: it knows nothing of what was done after" in await in_vain(app)
     assert "pavane restored --accept" in await in_vain(app)
+    found = await looked_at(app.address)
+    assert "refuses workers, since it was put back" in found["restored"]["text"]
+    assert found["nodes"]["remedy"].startswith("When workers are let in again, start one: ")
     listed = await asyncio.to_thread(pavane, "restored", "--store", app.address)
     assert listed.exit_code == 1
     assert "before  in_parts  waiting  bank" in listed.stdout
@@ -231,6 +242,7 @@ async def test_another_database_is_told_of_and_taken_over_on_this_machine() -> N
         async with app.connect() as client:
             await client.start(in_parts, id="there")
         assert "`pavane restored --accept` lets workers of this machine go on" in await in_vain(app)
+        assert "lets them go on with it" in (await looked_at(url))["restored"]["remedy"]
         told = await asyncio.to_thread(pavane, "restored", "--store", url)
         assert told.exit_code == 1
         assert "This is another database (cluster " in told.stderr

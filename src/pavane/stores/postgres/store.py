@@ -696,6 +696,10 @@ class PostgresStore(EventTables):
             )
         return len(stale)
 
+    async def hears(self) -> bool:
+        """Whether wake-ups of other processes arrive; takes a moment to tell after opening."""
+        return await self._watch.probed()
+
     async def describe(self) -> dict[str, str | int | float]:
         row = await self._row(
             "SELECT current_setting('server_version') AS server,"
