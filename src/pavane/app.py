@@ -242,6 +242,8 @@ class Client:
     async def open(self) -> None:
         await self.store.open()
         try:
+            if self.node is not None:
+                await self.restored.check()  # before anything is written to what is refused
             await self.store.register(sorted(self.registry.services))
             await self.store.register_handlers(
                 [handler_spec(h) for h in self.registry.handlers() if h.options.share is None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from pavane.errors import StoreError
 from pavane.stores.port import Store
@@ -17,13 +18,20 @@ def store_address(given: str | None, app: str) -> str:
     return given if given is not None else os.environ.get(STORE_VARIABLE) or f"{app}.db"
 
 
+def without_password(address: str) -> str:
+    """Return an address for people to see: without its password, and otherwise as it is."""
+    bare = re.sub(r"(://[^:/@]*):.*@", r"\1@", address)
+    return re.sub(r"([?&])\w*password=[^&]*&?", r"\1", bare).rstrip("?&")
+
+
 def check_address(address: str) -> None:
     """Raise StoreError for an address that is of no store."""
     scheme, mark, rest = address.partition("://")
     if not address or (mark and not (scheme in SCHEMES and rest)):
         raise StoreError(
-            f"{address!r} is no store that this version knows. Use a file path, sqlite:///path "
-            f"(sqlite:////path from the root), postgresql://user@host/database, or memory:."
+            f"{without_password(address)!r} is no store that this version knows. Use a file path, "
+            f"sqlite:///path (sqlite:////path from the root), postgresql://user@host/database, or "
+            f"memory:."
         )
 
 

@@ -49,7 +49,8 @@ class Asked(Event, type_name="pavane.schedule-asked"):
 class Plan(msgspec.Struct, frozen=True):
     """What a schedule knows of itself.
 
-    Nominal times up to `after_us` were dealt with. `paused` says why it is, "" if it is not.
+    Nominal times up to `after_us` were dealt with, and the newest that has a run is `last_us`.
+    `paused` says why it is, "" if it is not.
     `backfill` are spans [from, until) of which runs are to be started yet. `revision` counts what
     was declared differently.
     """
@@ -171,7 +172,8 @@ def take_due(plan: Plan, now_us: int) -> tuple[list[datetime], Plan]:
         chosen = [time for time in times if micros(time) < until_us]
         if len(chosen) == STARTS_MAX:
             later.insert(0, (micros(chosen[-1]) + 1, until_us))
-        return chosen, msgspec.structs.replace(plan, backfill=tuple(later))
+        last_us = max([plan.last_us, *map(micros, chosen[-1:])])
+        return chosen, msgspec.structs.replace(plan, backfill=tuple(later), last_us=last_us)
     if plan.paused:
         return [], plan
     late_us = now_us - LATE // timedelta(microseconds=1)

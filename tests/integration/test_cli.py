@@ -18,6 +18,7 @@ from typing import Any
 import apsw
 import pytest
 
+from pavane.config import without_password
 from pavane.stores.port import COUNT_MAX
 from tests.integration.command_line import good, in_folder_of, pavane, refused, worker
 from tests.postgres import Database, server
@@ -376,6 +377,28 @@ def test_doctor_warns_when_nobody_works() -> None:
     drawn = good("doctor", "--store", "idle.db")
     assert "warn  nodes" in drawn
     assert "→ Start a worker: pavane run cli_shop.py --store idle.db." in drawn
+
+
+def test_doctor_tells_how_workers_on_postgres_wake_up() -> None:
+    with Database() as url:
+        good("runs", "start", "fulfil", '"x"', "--store", url)
+        found = {f["check"]: f for f in json.loads(good("doctor", "--store", url, "-o", "json"))}
+        assert found["postgres"]["text"].startswith("Postgres 1")
+        assert found["wake-ups"]["text"].startswith("NOTIFY: ")
+        assert found["restored"]["level"] == "ok"
+
+
+def test_no_password_is_shown() -> None:
+    with Database() as url:
+        secret = url.replace("@", ":s3cret@", 1)
+        drawn = good("doctor", "--store", secret)
+        assert "s3cret" not in drawn
+        assert f"pavane run cli_shop.py --store {url}" in " ".join(drawn.split())
+    said = refused(4, "runs", "list", "--store", "postgresql+asyncpg://shop:s3cret@db/shop")
+    assert "'postgresql+asyncpg://shop@db/shop' is no store" in said
+    assert without_password("postgresql:///shop?user=shop&password=s3cret&host=db") == (
+        "postgresql:///shop?user=shop&host=db"
+    )
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from pavane.core.operations import Mode
 from tests.bouncer import bounced_database
 from tests.integration import crew
+from tests.integration.command_line import pavane
 from tests.integration.crew import most_executions
 from tests.integration.fleet import Fleet, connected, start
 from tests.integration.world import in_loop, until
@@ -46,3 +48,9 @@ async def test_nodes_work_through_a_pooler_and_take_over_from_one_that_is_killed
                 assert most_executions() <= 2
         finally:
             await asyncio.to_thread(fleet.sink)
+
+
+def test_doctor_tells_that_workers_look_by_the_clock() -> None:
+    with bounced_database() as url:
+        told = json.loads(pavane("doctor", "--store", url, "-o", "json").stdout)
+        assert "polling: " in next(one["text"] for one in told if one["check"] == "wake-ups")

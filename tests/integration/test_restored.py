@@ -42,6 +42,13 @@ async def in_parts() -> list[str]:
     return [first, await pay("second")]
 
 
+teller = Service("teller")
+
+
+@teller.workflow
+async def count() -> None: ...
+
+
 @pytest.fixture(autouse=True)
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     PAID.clear()
@@ -58,6 +65,27 @@ def postgres() -> Iterator[PostgresServer]:
 
 def app_on(url: str) -> App:
     return App("bank", [bank], store=url, config=EngineConfig(lease_s=1.0))
+
+
+def app_with_schedule(url: str) -> App:
+    app = app_on(url)
+    app.schedule("0 0 1 1 *", in_parts, name="yearly")
+    return app
+
+
+def make_anew(url: str) -> None:
+    """Let another database, a blank one, be at the address."""
+    name = url.rpartition("/")[2]
+    server().drop_database(name)
+    server().create_database(name)
+
+
+async def looked_at(url: str) -> dict[str, Any]:
+    """Return what the doctor finds, who fails for it, by what was checked."""
+    told = await asyncio.to_thread(pavane, "doctor", "--store", url, "-o", "json")
+    found = {finding["check"]: finding for finding in json.loads(told.stdout)}
+    assert (told.exit_code, found["restored"]["level"]) == (1, "fail")
+    return found
 
 
 async def gone_on_after_a_backup(client: Client, postgres: PostgresServer) -> None:
@@ -100,6 +128,9 @@ async def test_a_backup_that_was_put_back_is_refused_listed_and_accepted(
 
     assert "was put back: it knows nothing of what was done after" in await in_vain(app)
     assert "pavane restored --accept" in await in_vain(app)
+    found = await looked_at(app.address)
+    assert "refuses workers, since it was put back" in found["restored"]["text"]
+    assert found["nodes"]["remedy"].startswith("When workers are let in again, start one: ")
     listed = await asyncio.to_thread(pavane, "restored", "--store", app.address)
     assert listed.exit_code == 1
     assert "before  in_parts  waiting  bank" in listed.stdout
@@ -174,17 +205,14 @@ async def test_a_node_stops_whose_newest_batches_are_forgotten() -> None:
 @in_loop
 async def test_another_database_at_the_same_address_is_refused_unless_it_is_blank() -> None:
     with Database() as url:
-        name = url.rpartition("/")[2]
         app = app_on(url)
         await work_once(app)
-        server().drop_database(name)
-        server().create_database(name)
+        make_anew(url)
         async with app.worker():
             pass
         (noted,) = past._folder().glob("*.json")
         told = noted.read_text()
-        server().drop_database(name)
-        server().create_database(name)
+        make_anew(url)
         async with app.connect() as client:
             await client.start(in_parts, id="there")
         assert "is another database" in await in_vain(app)
@@ -193,6 +221,57 @@ async def test_another_database_at_the_same_address_is_refused_unless_it_is_blan
         noted.unlink()
         async with app.worker():
             assert noted.read_text() != told
+
+
+@in_loop
+async def test_a_blank_database_is_taken_by_an_app_with_schedules_too() -> None:
+    with Database() as url:
+        app = app_with_schedule(url)
+        await work_once(app)
+        make_anew(url)
+        async with app.worker() as client:
+            assert [one.name for one in await client.schedules.list()] == ["yearly"]
+
+
+@in_loop
+async def test_another_database_is_told_of_and_taken_over_on_this_machine() -> None:
+    with Database() as url:
+        app = app_on(url)
+        await work_once(app)
+        make_anew(url)
+        async with app.connect() as client:
+            await client.start(in_parts, id="there")
+        assert "`pavane restored --accept` lets workers of this machine go on" in await in_vain(app)
+        assert "lets them go on with it" in (await looked_at(url))["restored"]["remedy"]
+        told = await asyncio.to_thread(pavane, "restored", "--store", url)
+        assert told.exit_code == 1
+        assert "This is another database (cluster " in told.stderr
+        listed = await asyncio.to_thread(pavane, "restored", "--store", url, "-o", "json")
+        found = json.loads(listed.stdout)
+        assert listed.exit_code == 1
+        assert (found["lost"], found["runs"]) == (None, [])
+        assert found["other"]["cluster"] in await in_vain(app)
+        accepted = await asyncio.to_thread(pavane, "restored", "--store", url, "--accept")
+        assert accepted.exit_code == 0
+        assert "accepted: workers of this machine go on" in accepted.stderr
+        async with app.worker() as client:
+            await until_status(Run(client, "there"), "waiting")
+        well = await asyncio.to_thread(pavane, "restored", "--store", url, "-o", "json")
+        assert well.exit_code == 0
+        assert json.loads(well.stdout) == {"lost": None, "other": None, "runs": []}
+
+
+@in_loop
+async def test_nothing_is_written_to_a_database_that_is_refused() -> None:
+    with Database() as url:
+        await work_once(app_with_schedule(url))
+        make_anew(url)
+        async with App("other", [teller], store=url).connect() as client:
+            await client.start(count, id="there")
+        assert "is another database" in await in_vain(app_with_schedule(url))
+        assert await rows(url, "SELECT name FROM services") == [("teller",)]
+        assert await rows(url, "SELECT id FROM log") == [("there",)]
+        assert await rows(url, "SELECT name FROM handlers") == []
 
 
 @in_loop

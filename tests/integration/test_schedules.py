@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ import pytest
 
 from pavane import App, BadArguments, Service, UnknownName, scheduled_time
 from pavane.app import RunFilter
+from pavane.schedule import micros
 from pavane.stores.port import RunRow
 from tests.integration.command_line import good, in_folder_of, pavane, worker
 from tests.integration.world import Place, rows
@@ -227,6 +229,9 @@ async def _steer() -> None:
     assert counted.stderr == "would ask sales for 5 runs\n"
     await asyncio.to_thread(good, "schedules", "backfill", "sales", *span)
     await prints("sales@2026-03-06T09:00:00+01:00  completed", of=("show", "sales"))
+    told = json.loads(await asyncio.to_thread(good, "schedules", "show", "sales", "-o", "json"))
+    assert {"id": "sales@2026-03-06T09:00:00+01:00", "status": "completed"} in told["runs"]
+    assert told["schedule"]["last_us"] >= micros(datetime(2026, 3, 6, 8, tzinfo=UTC))
     await asyncio.to_thread(good, "schedules", "pause", "sales", "--reason", "stocktaking")
     await prints("paused  stocktaking", of=("show", "sales"))
     refusal = await asyncio.to_thread(pavane, "schedules", "delete", "sales", "--yes")

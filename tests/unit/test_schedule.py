@@ -148,6 +148,10 @@ def test_a_backfill_starts_each_time_of_its_span_once(hours: int, before: int) -
     assert found == list(range(begin_us, until_us, HOUR_US))
     assert len(found) == count_times("0 * * * *", "UTC", begin_us, until_us)
     assert current.after_us == micros(START), "what comes by itself is not moved"
+    assert current.last_us == found[-1]
+    asked = Asked(what="backfill", at_us=begin_us, until_us=begin_us + 1)
+    _, again = take_due(obey(current, asked, micros(START)), micros(START))
+    assert again.last_us == found[-1], "a backfill of what came before"
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,13 @@ import click
 from pavane.app import App, Client
 from pavane.cli.connection import Where, check_store, connected, own_address, where_options
 from pavane.cli.doctor_events import look_at_events
+from pavane.cli.doctor_postgres import look_at_postgres
 from pavane.cli.exits import FAILED
 from pavane.cli.finding import Finding, Level
 from pavane.cli.output import Format, is_unicode, output_option, print_json, terminal_width
 from pavane.cli.runs.record import read_list, read_unbegun
 from pavane.cli.text import counted, duration, printable, size, wrapped
+from pavane.config import without_password
 from pavane.core.codec import error_summary
 from pavane.engine.duties import without_duties
 from pavane.engine.process import is_gone, this_host
@@ -143,7 +145,7 @@ async def _look(app: App, where: Where) -> list[Finding]:
 
 def _worker(where: Where) -> str:
     """Return the command that starts a worker for the app and store that were named."""
-    store = "" if where.store is None else f" --store {where.store}"
+    store = "" if where.store is None else f" --store {without_password(where.store)}"
     return f"pavane run {where.target or 'APP'}{store}"
 
 
@@ -162,10 +164,15 @@ async def _look_inside(client: Client, worker: str) -> list[Finding]:
         findings += [_pragmas(path), _wal(int(facts["wal bytes"])), _disk(path)]
         if int(facts["bytes"]) <= QUICK_CHECK_MAX_BYTES:
             findings.append(_intact(path))
+    is_refused = False
+    if facts["kind"] == "Postgres":
+        found = await look_at_postgres(client, facts)
+        is_refused = any(finding.level == "fail" for finding in found)
+        findings += found
     nodes = await client.store.nodes()
     now_us, host = client.store.now_us(), this_host()
     live = [node for node in nodes if not is_gone(node, now_us, host)]
-    findings.append(_nodes(live, len(nodes) - len(live), worker))
+    findings.append(_nodes(live, len(nodes) - len(live), worker, is_refused))
     findings += await _partitions(client, live, worker)
     findings.append(await _stuck(client))
     findings += await _unbegun(client)
@@ -222,10 +229,11 @@ def _intact(path: Path) -> Finding:
 # -- nodes -------------------------------------------------------------------------------------
 
 
-def _nodes(live: list[NodeRow], gone: int, worker: str) -> Finding:
+def _nodes(live: list[NodeRow], gone: int, worker: str, is_refused: bool) -> Finding:
     left = f"; {counted(gone, 'node')} ended without leaving" if gone else ""
     if not live:
-        return Finding("nodes", "warn", f"no node is at work{left}", f"Start a worker: {worker}.")
+        start = "When workers are let in again, start one" if is_refused else "Start a worker"
+        return Finding("nodes", "warn", f"no node is at work{left}", f"{start}: {worker}.")
     listed = ", ".join(f"{node.name} ({', '.join(without_duties(node.services))})" for node in live)
     return Finding("nodes", "ok", f"{counted(len(live), 'live node')}: {listed}{left}")
 

@@ -1,10 +1,11 @@
-"""`pavane restored`: what a database that was put back has forgotten, and going on with it."""
+"""`pavane restored`: that a database was put back, or is another one, and going on with it."""
 
 from __future__ import annotations
 
 import asyncio
 
 import click
+import msgspec
 
 from pavane.app import RunStatus
 from pavane.cli.connection import Where, connected, where_options
@@ -13,10 +14,24 @@ from pavane.cli.output import Format, output_option, print_one, print_table, say
 from pavane.cli.runs.record import read_list
 from pavane.cli.text import clock, counted, duration, short_clock
 from pavane.cli.timeline import STATUS_COLOURS
-from pavane.steering.restored import Lost
+from pavane.steering.restored import Lost, Other
 from pavane.stores.port import RunFilter
 
 LIVE = ("running", "waiting", "stuck")
+
+
+class Shown(msgspec.Struct):
+    """What shows on this machine: `lost` if it was put back, `other` if it is another one."""
+
+    lost: Lost | None
+    other: Other | None
+    runs: list[RunStatus]
+    """Those that had not ended in what was put back."""
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether workers of this machine are refused."""
+        return self.lost is not None or self.other is not None
 
 
 @click.command(
@@ -33,8 +48,11 @@ since then may have been done, and are done again with the same idempotency keys
 events published in that time are gone: start and publish them again, with the same ids.
 
 \b
-Ask on a machine that worked for it until the end. The exit code is 1 if it was put back and is not
-accepted yet.
+Workers refuse another database at the same address, too, unless it is blank. To accept one, do so
+on each machine that worked for the one before.
+
+\b
+Ask on a machine that worked for it until the end. The exit code is 1 if workers are refused.
 """
 )
 @where_options
@@ -45,38 +63,54 @@ def restored(where: Where, accept: bool, limit: int, output: Format) -> None:
     """List what must be looked at after a backup was put back; let workers go on."""
     app = where.app_or_none("database")
 
-    async def look() -> tuple[Lost | None, list[RunStatus], int]:
+    async def look() -> tuple[Shown, int]:
         async with connected(app, where.store) as client:
-            lost = await client.restored.lost()
-            which = RunFilter(status=LIVE, limit=limit)
-            found = [] if lost is None or accept else await read_list(client, which)
-            if accept and lost is not None:
+            shown = Shown(await client.restored.lost(), await client.restored.other(), [])
+            if accept and shown.is_refused:
                 await client.restored.accept()
-            return lost, found, client.store.now_us()
+            elif shown.lost is not None:
+                shown.runs = await read_list(client, RunFilter(status=LIVE, limit=limit))
+            return shown, client.store.now_us()
 
-    lost, found, now_us = asyncio.run(look())
-    if lost is None:
-        say("nothing shows on this machine that the database was put back")
-        return
-    if accept:
-        say("accepted: workers go on with it; what waits for a retry or a kill is yours to look at")
+    shown, now_us = asyncio.run(look())
+    if accept and shown.is_refused:
+        say(_accepted(shown))
         return
     if output != "table":
-        print_one({"lost": lost, "runs": found}, output)
+        print_one(shown, output)
+    elif shown.lost is not None:
+        _print_lost(shown.lost, shown.runs, limit, now_us)
+    elif shown.other is not None:
+        say(
+            f"This is another database (cluster {shown.other.cluster}) than the one that this "
+            f"machine worked for at this address (cluster {shown.other.before}). If that is meant, "
+            f"--accept lets workers of this machine go on with it."
+        )
     else:
-        say(
-            f"The database knows nothing of what was done from {clock(lost.from_us)} "
-            f"until {clock(lost.until_us)} ({duration(lost.until_us - lost.from_us)})."
-        )
-        if found:
-            _print(found, now_us)
-        say(
-            f"{counted(len(found), 'run')} had not ended. What they did in that time is done "
-            f"again, with the same idempotency keys."
-        )
-        if len(found) == limit:
-            say(f"These are the newest {limit}; --limit shows more.")
-    click.get_current_context().exit(FAILED)
+        say("nothing shows on this machine that the database was put back")
+    if shown.is_refused:
+        click.get_current_context().exit(FAILED)
+
+
+def _accepted(shown: Shown) -> str:
+    if shown.other is not None:
+        return "accepted: workers of this machine go on with it; other machines ask for themselves"
+    return "accepted: workers go on with it; what waits for a retry or a kill is yours to look at"
+
+
+def _print_lost(lost: Lost, found: list[RunStatus], limit: int, now_us: int) -> None:
+    say(
+        f"The database knows nothing of what was done from {clock(lost.from_us)} "
+        f"until {clock(lost.until_us)} ({duration(lost.until_us - lost.from_us)})."
+    )
+    if found:
+        _print(found, now_us)
+    say(
+        f"{counted(len(found), 'run')} had not ended. What they did in that time is done "
+        f"again, with the same idempotency keys."
+    )
+    if len(found) == limit:
+        say(f"These are the newest {limit}; --limit shows more.")
 
 
 def _print(found: list[RunStatus], now_us: int) -> None:

@@ -32,6 +32,7 @@ THREADS_S = 0.5
 Examples:
   pavane run shop.py
   pavane run shop:app --service payments --service stock --store /var/lib/shop/shop.db
+  pavane run shop:app --store postgresql://shop@db.example/shop
 
 \b
 SIGTERM or Ctrl-C drains: running steps may end, everything is written, partitions are handed over,

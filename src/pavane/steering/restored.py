@@ -1,4 +1,4 @@
-"""A database that was put back: what it has forgotten, and letting workers go on with it."""
+"""A database that was put back, or is another one: telling, and letting workers go on with it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,27 @@ class Lost(msgspec.Struct, frozen=True):
     until_us: int
 
 
+class Other(msgspec.Struct, frozen=True):
+    """That the database is another one, which is not blank, than this machine worked for before."""
+
+    cluster: str
+    before: str
+    """The cluster that it worked for."""
+
+
 class Restored:
     """Looks at a database that was put back, and accepts it; see the module.
 
-    Both raise BadArguments for a store other than Postgres.
+    Only a Postgres store tells: of others, all but `check` raise BadArguments.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
+
+    async def check(self) -> None:
+        """Raise StoreError for a store that refuses workers, before they write anything to it."""
+        if self._tells():
+            await self._postgres().check_past()
 
     async def lost(self) -> Lost | None:
         """Return what the database has forgotten, as far as this machine knows; None for nothing.
@@ -39,12 +52,23 @@ class Restored:
         found = await self._postgres().look_at_past()
         return None if found.lost is None else Lost(*found.lost)
 
+    async def other(self) -> Other | None:
+        """Return which database this is, if it is another one; None for the one of before."""
+        found = await self._postgres().look_at_past()
+        return Other(found.cluster, found.other) if found.other and not found.is_blank else None
+
     async def accept(self) -> None:
-        """Let workers of all machines go on with the database as it is. Durable."""
+        """Let workers of all machines go on with the database as it is. Durable.
+
+        If it is another one, only those of this machine: each machine knows which was its own.
+        """
         await self._postgres().accept_past()
 
+    def _tells(self) -> bool:
+        return hasattr(self._store, "past")
+
     def _postgres(self) -> PostgresStore:
-        if not hasattr(self._store, "past"):
+        if not self._tells():
             raise BadArguments(
                 "Only a Postgres store tells that it was put back. A copy of a SQLite file goes on "
                 "where it was made: steps done since are done again, with the same idempotency "

@@ -25,6 +25,7 @@ Examples:
   pavane runs start fulfil '{"order_id": "o-1", "cents": 990}' --app shop.py --id o-1
   pavane runs start greet '"Ada"' --arg times=3 --app shop:app --mode choreography
   pavane runs start fulfil "$(cat order.json)" --app shop.py --wait
+  pavane runs start fulfil '"o-2"' --app shop:app --store postgresql://shop@db.example/shop
 
 \b
 ARGS are the workflow's arguments, each as JSON: text has quotes of its own. The run's id is printed

@@ -71,13 +71,18 @@ def _or_none(us: int) -> str:
     return short_clock(us) if us else "-"
 
 
+class RunLine(msgspec.Struct):
+    id: str
+    status: str
+
+
 class Shown(msgspec.Struct):
     """A schedule with its next times, in its own zone, and its newest runs."""
 
     schedule: ScheduleStatus
     meaning: str
     next: list[str]
-    runs: list[tuple[str, str]]
+    runs: list[RunLine]
 
 
 @click.command(
@@ -98,7 +103,7 @@ def show(where: Where, name: str, output: Format) -> None:
         async with connected(app, where.store) as client:
             status = await client.schedules.show(name)
             which = RunFilter(id_prefix=f"{name}@", limit=TIMES)
-            runs = [(run.id, run.status) for run in await client.runs(which)]
+            runs = [RunLine(run.id, run.status) for run in await client.runs(which)]
             now_us = client.store.now_us()
         works = status.state == "working"
         times = nominal_times(status.cron, status.zone, now_us) if works else iter(())
@@ -123,5 +128,5 @@ def show(where: Where, name: str, output: Format) -> None:
         click.echo(click.style(f"  {fact}", dim=True))
     for time in shown.next:
         click.echo(f"  next  {time}")
-    for run, how in shown.runs:
-        click.echo(f"  run   {run}  {how}")
+    for run in shown.runs:
+        click.echo(f"  run   {run.id}  {run.status}")

@@ -67,15 +67,22 @@ class Beat(msgspec.Struct, frozen=True):
 class Found(msgspec.Struct, frozen=True):
     """What a database is, against what is noted of it on this machine.
 
-    `noted` is None if that tells nothing. `lost` is from when to when, in µs, the database knows
-    nothing, if it was put back. `newest` is the newest beat in it, if one is fresh.
+    `is_blank` is one in which nothing was begun. `lost` is from when to when, in µs, the database
+    knows nothing, if it was put back. `newest` is the newest beat in it, if one is fresh.
     """
 
     cluster: str
     generation: int
+    is_blank: bool
     noted: Beat | None
     lost: tuple[int, int] | None
     newest: Beat | None = None
+
+    @property
+    def other(self) -> str:
+        """The cluster that was worked for here, if this is another one; else empty."""
+        noted = self.cluster if self.noted is None else self.noted.cluster
+        return "" if noted == self.cluster else noted
 
 
 class _Noted(msgspec.Struct, frozen=True):
@@ -127,6 +134,16 @@ class Past:
                 )  # fmt: skip
             self._warned = True
 
+    def forget(self) -> None:
+        """Let nothing be noted of what was worked for until now."""
+        try:
+            self.file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self.file} tells of another database than {self._place} is, and cannot be "
+                f"removed: {error}. Remove it."
+            ) from error
+
     # -- asking the database -------------------------------------------------------------------
 
     async def look(self, connection: Connection) -> Found:
@@ -135,28 +152,30 @@ class Past:
         given = ("", 0) if noted is None else (noted.nonce, noted.beaten_us)
         row = await connection.fetchrow(_READ, *given)
         cluster, generation = row["cluster"], row["generation"]
-        is_other = noted is not None and noted.cluster != cluster
-        if noted is None or (is_other and row["blank"]):
-            noted = None
         newest = None
         if (row["newest_us"] or 0) > row["now_us"] - round(FRESH * BEAT_S * 1e6):
             newest = Beat(cluster, generation, row["nonce"], row["newest_us"])
         lost = None
-        if noted is not None and not is_other and generation <= noted.generation:
+        if noted is not None and noted.cluster == cluster and generation <= noted.generation:
             is_old = noted.beaten_us < row["now_us"] - KEPT_US  # its beat may have been deleted
             is_there = (row["beaten_us"] or 0) >= noted.beaten_us
             if generation < noted.generation or not (is_there or is_old):
                 lost = (row["known_us"] or 0, noted.beaten_us)
-        return Found(cluster, generation, noted, lost, newest)
+        return Found(cluster, generation, row["blank"], noted, lost, newest)
 
     async def check(self, connection: Connection) -> Found:
-        """Refuse a database that was put back, or is another one than before; else return it."""
+        """Refuse a database that was put back, or is another one than before; else return it.
+
+        Another one that is blank is taken as it is, for good: it will not be blank for long.
+        """
         found = await self.look(connection)
-        if found.noted is not None and found.noted.cluster != found.cluster:
+        if found.other and found.is_blank:
+            self.forget()
+        elif found.other:
             raise StoreError(
                 f"{self._place} is another database (cluster {found.cluster}) than the one that "
-                f"this machine worked for at this address (cluster {found.noted.cluster}). If that "
-                f"is meant, remove {self.file}."
+                f"this machine worked for at this address (cluster {found.other}). If that "
+                f"is meant, `pavane restored --accept` lets workers of this machine go on with it."
             )
         if found.lost is not None:
             since, until = (_moment(us) for us in found.lost)
@@ -168,11 +187,17 @@ class Past:
         return found
 
     async def accept(self, connection: Connection) -> None:
-        """Make the database the next generation, newer than what is noted here."""
-        noted = self.noted()
+        """Make the database the next generation, newer than what is noted here.
+
+        Of another database nothing is noted that it could be older than: this machine takes it.
+        """
+        found = await self.look(connection)
+        if found.other:
+            self.forget()
+            return
         await connection.execute(
             "UPDATE pavane.past SET generation = greatest(generation, $1) + 1",
-            0 if noted is None else noted.generation,
+            0 if found.noted is None else found.noted.generation,
         )
 
     async def beat(self, connection: Connection, nonce: str, *, also_fresh: bool = False) -> Beat:

@@ -520,6 +520,10 @@ class PostgresStore(EventTables):
         """Tell whether the database was put back, by what is noted on this machine."""
         return await self._ask(self.past.look)
 
+    async def check_past(self) -> None:
+        """Raise StoreError if nodes may not work here; writes nothing."""
+        await self._ask(self.past.check)
+
     async def accept_past(self) -> None:
         """Let nodes work here again, as in a new generation of the database."""
         await self._execute(self.past.accept)
@@ -707,6 +711,10 @@ class PostgresStore(EventTables):
                 *([row[name] for row in stale] for name in ("id", "receiver", "run")),
             )
         return len(stale)
+
+    async def hears(self) -> bool:
+        """Whether wake-ups of other processes arrive; takes a moment to tell after opening."""
+        return await self._watch.probed()
 
     async def describe(self) -> dict[str, str | int | float]:
         row = await self._row(

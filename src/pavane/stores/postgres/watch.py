@@ -58,6 +58,7 @@ class Watch:
         self._ask = ask
         self._listening: Connection | None = None
         self._heard: asyncio.Event | None = None
+        self._probed = asyncio.Event()
         self._changed = True
         self._seen: tuple[tuple[int, int], bool] | None = None
         """What was seen last, if it was not judged yet."""
@@ -83,6 +84,13 @@ class Watch:
     def hears(self) -> bool:
         """Whether wake-ups of other processes arrive."""
         return self._heard is not None and self._heard.is_set()
+
+    async def probed(self) -> bool:
+        """Return `hears` as soon as a probe has told, or cannot."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * PROBE_S):
+                await self._probed.wait()
+        return self.hears
 
     def changed(self) -> bool:
         """Whether someone may have written since the last call."""
@@ -193,6 +201,7 @@ class Watch:
         with suppress(TimeoutError):
             async with asyncio.timeout(PROBE_S):
                 await self._heard.wait()
+        self._probed.set()
         return self._heard.is_set()
 
     def _notified(self, _: Any, pid: int, __: str, payload: str) -> None:
