@@ -43,8 +43,8 @@ async def prepare(connection: Connection, dsn: str, partitions: int) -> int:
             await connection.execute(f"SET LOCAL lock_timeout = '{WAIT_S}s'")
             await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
             version = await _version(connection)
-            if not version:
-                await connection.execute("CREATE SCHEMA IF NOT EXISTS pavane")
+            if await connection.fetchval("SELECT to_regnamespace('pavane') IS NULL"):
+                await connection.execute("CREATE SCHEMA pavane")
             for number, sql in migrations():
                 if number > version:
                     await connection.execute(sql)
