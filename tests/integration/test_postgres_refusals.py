@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from pavane import App, Event, Service, outbox
+from pavane.errors import StoreError
 from pavane.stores.postgres import PostgresStore
 from tests.integration.world import in_loop
 from tests.postgres import Database, Role, server
+
+shop = Service("shop")
+
+
+@shop.workflow
+async def sell(count: int) -> int:
+    return count + 1
+
+
+class Said(Event):
+    word: str
 
 
 def as_role(url: str, name: str) -> str:
@@ -19,9 +39,61 @@ async def opened(url: str) -> None:
     await store.close()
 
 
+def grant_in(url: str, sql: str) -> None:
+    """Let the owner of a database say something there."""
+    server().execute(sql, url.rpartition("/")[2])
+
+
+def shop_on(url: str) -> App:
+    return App("shop", [shop], store=url)
+
+
+async def refused_worker(url: str) -> str:
+    """Return what a worker is told that must not start."""
+    with pytest.raises(StoreError) as refusal:
+        async with shop_on(url).worker():
+            pass
+    return str(refusal.value)
+
+
 @in_loop
 async def test_a_schema_that_was_made_for_the_role_is_taken() -> None:
     """It may have no right to make one, which Postgres checks also if it is there."""
     with Role() as role, Database() as url:
-        server().execute(f"CREATE SCHEMA pavane AUTHORIZATION {role}", url.rpartition("/")[2])
+        grant_in(url, f"CREATE SCHEMA pavane AUTHORIZATION {role}")
         await opened(as_role(url, role))
+
+
+@in_loop
+async def test_a_worker_that_lacks_a_right_is_refused_with_what_to_grant() -> None:
+    with Role() as role, Database() as url:
+        await opened(url)
+        tables = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA pavane"
+        grant_in(url, f"GRANT USAGE ON SCHEMA pavane TO {role}; GRANT {tables} TO {role}")
+        grant_in(url, f"REVOKE INSERT ON pavane.runs FROM {role}")
+        refusal = await refused_worker(as_role(url, role))
+        assert f"cannot be {role}, who lacks INSERT on pavane.runs. Let the owner" in refusal
+        grant_in(url, refusal[refusal.index("GRANT") :])
+        async with shop_on(as_role(url, role)).worker():
+            pass
+
+
+@in_loop
+async def test_the_rights_that_the_manual_grants_are_enough() -> None:
+    text = Path("docs/postgres.md").read_text("utf-8")
+    (granted,) = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    with Role() as worker, Role() as looker, Role() as publisher, Database() as url:
+        await opened(url)
+        for name, role in (("worker", worker), ("looker", looker), ("publisher", publisher)):
+            granted = granted.replace(f"TO {name};", f"TO {role};")
+        grant_in(url, granted)
+        async with shop_on(as_role(url, worker)).worker() as working:
+            run = await working.start(sell, 1)
+            assert await run.result() == 2
+            async with App("look", [], store=as_role(url, looker)).connect() as looking:
+                assert (await looking.get(run.id).status()).status == "completed"
+            connection: Any = await asyncpg.connect(as_role(url, publisher))
+            async with connection.transaction():
+                await outbox.publish(connection, Said(word="hello"))
+            await connection.close()
+            assert await working.store.events_head() == 1

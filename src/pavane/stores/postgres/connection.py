@@ -119,7 +119,8 @@ def explained(dsn: str, error: BaseException) -> StoreError:
         )
     elif isinstance(error, asyncpg.InsufficientPrivilegeError):
         text = (
-            f"{place}: this user lacks a right ({error}). See docs/postgres.md for what is needed."
+            f"{place}: this user lacks a right ({error}). “Rights” in docs/postgres.md tells what "
+            f"is needed."
         )
     elif isinstance(error, asyncpg.DiskFullError):
         text = f"The disk of {place} is full. Nothing of the refused writes was kept; free space."

@@ -57,6 +57,7 @@ from pavane.stores.postgres.connection import (
 from pavane.stores.postgres.events import EventTables
 from pavane.stores.postgres.lease import RENEW, LeaseConnection
 from pavane.stores.postgres.past import Beat, Found, Past
+from pavane.stores.postgres.rights import check_rights
 from pavane.stores.postgres.schema import prepare
 from pavane.stores.postgres.together import Together
 from pavane.stores.postgres.watch import Watch
@@ -488,6 +489,7 @@ class PostgresStore(EventTables):
         nonce = os.urandom(12).hex()
 
         async def insert(c: Connection) -> tuple[NodeRow, Beat]:
+            await check_rights(c, self.dsn)
             beat = await self.past.beat(c, nonce)
             sql = (
                 "INSERT INTO pavane.nodes"
