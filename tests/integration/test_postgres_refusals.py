@@ -97,3 +97,36 @@ async def test_the_rights_that_the_manual_grants_are_enough() -> None:
                 await outbox.publish(connection, Said(word="hello"))
             await connection.close()
             assert await working.store.events_head() == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "wrong"),
+    [
+        ("postgresql://shop:secret@db:abc/x", "its port is no number up to 65535"),
+        ("postgresql://shop:secret@db:99999/x", "its port is no number up to 65535"),
+        ("postgresql://shop:secret@one:5432,two:abc/x", "its port is no number up to 65535"),
+        ("postgresql://shop:secret@db/x?port=abc", "its port is no number up to 65535"),
+        ("postgresql://shop:secret#1@db/x", "in a password write .* # as %23"),
+        ("postgresql://shop:secret@1@db/x", "it has two @ before the host"),
+        ("postgresql://shop:secret@[::1/x", "such as an IPv6 address with one bracket"),
+        ("postgresql://shop:secret@db/x?sslmode", "what follows its \\? is not name=value"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_without_a_password(address: str, wrong: str) -> None:
+    with pytest.raises(StoreError, match=wrong) as refusal:
+        PostgresStore(address)
+    assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://shop:s%40cret@db.example/shop",
+        "postgresql://one:5432,two/shop?sslmode=require",
+        "postgresql://[::1]:5432,[::2]/shop",
+        "postgresql:///shop?host=/run/postgresql&port=5432",
+        "postgres://shop@%2Frun%2Fpostgresql/shop",
+    ],
+)
+def test_an_address_that_is_one_is_taken(address: str) -> None:
+    PostgresStore(address)

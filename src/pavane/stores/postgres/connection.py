@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Coroutine
 from importlib import import_module
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pavane.errors import StoreError
 
@@ -76,6 +76,41 @@ OF_ONE_COMMIT: tuple[type[BaseException], ...] = (
 def is_lost(error: BaseException) -> bool:
     """Tell whether an error is about the connection. A bad value is an InterfaceError too."""
     return isinstance(error, LOST) and not isinstance(error, (asyncpg.DataError, ValueError))
+
+
+def check_address(dsn: str) -> None:
+    """Raise StoreError for an address that is none.
+
+    Nothing of it is shown: in a wrong one, anything may be a part of the password.
+    """
+    wrong = _what_is_wrong(dsn)
+    if wrong:
+        raise StoreError(
+            f"The address of the Postgres is wrong: {wrong}. It should be like "
+            f"postgresql://user:password@host:5432/database; in a password write @ as %40, / as "
+            f"%2F, : as %3A, ? as %3F and # as %23."
+        )
+
+
+def _what_is_wrong(dsn: str) -> str:
+    try:
+        parts = urlsplit(dsn)
+    except ValueError:
+        return "its host cannot be one, such as an IPv6 address with one bracket"
+    if parts.netloc.count("@") > 1:
+        return "it has two @ before the host"
+    try:
+        given = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
+    except ValueError:
+        return "what follows its ? is not name=value, joined by &"
+    hosts = [parts.netloc.rpartition("@")[2], *given.get("host", ())]
+    hosts += [f":{port}" for ports in given.get("port", ()) for port in ports.split(",")]
+    try:
+        for host in ",".join(hosts).split(","):
+            _ = urlsplit(f"//{host}").port
+    except ValueError:
+        return "its port is no number up to 65535"
+    return ""
 
 
 def place_of(dsn: str) -> str:

@@ -48,6 +48,7 @@ from pavane.stores.postgres.connection import (
     Connection,
     answered,
     asyncpg,
+    check_address,
     check_server,
     connect,
     explained,
@@ -98,6 +99,7 @@ class PostgresStore(EventTables):
     )  # fmt: skip
 
     def __init__(self, dsn: str, *, partitions: int = 32) -> None:
+        check_address(dsn)
         self.dsn = dsn
         self.partitions = partitions
         self.tail = 0
