@@ -12,6 +12,8 @@ import pytest
 from pavane import App, Event, Service, outbox
 from pavane.errors import StoreError
 from pavane.stores.postgres import PostgresStore
+from pavane.stores.postgres.connection import explained
+from tests.bouncer import bounced
 from tests.integration.world import in_loop
 from tests.postgres import Database, Role, server
 
@@ -130,3 +132,24 @@ def test_an_address_that_is_none_is_refused_without_a_password(address: str, wro
 )
 def test_an_address_that_is_one_is_taken(address: str) -> None:
     PostgresStore(address)
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["a store", "an empty database"])
+@in_loop
+async def test_a_pooler_in_statement_mode_is_refused_at_once(
+    made: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with Database() as url, bounced(url, mode="statement") as there:
+        if made:
+            await opened(url)
+        assert "Set pool_mode=transaction there." in await refused_worker(there)
+    assert "writing again" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "kind", [asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError]
+)
+def test_a_pooler_that_knows_no_prepared_statements_is_explained(kind: type[Exception]) -> None:
+    said = str(explained("postgresql://db/shop", kind("mixed up")))
+    assert "PgBouncer 1.21 or newer with max_prepared_statements above 0" in said

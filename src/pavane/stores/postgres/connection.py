@@ -72,9 +72,14 @@ OF_ONE_COMMIT: tuple[type[BaseException], ...] = (
 )
 """Errors for which one commit is to blame."""
 
+_STATEMENT_MODE = "statement pooling mode"
+"""In what PgBouncer says to who begins a transaction where there are none."""
+
 
 def is_lost(error: BaseException) -> bool:
     """Tell whether an error is about the connection. A bad value is an InterfaceError too."""
+    if _STATEMENT_MODE in str(error):
+        return False  # a pooler says so, hangs up, and always will
     return isinstance(error, LOST) and not isinstance(error, (asyncpg.DataError, ValueError))
 
 
@@ -159,10 +164,17 @@ def explained(dsn: str, error: BaseException) -> StoreError:
         )
     elif isinstance(error, asyncpg.DiskFullError):
         text = f"The disk of {place} is full. Nothing of the refused writes was kept; free space."
-    elif isinstance(error, asyncpg.InvalidSQLStatementNameError):
+    elif _STATEMENT_MODE in str(error):
         text = (
-            f"{place} lost a prepared statement: a pooler in transaction mode is between. Use "
-            f"PgBouncer 1.21 or newer with max_prepared_statements above 0."
+            f"{place} is behind a pooler in statement mode, in which there are no transactions. "
+            f"Set pool_mode=transaction there."
+        )
+    elif isinstance(
+        error, (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
+    ):
+        text = (
+            f"{place} mixes up prepared statements: a pooler is between that does not know them. "
+            f"Use PgBouncer 1.21 or newer with max_prepared_statements above 0."
         )
     elif isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError)):
         text = (
