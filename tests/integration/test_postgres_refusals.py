@@ -11,8 +11,9 @@ import pytest
 
 from pavane import App, Event, Service, outbox
 from pavane.errors import StoreError
-from pavane.stores.postgres import PostgresStore
+from pavane.stores.postgres import PostgresStore, store, writer
 from pavane.stores.postgres.connection import explained
+from pavane.testing.postgres import PostgresServer
 from tests.bouncer import bounced
 from tests.integration.world import in_loop
 from tests.postgres import Database, Role, server
@@ -23,6 +24,13 @@ shop = Service("shop")
 @shop.workflow
 async def sell(count: int) -> int:
     return count + 1
+
+
+async def refused(url: str) -> str:
+    """Return what is said of a database that is no store."""
+    with pytest.raises(StoreError) as refusal:
+        await opened(url)
+    return str(refusal.value)
 
 
 class Said(Event):
@@ -36,9 +44,9 @@ def as_role(url: str, name: str) -> str:
 
 async def opened(url: str) -> None:
     """Open a store, and close it again."""
-    store = PostgresStore(url, partitions=8)
-    await store.open()
-    await store.close()
+    there = PostgresStore(url, partitions=8)
+    await there.open()
+    await there.close()
 
 
 def grant_in(url: str, sql: str) -> None:
@@ -153,3 +161,59 @@ async def test_a_pooler_in_statement_mode_is_refused_at_once(
 def test_a_pooler_that_knows_no_prepared_statements_is_explained(kind: type[Exception]) -> None:
     said = str(explained("postgresql://db/shop", kind("mixed up")))
     assert "PgBouncer 1.21 or newer with max_prepared_statements above 0" in said
+
+
+@in_loop
+async def test_a_synchronous_standby_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store, "ANSWER_S", 1.0)
+    monkeypatch.setattr(writer, "CALL_S", 1.0)
+    monkeypatch.setattr(writer, "SETTLE_S", 1.0)
+    reason = "commits wait for a synchronous standby that does not answer"
+    with PostgresServer(settings={"synchronous_standby_names": "nobody"}) as server:
+        assert reason in await refused(server.url())
+        assert reason in await refused_worker(server.url())
+
+
+@in_loop
+async def test_what_a_server_refuses_is_told_with_a_remedy() -> None:
+    with Role() as role, Database() as url:
+        name = url.rpartition("/")[2]
+        admin = url.replace(name, "postgres")
+        grant_in(url, f"CREATE SCHEMA pavane AUTHORIZATION {role}")
+        theirs = as_role(url, role)
+
+        async def refused_with(setting: str) -> str:
+            grant_in(admin, setting)
+            return await refused(theirs)
+
+        said = await refused_with(f"ALTER ROLE {role} SET synchronous_commit = local")
+        assert f"ALTER ROLE {role} SET synchronous_commit = on;" in said
+        grant_in(admin, f"ALTER ROLE {role} RESET synchronous_commit")
+        said = await refused_with(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        assert "default_transaction_read_only is on: turn it off for this user" in said
+        grant_in(admin, f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        said = await refused_with(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
+        assert f'too many connections for database "{name}"' in said
+        assert "CONNECTION LIMIT of the database or the role" in said
+        said = await refused_with(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        assert f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true;' in said
+        grant_in(admin, f"ALTER DATABASE {name} CONNECTION LIMIT -1 ALLOW_CONNECTIONS true")
+        said = await refused_with(f"ALTER ROLE {role} NOLOGIN")
+        assert "The role must be there, with LOGIN" in said
+        assert "The role must be there, with LOGIN" in await refused(as_role(url, "nobody"))
+        said = await refused(url.replace(name, "my%20shop"))
+        assert "CREATE DATABASE \"my shop\" ENCODING 'UTF8' TEMPLATE template0;" in said
+
+
+@in_loop
+async def test_a_wrong_password_is_told_with_where_it_is_taken_from() -> None:
+    with PostgresServer() as server:
+        server.execute("CREATE ROLE one LOGIN PASSWORD 'right'")
+        rules = server.folder / "data" / "pg_hba.conf"
+        rules.write_text("host all one all scram-sha-256\n" + rules.read_text())
+        server.execute("SELECT pg_reload_conf()")
+        said = await refused(server.url().replace("//postgres@", "//one:wrong@"))
+        assert "else from $PGPASSWORD or ~/.pgpass" in said
+        assert "wrong" not in said

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from pavane.errors import StoreError
 
@@ -33,6 +34,17 @@ SETTINGS = {
     "idle_in_transaction_session_timeout": "10s",
     "tcp_user_timeout": "10s",
 }
+
+_AWAITED = (
+    "SELECT current_setting('synchronous_standby_names') FROM pg_stat_activity"
+    " WHERE wait_event = 'SyncRep' LIMIT 1"
+)
+"""Of a connection that was hung up on in its commit, the server still knows that it waits."""
+
+
+class Silent(ConnectionError):
+    """A connection was hung up on, since it did not answer in time."""
+
 
 LOST: tuple[type[BaseException], ...] = (
     asyncpg.PostgresConnectionError,
@@ -149,13 +161,36 @@ def explained(dsn: str, error: BaseException) -> StoreError:
     if isinstance(error, StoreError):
         return error
     if isinstance(error, asyncpg.InvalidCatalogNameError):
-        name = urlsplit(dsn).path.lstrip("/")
-        text = f"{place} has no such database. Create it: CREATE DATABASE {name} ENCODING 'UTF8'."
+        text = (
+            f"{place} has no such database. Create it: CREATE DATABASE {_database_of(dsn)} "
+            f"ENCODING 'UTF8' TEMPLATE template0;"
+        )
+    elif isinstance(error, asyncpg.ObjectNotInPrerequisiteStateError):
+        text = (
+            f"{place} takes no connections ({error}). Let it: ALTER DATABASE {_database_of(dsn)} "
+            f"ALLOW_CONNECTIONS true;"
+        )
+    elif isinstance(error, asyncpg.InvalidPasswordError):
+        text = (
+            f"{place} refuses the password ({error}). It is taken from the address, where @ is "
+            f"written %40, else from $PGPASSWORD or ~/.pgpass."
+        )
     elif isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
-        text = f"{place} refuses this user or password: {error}."
+        text = (
+            f"{place} refuses this user ({error}). The role must be there, with LOGIN, and "
+            f"pg_hba.conf must let it in from here."
+        )
     elif isinstance(error, asyncpg.TooManyConnectionsError):
         text = (
-            f"{place} takes no more connections. Raise max_connections, or put a pooler before it."
+            f"{place} takes no more connections ({error}). Raise what limits them, which is "
+            f"max_connections of the server or CONNECTION LIMIT of the database or the role, or "
+            f"put a pooler before it."
+        )
+    elif isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        text = (
+            f"{place} takes no writes ({error}). Unless it has become a replica, "
+            f"default_transaction_read_only is on: turn it off for this user (ALTER ROLE), this "
+            f"database (ALTER DATABASE) or the server."
         )
     elif isinstance(error, asyncpg.InsufficientPrivilegeError):
         text = (
@@ -188,6 +223,29 @@ def explained(dsn: str, error: BaseException) -> StoreError:
     return StoreError(text)
 
 
+def _database_of(dsn: str) -> str:
+    """Return the database that a DSN names, quoted for SQL."""
+    return '"{}"'.format(unquote(urlsplit(dsn).path.lstrip("/")).replace('"', '""'))
+
+
+async def looked_into(dsn: str, error: BaseException) -> StoreError:
+    """Like `explained`; of one that was silent, ask first what its commits wait for."""
+    if isinstance(error, Silent):
+        with suppress(*FAILED):
+            connection = await connect(dsn)
+            try:
+                names = await answered(connection, connection.fetchval(_AWAITED), QUICK_S)
+            finally:
+                connection.terminate()
+            if names:
+                return StoreError(
+                    f"{place_of(dsn)}: commits wait for a synchronous standby that does not answer "
+                    f"(synchronous_standby_names = '{names}'). Start it, or take it off that "
+                    f"setting."
+                )
+    return explained(dsn, error)
+
+
 async def check_server(connection: Connection, dsn: str) -> None:
     """Refuse a database in which what was acknowledged could be lost or not be written."""
     place = place_of(dsn)
@@ -196,7 +254,7 @@ async def check_server(connection: Connection, dsn: str) -> None:
         " pg_is_in_recovery() AS replica,"
         " current_setting('fsync') AS fsync, current_setting('synchronous_commit') AS commits,"
         " current_setting('full_page_writes') AS pages,"
-        " (SELECT pg_encoding_to_char(encoding) FROM pg_database"
+        " quote_ident(session_user) AS role, (SELECT pg_encoding_to_char(encoding) FROM pg_database"
         "  WHERE datname = current_database()) AS encoding,"
         " current_setting('server_version') AS name"
     )
@@ -217,7 +275,7 @@ async def check_server(connection: Connection, dsn: str) -> None:
     elif row["commits"] in ("off", "local"):
         reason = (
             f"has synchronous_commit={row['commits']}, so what was acknowledged may be lost. "
-            f"Set it to on for this user: ALTER ROLE … SET synchronous_commit = on."
+            f"Set it to on for this user: ALTER ROLE {row['role']} SET synchronous_commit = on;"
         )
     elif row["encoding"] != "UTF8":
         reason = (
@@ -231,16 +289,27 @@ async def check_server(connection: Connection, dsn: str) -> None:
 async def answered(
     connection: Connection, asking: Coroutine[Any, Any, Any], within_s: float = ANSWER_S
 ) -> Any:
-    """Return what `connection` answers; hang up if it is silent for too long.
+    """Return what `connection` answers; hang up if it is silent for too long, and raise `Silent`.
 
     If the caller is cancelled meanwhile, the connection is hung up on as well: what it was about to
     say is not known.
     """
-    silent = asyncio.get_running_loop().call_later(within_s, connection.terminate)
+    is_silent = False
+
+    def hang_up() -> None:
+        nonlocal is_silent
+        is_silent = True
+        connection.terminate()
+
+    silent = asyncio.get_running_loop().call_later(within_s, hang_up)
     try:
         return await asking
     except asyncio.CancelledError:
         connection.terminate()
+        raise
+    except LOST as error:
+        if is_silent:
+            raise Silent(f"it did not answer within {within_s:g} s") from error
         raise
     finally:
         silent.cancel()

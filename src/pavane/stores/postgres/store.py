@@ -53,6 +53,7 @@ from pavane.stores.postgres.connection import (
     connect,
     explained,
     is_lost,
+    looked_into,
     place_of,
 )
 from pavane.stores.postgres.events import EventTables
@@ -129,13 +130,13 @@ class PostgresStore(EventTables):
         try:
             connection = await connect(self.dsn)
             try:
-                await answered(connection, self._prepare(connection))
+                await answered(connection, self._prepare(connection), ANSWER_S)
             finally:
                 connection.terminate()
             await self._connect_all()
         except FAILED as error:
             await self._close_all()
-            raise explained(self.dsn, error) from error
+            raise await looked_into(self.dsn, error) from error
         except BaseException:
             await self._close_all()
             raise
