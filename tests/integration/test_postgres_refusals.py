@@ -13,17 +13,38 @@ from pavane import App, Event, Service, outbox
 from pavane.errors import StoreError
 from pavane.stores.postgres import PostgresStore, store, writer
 from pavane.stores.postgres.connection import explained
+from pavane.stores.postgres.schema import newest_schema
 from pavane.testing.postgres import PostgresServer
 from tests.bouncer import bounced
+from tests.integration.command_line import good, in_folder_of, pavane
 from tests.integration.world import in_loop
 from tests.postgres import Database, Role, server
 
+SHOP = """
+from pavane import App, Service
+
+shop = Service("shop")
+
+
+@shop.workflow
+async def sell() -> None: ...
+
+
+app = App("shop", [shop])
+"""
 shop = Service("shop")
 
 
 @shop.workflow
 async def sell(count: int) -> int:
     return count + 1
+
+
+def told(code: int, *arguments: str) -> str:
+    """Return what a command says that must end with `code`, on one line."""
+    result = pavane(*arguments)
+    assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+    return " ".join((result.stdout + result.stderr).split())
 
 
 async def refused(url: str) -> str:
@@ -107,6 +128,34 @@ async def test_the_rights_that_the_manual_grants_are_enough() -> None:
                 await outbox.publish(connection, Said(word="hello"))
             await connection.close()
             assert await working.store.events_head() == 1
+
+
+def test_a_command_that_only_looks_makes_no_store() -> None:
+    with Database() as url:
+        for look in (("nodes", "list"), ("runs", "list"), ("runs", "kill", "r-1")):
+            assert "holds no store yet. `pavane run` and" in told(4, *look, "--store", url)
+        assert "holds no store yet" in told(1, "doctor", "--store", url)
+        name = url.rpartition("/")[2]
+        assert server().execute("SELECT to_regnamespace('pavane') IS NULL", name) == "t"
+
+
+def test_a_command_that_only_looks_leaves_the_schema_to_workers_of_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shop.py").write_text(SHOP)
+    with Database() as url, in_folder_of(tmp_path, "shop.py", monkeypatch):
+        name = url.rpartition("/")[2]
+        schema = "SELECT value FROM pavane.meta WHERE key = 'schema'"
+        good("runs", "start", "sell", "--store", url)
+        newest = newest_schema()
+        forget = "DROP TABLE pavane.past, pavane.beats; UPDATE pavane.meta SET value = '2'"
+        server().execute(f"{forget} WHERE key = 'schema'", name)
+        said = told(4, "runs", "list", "--store", url)
+        assert f"was written by an older Pavane (schema 2, this one knows {newest})" in said
+        assert server().execute(schema, name) == "2"
+        good("runs", "start", "sell", "--store", url)
+        assert server().execute(schema, name) == str(newest)
+        good("runs", "list", "--store", url)
 
 
 @pytest.mark.parametrize(

@@ -92,17 +92,21 @@ class _Reader(asyncpg.Connection):
 
 
 class PostgresStore(EventTables):
-    """See the module. `dsn` is a libpq URL; the database must exist, its schema is made."""
+    """See the module. `dsn` is a libpq URL; the database must exist.
+
+    Its schema is made and brought up to date, or without `create` refused if it is not.
+    """
 
     features = Features(
         durable=True, shared=True, transactions=True, awaits_work=True, nul=False,
         batch_max=BATCH_MAX, prune_max=PRUNE_MAX,
     )  # fmt: skip
 
-    def __init__(self, dsn: str, *, partitions: int = 32) -> None:
+    def __init__(self, dsn: str, *, partitions: int = 32, create: bool = True) -> None:
         check_address(dsn)
         self.dsn = dsn
         self.partitions = partitions
+        self._create = create
         self.tail = 0
         self._services: dict[str, int] = {}
         self._clock_offset_us = 0
@@ -118,7 +122,7 @@ class PostgresStore(EventTables):
     # -- opening -------------------------------------------------------------------------------
 
     def connect(self) -> PostgresStore:
-        return PostgresStore(self.dsn, partitions=self.partitions)
+        return PostgresStore(self.dsn, partitions=self.partitions, create=self._create)
 
     async def open(self) -> None:
         if self._pid:
@@ -143,7 +147,7 @@ class PostgresStore(EventTables):
 
     async def _prepare(self, connection: Connection) -> None:
         await check_server(connection, self.dsn)
-        self.partitions = await prepare(connection, self.dsn, self.partitions)
+        self.partitions = await prepare(connection, self.dsn, self.partitions, create=self._create)
         began = _ticks_us()
         now = await connection.fetchval("SELECT pavane.clock_us()")
         self._set_clock(began, now)
