@@ -32,9 +32,9 @@ listen_port = {listen}
 unix_socket_dir =
 auth_type = trust
 auth_file = {users}
-pool_mode = transaction
+pool_mode = {mode}
 default_pool_size = 4
-max_prepared_statements = 100
+max_prepared_statements = {prepared}
 {user}
 """
 
@@ -54,13 +54,15 @@ def bouncer() -> str:
 @contextmanager
 def bounced_database() -> Iterator[str]:
     """Make an empty database, with a PgBouncer before it; yield its address there."""
-    program = bouncer()
-    with Database() as url, bounced(program, url) as there:
+    bouncer()
+    with Database() as url, bounced(url) as there:
         yield there
 
 
 @contextmanager
-def bounced(program: str, url: str) -> Iterator[str]:
+def bounced(url: str, *, mode: str = "transaction", prepared: int = 100) -> Iterator[str]:
+    """Put a PgBouncer before a database; yield its address there."""
+    program = bouncer()
     parts = urlsplit(url)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,6 +75,7 @@ def bounced(program: str, url: str) -> Iterator[str]:
         config.write_text(
             CONFIG.format(
                 host=parts.hostname, port=parts.port, listen=port, users=folder / "users",
+                mode=mode, prepared=prepared,
                 user="user = nobody" if os.geteuid() == 0 else "",
             )
         )  # fmt: skip

@@ -29,3 +29,15 @@ class Database:
 
     def __exit__(self, *_: object) -> None:
         server().drop_database(self._name)
+
+
+class Role:
+    """A user without rights, who is gone after the `with` block; enter it before a database."""
+
+    def __enter__(self) -> str:
+        self._name = f"role_{next(_numbers)}"
+        server().execute(f"CREATE ROLE {self._name} LOGIN")
+        return self._name
+
+    def __exit__(self, *_: object) -> None:
+        server().execute(f"DROP ROLE {self._name}")

@@ -858,12 +858,10 @@ class App:
         given = self._store if isinstance(self._store, str) else None
         return store_address(given, self.name)
 
-    def _make_client(self, services: Sequence[str], store: str | None) -> Client:
-        chosen = self._store
-        if store is not None or chosen is None or isinstance(chosen, str):
-            chosen = make_store(self.address if store is None else store)
-        else:
-            chosen = chosen.connect()
+    def _make_client(self, services: Sequence[str], store: str | Store | None) -> Client:
+        given = self._store if store is None else store
+        chosen = self.address if given is None else given
+        chosen = make_store(chosen) if isinstance(chosen, str) else chosen.connect()
         return Client(self.registry, chosen, services, self.config, self.monitors())
 
     def monitors(self) -> list[Duty]:
@@ -875,14 +873,14 @@ class App:
         return [Monitor(contract) for contract in self.registry.contracts.values()]
 
     @asynccontextmanager
-    async def connect(self, *, store: str | None = None) -> AsyncGenerator[Client, None]:
+    async def connect(self, *, store: str | Store | None = None) -> AsyncGenerator[Client, None]:
         """Open a client that starts and steers runs but works for no service."""
         async with self.worker([], store=store) as client:
             yield client
 
     @asynccontextmanager
     async def worker(
-        self, services: Sequence[str] | None = None, *, store: str | None = None
+        self, services: Sequence[str] | None = None, *, store: str | Store | None = None
     ) -> AsyncGenerator[Client, None]:
         """Work for `services` (all by default) until the block ends, then drain."""
         chosen = sorted(self.registry.services) if services is None else services

@@ -35,10 +35,11 @@ def check_address(address: str) -> None:
         )
 
 
-def make_store(address: str) -> Store:
+def make_store(address: str, *, create: bool = True) -> Store:
     """Return the store of an address: a path, `sqlite:///path`, `postgresql://…`, or `memory:`.
 
     As is usual, `sqlite:///shop.db` is in this directory, and `sqlite:////srv/shop.db` is not.
+    Without `create`, one on Postgres that is not there or not up to date is refused when opened.
     """
     check_address(address)
     if address == MEMORY:
@@ -54,7 +55,7 @@ def make_store(address: str) -> Store:
                 f"A store on Postgres needs the package {error.name}: pip install "
                 f"'pavane[postgres]'."
             ) from None
-        return PostgresStore(address)
+        return PostgresStore(address, create=create)
     from pavane.stores.sqlite import SqliteStore
 
     return SqliteStore(rest.removeprefix("/") if mark else address)

@@ -17,6 +17,7 @@ from pavane.cli.names import complete_target
 from pavane.cli.target import find_app
 from pavane.config import STORE_VARIABLE, make_store
 from pavane.errors import StoreError
+from pavane.stores.port import Store
 
 
 class Where(msgspec.Struct, frozen=True):
@@ -87,11 +88,14 @@ def target_argument(command: Command) -> Command:
 
 @asynccontextmanager
 async def connected(app: App, store: str | None, *, create: bool = False) -> AsyncGenerator[Client]:
-    """Open a client; a store that is not there yet is made only with `create`."""
+    """Open a client; a store that is not there yet is made only with `create`.
+
+    So is one on Postgres brought up to date only with `create`: workers of the version before could
+    not start again.
+    """
     address = store if store is not None else own_address(app)
-    if address is not None:
-        check_store(address, create=create)
-    async with app.connect(store=address) as client:
+    checked = None if address is None else check_store(address, create=create)
+    async with app.connect(store=checked) as client:
         yield client
 
 
@@ -101,9 +105,9 @@ def own_address(app: App) -> str | None:
     return app.address if given is None or isinstance(given, str) else None
 
 
-def check_store(address: str, *, create: bool = False) -> None:
-    """Raise StoreError if other processes cannot share the store, or if it is not there."""
-    store = make_store(address)
+def check_store(address: str, *, create: bool = False) -> Store:
+    """Return the store; raise StoreError if other processes cannot share it, or it is not there."""
+    store = make_store(address, create=create)
     if not store.features.shared:
         raise StoreError(
             f"{address} lives only inside the process that works on it, so nothing can be seen of "
@@ -115,6 +119,7 @@ def check_store(address: str, *, create: bool = False) -> None:
             f"There is no store at {path}. `pavane run` and `pavane runs start` make "
             f"one; perhaps you are in another directory, or need --store."
         )
+    return store
 
 
 async def register_home(client: Client, run: str) -> None:

@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from pavane.app import App, Client
-from pavane.cli.connection import Where, check_store, connected, own_address, where_options
+from pavane.cli.connection import Where, connected, where_options
 from pavane.cli.output import Format, is_unicode, output_option, print_json, say
 from pavane.cli.text import counted, printable
 from pavane.engine.process import is_gone, this_host
@@ -136,16 +136,13 @@ def _handler(handler: Handler) -> HandlerLine:
 
 async def _look(app: App, store: str | None, lines: list[ServiceLine]) -> str:
     """Fill in who hosts what; return a sentence if that cannot be told."""
-    address = store if store is not None else own_address(app)
     try:
-        if address is not None:
-            check_store(address)
+        async with connected(app, store) as client:
+            await _fill_hosts(client, lines)
     except StoreError as error:
         if store is not None:
             raise
         return f"No nodes: {error}"
-    async with connected(app, store) as client:
-        await _fill_hosts(client, lines)
     return ""
 
 

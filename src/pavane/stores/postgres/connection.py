@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from pavane.errors import StoreError
 
@@ -33,6 +34,17 @@ SETTINGS = {
     "idle_in_transaction_session_timeout": "10s",
     "tcp_user_timeout": "10s",
 }
+
+_AWAITED = (
+    "SELECT current_setting('synchronous_standby_names') FROM pg_stat_activity"
+    " WHERE wait_event = 'SyncRep' LIMIT 1"
+)
+"""Of a connection that was hung up on in its commit, the server still knows that it waits."""
+
+
+class Silent(ConnectionError):
+    """A connection was hung up on, since it did not answer in time."""
+
 
 LOST: tuple[type[BaseException], ...] = (
     asyncpg.PostgresConnectionError,
@@ -72,10 +84,50 @@ OF_ONE_COMMIT: tuple[type[BaseException], ...] = (
 )
 """Errors for which one commit is to blame."""
 
+_STATEMENT_MODE = "statement pooling mode"
+"""In what PgBouncer says to who begins a transaction where there are none."""
+
 
 def is_lost(error: BaseException) -> bool:
     """Tell whether an error is about the connection. A bad value is an InterfaceError too."""
+    if _STATEMENT_MODE in str(error):
+        return False  # a pooler says so, hangs up, and always will
     return isinstance(error, LOST) and not isinstance(error, (asyncpg.DataError, ValueError))
+
+
+def check_address(dsn: str) -> None:
+    """Raise StoreError for an address that is none.
+
+    Nothing of it is shown: in a wrong one, anything may be a part of the password.
+    """
+    wrong = _what_is_wrong(dsn)
+    if wrong:
+        raise StoreError(
+            f"The address of the Postgres is wrong: {wrong}. It should be like "
+            f"postgresql://user:password@host:5432/database; in a password write @ as %40, / as "
+            f"%2F, : as %3A, ? as %3F and # as %23."
+        )
+
+
+def _what_is_wrong(dsn: str) -> str:
+    try:
+        parts = urlsplit(dsn)
+    except ValueError:
+        return "its host cannot be one, such as an IPv6 address with one bracket"
+    if parts.netloc.count("@") > 1:
+        return "it has two @ before the host"
+    try:
+        given = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
+    except ValueError:
+        return "what follows its ? is not name=value, joined by &"
+    hosts = [parts.netloc.rpartition("@")[2], *given.get("host", ())]
+    hosts += [f":{port}" for ports in given.get("port", ()) for port in ports.split(",")]
+    try:
+        for host in ",".join(hosts).split(","):
+            _ = urlsplit(f"//{host}").port
+    except ValueError:
+        return "its port is no number up to 65535"
+    return ""
 
 
 def place_of(dsn: str) -> str:
@@ -109,24 +161,55 @@ def explained(dsn: str, error: BaseException) -> StoreError:
     if isinstance(error, StoreError):
         return error
     if isinstance(error, asyncpg.InvalidCatalogNameError):
-        name = urlsplit(dsn).path.lstrip("/")
-        text = f"{place} has no such database. Create it: CREATE DATABASE {name} ENCODING 'UTF8'."
+        text = (
+            f"{place} has no such database. Create it: CREATE DATABASE {_database_of(dsn)} "
+            f"ENCODING 'UTF8' TEMPLATE template0;"
+        )
+    elif isinstance(error, asyncpg.ObjectNotInPrerequisiteStateError):
+        text = (
+            f"{place} takes no connections ({error}). Let it: ALTER DATABASE {_database_of(dsn)} "
+            f"ALLOW_CONNECTIONS true;"
+        )
+    elif isinstance(error, asyncpg.InvalidPasswordError):
+        text = (
+            f"{place} refuses the password ({error}). It is taken from the address, where @ is "
+            f"written %40, else from $PGPASSWORD or ~/.pgpass."
+        )
     elif isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
-        text = f"{place} refuses this user or password: {error}."
+        text = (
+            f"{place} refuses this user ({error}). The role must be there, with LOGIN, and "
+            f"pg_hba.conf must let it in from here."
+        )
     elif isinstance(error, asyncpg.TooManyConnectionsError):
         text = (
-            f"{place} takes no more connections. Raise max_connections, or put a pooler before it."
+            f"{place} takes no more connections ({error}). Raise what limits them, which is "
+            f"max_connections of the server or CONNECTION LIMIT of the database or the role, or "
+            f"put a pooler before it."
+        )
+    elif isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        text = (
+            f"{place} takes no writes ({error}). Unless it has become a replica, "
+            f"default_transaction_read_only is on: turn it off for this user (ALTER ROLE), this "
+            f"database (ALTER DATABASE) or the server."
         )
     elif isinstance(error, asyncpg.InsufficientPrivilegeError):
         text = (
-            f"{place}: this user lacks a right ({error}). See docs/postgres.md for what is needed."
+            f"{place}: this user lacks a right ({error}). “Rights” in docs/postgres.md tells what "
+            f"is needed."
         )
     elif isinstance(error, asyncpg.DiskFullError):
         text = f"The disk of {place} is full. Nothing of the refused writes was kept; free space."
-    elif isinstance(error, asyncpg.InvalidSQLStatementNameError):
+    elif _STATEMENT_MODE in str(error):
         text = (
-            f"{place} lost a prepared statement: a pooler in transaction mode is between. Use "
-            f"PgBouncer 1.21 or newer with max_prepared_statements above 0."
+            f"{place} is behind a pooler in statement mode, in which there are no transactions. "
+            f"Set pool_mode=transaction there."
+        )
+    elif isinstance(
+        error, (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
+    ):
+        text = (
+            f"{place} mixes up prepared statements: a pooler is between that does not know them. "
+            f"Use PgBouncer 1.21 or newer with max_prepared_statements above 0."
         )
     elif isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError)):
         text = (
@@ -140,6 +223,29 @@ def explained(dsn: str, error: BaseException) -> StoreError:
     return StoreError(text)
 
 
+def _database_of(dsn: str) -> str:
+    """Return the database that a DSN names, quoted for SQL."""
+    return '"{}"'.format(unquote(urlsplit(dsn).path.lstrip("/")).replace('"', '""'))
+
+
+async def looked_into(dsn: str, error: BaseException) -> StoreError:
+    """Like `explained`; of one that was silent, ask first what its commits wait for."""
+    if isinstance(error, Silent):
+        with suppress(*FAILED):
+            connection = await connect(dsn)
+            try:
+                names = await answered(connection, connection.fetchval(_AWAITED), QUICK_S)
+            finally:
+                connection.terminate()
+            if names:
+                return StoreError(
+                    f"{place_of(dsn)}: commits wait for a synchronous standby that does not answer "
+                    f"(synchronous_standby_names = '{names}'). Start it, or take it off that "
+                    f"setting."
+                )
+    return explained(dsn, error)
+
+
 async def check_server(connection: Connection, dsn: str) -> None:
     """Refuse a database in which what was acknowledged could be lost or not be written."""
     place = place_of(dsn)
@@ -148,7 +254,7 @@ async def check_server(connection: Connection, dsn: str) -> None:
         " pg_is_in_recovery() AS replica,"
         " current_setting('fsync') AS fsync, current_setting('synchronous_commit') AS commits,"
         " current_setting('full_page_writes') AS pages,"
-        " (SELECT pg_encoding_to_char(encoding) FROM pg_database"
+        " quote_ident(session_user) AS role, (SELECT pg_encoding_to_char(encoding) FROM pg_database"
         "  WHERE datname = current_database()) AS encoding,"
         " current_setting('server_version') AS name"
     )
@@ -169,7 +275,7 @@ async def check_server(connection: Connection, dsn: str) -> None:
     elif row["commits"] in ("off", "local"):
         reason = (
             f"has synchronous_commit={row['commits']}, so what was acknowledged may be lost. "
-            f"Set it to on for this user: ALTER ROLE … SET synchronous_commit = on."
+            f"Set it to on for this user: ALTER ROLE {row['role']} SET synchronous_commit = on;"
         )
     elif row["encoding"] != "UTF8":
         reason = (
@@ -183,16 +289,27 @@ async def check_server(connection: Connection, dsn: str) -> None:
 async def answered(
     connection: Connection, asking: Coroutine[Any, Any, Any], within_s: float = ANSWER_S
 ) -> Any:
-    """Return what `connection` answers; hang up if it is silent for too long.
+    """Return what `connection` answers; hang up if it is silent for too long, and raise `Silent`.
 
     If the caller is cancelled meanwhile, the connection is hung up on as well: what it was about to
     say is not known.
     """
-    silent = asyncio.get_running_loop().call_later(within_s, connection.terminate)
+    is_silent = False
+
+    def hang_up() -> None:
+        nonlocal is_silent
+        is_silent = True
+        connection.terminate()
+
+    silent = asyncio.get_running_loop().call_later(within_s, hang_up)
     try:
         return await asking
     except asyncio.CancelledError:
         connection.terminate()
+        raise
+    except LOST as error:
+        if is_silent:
+            raise Silent(f"it did not answer within {within_s:g} s") from error
         raise
     finally:
         silent.cancel()

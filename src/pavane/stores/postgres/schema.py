@@ -1,4 +1,4 @@
-"""The schema `pavane` in the database: made, and brought up to date, by whoever comes first.
+"""The schema `pavane` in the database: made, and brought up to date, by who first comes to work.
 
 Migrations only add, so that nodes of the version before may go on meanwhile. Several nodes that
 start at once wait for each other.
@@ -34,17 +34,29 @@ def newest_schema() -> int:
     return migrations()[-1][0]
 
 
-async def prepare(connection: Connection, dsn: str, partitions: int) -> int:
-    """Bring the schema up to date; return how many partitions a service has in this database."""
+async def prepare(connection: Connection, dsn: str, partitions: int, *, create: bool) -> int:
+    """Bring the schema up to date; return how many partitions a service has in this database.
+
+    Without `create`, refuse one that is not up to date.
+    """
     newest = newest_schema()
     version = await _version(connection)
+    if version < newest and not create:
+        raise StoreError(
+            f"{place_of(dsn)} was written by an older Pavane (schema {version}, this one knows "
+            f"{newest}). The first worker of this version brings it up to date, or `pavane runs "
+            f"start`; nothing was changed."
+            if version
+            else f"{place_of(dsn)} holds no store yet. `pavane run` and `pavane runs start` make "
+            f"one; perhaps you mean another database."
+        )
     if version < newest:
         async with connection.transaction():
             await connection.execute(f"SET LOCAL lock_timeout = '{WAIT_S}s'")
             await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
             version = await _version(connection)
-            if not version:
-                await connection.execute("CREATE SCHEMA IF NOT EXISTS pavane")
+            if await connection.fetchval("SELECT to_regnamespace('pavane') IS NULL"):
+                await connection.execute("CREATE SCHEMA pavane")
             for number, sql in migrations():
                 if number > version:
                     await connection.execute(sql)

@@ -49,15 +49,18 @@ from pavane.stores.postgres.connection import (
     Connection,
     answered,
     asyncpg,
+    check_address,
     check_server,
     connect,
     explained,
     is_lost,
+    looked_into,
     place_of,
 )
 from pavane.stores.postgres.events import EventTables
 from pavane.stores.postgres.lease import LeaseConnection
 from pavane.stores.postgres.past import Beat, Found, Past
+from pavane.stores.postgres.rights import check_rights
 from pavane.stores.postgres.schema import prepare
 from pavane.stores.postgres.together import Together
 from pavane.stores.postgres.watch import Watch
@@ -90,16 +93,21 @@ class _Reader(asyncpg.Connection):
 
 
 class PostgresStore(EventTables):
-    """See the module. `dsn` is a libpq URL; the database must exist, its schema is made."""
+    """See the module. `dsn` is a libpq URL; the database must exist.
+
+    Its schema is made and brought up to date, or without `create` refused if it is not.
+    """
 
     features = Features(
         durable=True, shared=True, transactions=True, awaits_work=True, nul=False,
         batch_max=BATCH_MAX, prune_max=PRUNE_MAX,
     )  # fmt: skip
 
-    def __init__(self, dsn: str, *, partitions: int = 32) -> None:
+    def __init__(self, dsn: str, *, partitions: int = 32, create: bool = True) -> None:
+        check_address(dsn)
         self.dsn = dsn
         self.partitions = partitions
+        self._create = create
         self.tail = 0
         self._services: dict[str, int] = {}
         self._clock_offset_us = 0
@@ -115,7 +123,7 @@ class PostgresStore(EventTables):
     # -- opening -------------------------------------------------------------------------------
 
     def connect(self) -> PostgresStore:
-        return PostgresStore(self.dsn, partitions=self.partitions)
+        return PostgresStore(self.dsn, partitions=self.partitions, create=self._create)
 
     async def open(self) -> None:
         if self._pid:
@@ -127,20 +135,20 @@ class PostgresStore(EventTables):
         try:
             connection = await connect(self.dsn)
             try:
-                await answered(connection, self._prepare(connection))
+                await answered(connection, self._prepare(connection), ANSWER_S)
             finally:
                 connection.terminate()
             await self._connect_all()
         except FAILED as error:
             await self._close_all()
-            raise explained(self.dsn, error) from error
+            raise await looked_into(self.dsn, error) from error
         except BaseException:
             await self._close_all()
             raise
 
     async def _prepare(self, connection: Connection) -> None:
         await check_server(connection, self.dsn)
-        self.partitions = await prepare(connection, self.dsn, self.partitions)
+        self.partitions = await prepare(connection, self.dsn, self.partitions, create=self._create)
         began = _ticks_us()
         now = await connection.fetchval("SELECT pavane.clock_us()")
         self._set_clock(began, now)
@@ -489,6 +497,7 @@ class PostgresStore(EventTables):
         nonce = os.urandom(12).hex()
 
         async def insert(c: Connection) -> tuple[NodeRow, Beat]:
+            await check_rights(c, self.dsn)
             beat = await self.past.beat(c, nonce)
             sql = (
                 "INSERT INTO pavane.nodes"

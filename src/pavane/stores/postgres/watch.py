@@ -25,6 +25,7 @@ from pavane.stores.postgres.connection import (
     Connection,
     answered,
     connect,
+    explained,
     is_lost,
 )
 
@@ -161,7 +162,7 @@ class Watch:
                 pause_s = 0.1
             except (*FAILED, StoreError) as error:
                 if not (is_lost(error) or isinstance(error, StoreError)):
-                    log.warning("this process cannot listen: %s", error)
+                    log.warning("this process cannot listen: %s", explained(self._dsn, error))
             finally:
                 self._drop()
             await asyncio.sleep(pause_s * (0.5 + random.random()))

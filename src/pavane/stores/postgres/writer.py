@@ -29,6 +29,7 @@ from pavane.stores.postgres.connection import (
     connect,
     explained,
     is_lost,
+    looked_into,
 )
 
 log = logging.getLogger("pavane.postgres")
@@ -184,7 +185,7 @@ class Writer:
                     raise
                 ends = ends or loop.time() + within_s  # the first answer may have taken long
                 if loop.time() > ends:
-                    raise explained(self._dsn, error) from error
+                    raise await looked_into(self._dsn, error) from error
                 log.info("writing again: %s", error)
             await asyncio.sleep(pause_s * (0.5 + random.random()))
             pause_s = min(PAUSE_MAX_S, pause_s * 2)
