@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import pytest
 
-<<<<<<< HEAD
 from pavane import (
     App,
     BadArguments,
@@ -19,12 +18,8 @@ from pavane import (
     Retry,
     RunFailed,
     Service,
-    StoreError,
     UnknownRun,
 )
-=======
-from pavane import App, BadArguments, Event, Retry, RunFailed, Service, UnknownRun
->>>>>>> help-w2
 from pavane.errors import NotInSimulation
 from pavane.testing.sim.app import CALLBACKS_MAX, Sim, calm_sim
 from pavane.testing.sim.clock import Stalled
@@ -415,7 +410,6 @@ def test_plain_functions_sleep_in_virtual_time() -> None:
     assert time.monotonic() - began_s < 60
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     "act",
     [
@@ -431,7 +425,8 @@ def test_who_acts_outside_of_the_simulation_is_told_to_act_in_the_test(
 ) -> None:
     with pytest.raises(BadArguments, match=r"outside of the simulation.* Act in the test itself"):
         asyncio.run(act(calm_sim(tailor.app)))
-=======
+
+
 def test_plain_functions_that_sleep_until_a_time_get_there() -> None:
     slept = 0
 
@@ -454,7 +449,6 @@ def test_plain_functions_that_sleep_until_a_time_get_there() -> None:
     assert 36000 < play(order) < 36001
     assert slept == 10
     assert clocks == (time.sleep, time.monotonic, time.perf_counter, time.time)
->>>>>>> help-w2
 
 
 def test_a_simulation_is_played_once() -> None:
