@@ -278,13 +278,15 @@ class Writer:
         return results
 
     async def _do_work(self, commit: Commit, fence: Fence | None) -> PavaneError | None:
-        async def ask(connection: Connection) -> PavaneError | None:
-            async def transaction() -> None:
+        async def transaction(connection: Connection) -> None:
+            written = await self._earlier(connection, commit, fence) if self._repeating else None
+            if written is None:
                 async with connection.transaction():
-                    row, batch = await self._work_within(connection, commit, fence)
-                self._accept(row, batch, fence)
+                    written = await self._work_within(connection, commit, fence)
+            self._accept(*written, fence)
 
-            return await answered(connection, transaction())
+        async def ask(connection: Connection) -> None:
+            await answered(connection, transaction(connection))
 
         try:
             await self._patiently(ask, SETTLE_S)
@@ -304,15 +306,30 @@ class Writer:
             return await self._refusal(commit, error)
         return None
 
+    async def _earlier(
+        self, c: Connection, commit: Commit, fence: Fence | None
+    ) -> tuple[Any, Batch] | None:
+        """Return what `_work_within` did if its commit, whose answer was lost, was written.
+
+        A COMMIT that is still under way is waited for: it has the lock of the node's row. What is
+        written here, without the work, is only a question, and taken back.
+        """
+        batch = Batch([commit])
+        asking = c.transaction()
+        await asking.start()
+        try:
+            row = await c.fetchrow(WRITE, *self._proof(fence), *batch.values)
+        finally:
+            await asking.rollback()
+        self._check(row, fence, repeating=True)
+        return (row, batch) if row["verdict"] == "repeated" else None
+
     async def _work_within(
         self, c: Connection, commit: Commit, fence: Fence | None
     ) -> tuple[Any, Batch]:
         """Do the work and write its commit; what is returned counts when both are committed."""
         assert commit.work is not None
         if await _is_done(c, commit):
-            if self._repeating and fence is not None:  # it was written, and its answer was lost
-                sql = "SELECT batch FROM pavane.nodes WHERE no = $1 AND nonce = $2"
-                self._batch = await c.fetchval(sql, fence.node, fence.nonce) or self._batch
             raise Conflict("This was done before.")
         state: bytes | None = None
         if commit.work_state is not None:
@@ -335,7 +352,7 @@ class Writer:
             )
         batch = Batch([commit])
         row = await c.fetchrow(WRITE, *self._proof(fence), *batch.values)
-        self._check(row, fence)
+        self._check(row, fence, repeating=False)
         return row, batch
 
     async def _refusal(self, commit: Commit, error: BaseException) -> PavaneError | None:
@@ -384,7 +401,7 @@ class Writer:
         except StoreError:
             self._unsettled = fence and fence.nonce
             raise
-        self._check(row, fence)
+        self._check(row, fence, self._repeating)
         self._accept(row, batch, fence)
 
     def _proof(self, fence: Fence | None) -> tuple[Any, ...]:
@@ -397,7 +414,7 @@ class Writer:
             self._lease, self._batch = (fence.node, fence.nonce), 0
         return (fence.node, fence.nonce, fence.lease_us, self._batch + 1)
 
-    def _check(self, row: Any, fence: Fence | None) -> None:
+    def _check(self, row: Any, fence: Fence | None, repeating: bool) -> None:
         if fence is None:
             return
         if row["verdict"] == "lost":
@@ -405,7 +422,7 @@ class Writer:
                 f"Node {fence.node} lost its lease (it was silent for longer than "
                 f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
             )
-        if row["verdict"] == "repeated" and not self._repeating:
+        if row["verdict"] == "repeated" and not repeating:
             raise StoreError(f"Batch {self._batch + 1} of node {fence.node} is there already.")
 
     def _accept(self, row: Any, batch: Batch, fence: Fence | None) -> None:
