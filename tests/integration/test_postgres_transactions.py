@@ -25,7 +25,7 @@ from pavane import (
     outbox,
     step_info,
 )
-from pavane.stores.eventlog import EventFilter
+from pavane.stores.eventlog import DeadFilter, EventFilter
 from tests.integration.world import World, in_loop, until
 from tests.postgres import Database
 
@@ -44,6 +44,10 @@ class Sold(Event, key="shelf"):
 class Counted(Event, key="shelf"):
     shelf: str
     sum: int
+
+
+class Reserved(Event, key="seat"):
+    seat: int
 
 
 desk, ledger = Service("desk"), Service("ledger")
@@ -84,6 +88,25 @@ async def count(event: Sold, connection: Any) -> Counted | None:
     return Counted(shelf=event.shelf, sum=total)
 
 
+@ledger.transaction(retry=SOON)
+async def take_seat(connection: Any, seat: int) -> int:
+    """Its constraint is deferred: it is violated by the COMMIT."""
+    CALLS.append(f"seat {seat}")
+    await connection.execute("INSERT INTO seats VALUES ($1)", seat)
+    return seat
+
+
+@ledger.on(Reserved, transaction=True, retry=SOON)
+async def reserve(event: Reserved, connection: Any) -> None:
+    SEEN.append(event.seat)
+    await connection.execute("INSERT INTO seats VALUES ($1)", event.seat)
+
+
+@desk.workflow
+async def sits(seat: int) -> int:
+    return await take_seat(seat)
+
+
 @desk.workflow
 async def pay(account: str, cents: int) -> list[int]:
     return [await book(account, cents), *await asyncio.gather(book(account, 1), book("other", 2))]
@@ -107,7 +130,8 @@ def url() -> Iterator[str]:
                 connection = await asyncpg.connect(url)
                 await connection.execute(
                     "CREATE TABLE bookings (account text, cents int); CREATE TABLE seen (no int);"
-                    "CREATE TABLE sales (id serial, seller text, no int)"
+                    "CREATE TABLE sales (id serial, seller text, no int);"
+                    "CREATE TABLE seats (no int UNIQUE DEFERRABLE INITIALLY DEFERRED)"
                 )
                 await connection.close()
 
@@ -166,6 +190,31 @@ async def test_a_transaction_that_cannot_be_written_fails_alone(
             await wrong.result(timeout=30)
         assert await right.result(timeout=30) == [5, 6, 2]
     assert await rows(url, "SELECT * FROM bookings WHERE account = 'wrong'") == []
+
+
+@in_loop
+async def test_what_a_commit_refuses_is_a_failure_of_the_work(url: str) -> None:
+    """Of the step, which is told, and of the handler, which gives its event up; not a conflict."""
+    await rows(url, "INSERT INTO seats VALUES (7) RETURNING no")
+    world = World(url, "orchestration", "one node")
+    async with world.working(desk, ledger) as director:
+        with pytest.raises(RunFailed, match=r"UniqueViolationError.*seats_no_key"):
+            await director.result(sits, 7)
+        assert await director.result(sits, 8) == 8
+        await director.client.publish(Reserved(seat=7))
+
+        async def given_up() -> Any:
+            return await director.client.store.dead_letters(DeadFilter())
+
+        (dead,) = await until(given_up)
+        assert "seats_no_key" in dead.cause
+        await director.client.publish(Reserved(seat=9))
+
+        async def reserved() -> bool:
+            return len(await rows(url, "SELECT * FROM seats")) == 3
+
+        await until(reserved)
+    assert (CALLS, SEEN) == (["seat 7"] * 3 + ["seat 8"], [7, 7, 7, 9])
 
 
 @in_loop

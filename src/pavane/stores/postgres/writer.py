@@ -281,8 +281,7 @@ class Writer:
         async def transaction(connection: Connection) -> None:
             written = await self._earlier(connection, commit, fence) if self._repeating else None
             if written is None:
-                async with connection.transaction():
-                    written = await self._work_within(connection, commit, fence)
+                written = await self._work_committed(connection, commit, fence)
             self._accept(*written, fence)
 
         async def ask(connection: Connection) -> None:
@@ -309,7 +308,7 @@ class Writer:
     async def _earlier(
         self, c: Connection, commit: Commit, fence: Fence | None
     ) -> tuple[Any, Batch] | None:
-        """Return what `_work_within` did if its commit, whose answer was lost, was written.
+        """Return what `_work_committed` did if its commit, whose answer was lost, was written.
 
         A COMMIT that is still under way is waited for: it has the lock of the node's row. What is
         written here, without the work, is only a question, and taken back.
@@ -323,6 +322,21 @@ class Writer:
             await asking.rollback()
         self._check(row, fence, repeating=True)
         return (row, batch) if row["verdict"] == "repeated" else None
+
+    async def _work_committed(
+        self, c: Connection, commit: Commit, fence: Fence | None
+    ) -> tuple[Any, Batch]:
+        """Do the work and write its commit, in a transaction of their own."""
+        committing = False
+        try:
+            async with c.transaction():
+                written = await self._work_within(c, commit, fence)
+                committing = True
+            return written
+        except asyncpg.PostgresError as error:
+            if not committing or is_lost(error) or isinstance(error, BUSY):
+                raise
+            raise WorkFailed(error) from error  # the user's constraint was deferred until now
 
     async def _work_within(
         self, c: Connection, commit: Commit, fence: Fence | None
