@@ -124,6 +124,56 @@ async def test_a_refused_commit_is_still_refused_alone_after_a_loss(way: str) ->
 
 
 @in_loop
+async def test_what_comes_late_under_an_earlier_lease_leaves_the_next_alone() -> None:
+    async with wired() as (store, _):
+        before, fence = await joined(store), await joined(store)
+        for no in range(3):
+            for each in (before, fence):
+                message = a_message(store, f"{each.node} {no}#1")
+                assert await written(store, a_commit(messages=[message]), fence=each) == [None]
+        await store.expire([row for row in await store.nodes() if row.no == before.node])
+        for _ in range(2):
+            (late,) = await written(store, a_commit(), fence=before)
+            assert isinstance(late, LeaseLost)
+            assert await written(store, a_commit(), fence=fence) == [None]
+        assert len(await whole_log(store)) == 6
+
+
+@pytest.mark.parametrize("with_work", [False, True], ids=["plain", "with work"])
+@in_loop
+async def test_nothing_follows_a_batch_that_may_be_written(
+    with_work: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be taken, so what comes under it could be told as written, and is not."""
+    monkeypatch.setattr(writer, "SETTLE_S", 0.2)
+
+    async def work(connection: Any, state: bytes | None) -> None: ...
+
+    async with wired() as (store, wire):
+        row = await store.join("node", "host", 1, SERVICES, 200_000)
+        fence = Fence(row.no, row.nonce, 200_000)
+
+        def watch(piece: bytes) -> str:
+            if (b"COMMIT" if with_work else b"first#1") in piece:
+                wire.refuses = True
+                return "deafen"
+            return "pass"
+
+        wire.watch = watch
+        first, second = (a_commit(messages=[a_message(store, f"{n}#1")]) for n in ("first", "next"))
+        first.work = work if with_work else None
+        for under in (fence, None):
+            commit = first if under else a_commit(messages=[a_message(store, "free#1")])
+            (result,) = await written(store, commit, fence=under)
+            assert isinstance(result, StoreError)
+        wire.refuses = False
+        once(wire, "next#1", "swallow")
+        (result,) = await written(store, second, fence=fence)
+        assert isinstance(result, StoreError)
+        assert [message.id for message in await whole_log(store)] == ["first#1"]
+
+
+@in_loop
 async def test_work_whose_answer_is_lost_is_not_done_again() -> None:
     """And what it wrote is told as written, with the places of what was sent."""
     async with wired() as (store, wire):

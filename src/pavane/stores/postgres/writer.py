@@ -81,11 +81,10 @@ class Writer:
         self._wake: asyncio.Future[None] | None = None
         self._closing = False
         self._task: asyncio.Task[None] | None = None
-        self._lease: tuple[int, str] | None = None
-        self._batch = 0
-        """Number of the newest batch written under that lease."""
-        self._unsettled: str | None = None
-        """Nonce of a lease whose last batch may still be written: nothing may follow it."""
+        self._newest: dict[str, int] = {}
+        """Numbers of the newest batches written under each lease, by its nonce."""
+        self._unsettled: set[str] = set()
+        """Nonces of leases whose last batch may still be written: nothing may follow it."""
         self._repeating = False
 
     # -- life ----------------------------------------------------------------------------------
@@ -167,8 +166,16 @@ class Writer:
             self._connection.terminate()
             self._connection = None
 
-    async def _patiently(self, ask: Callable[[Connection], Awaitable[Any]], within_s: float) -> Any:
-        """Ask until there is an answer, on new connections, for a while; then raise StoreError."""
+    async def _patiently(
+        self,
+        ask: Callable[[Connection], Awaitable[Any]],
+        within_s: float,
+        fence: Fence | None = None,
+    ) -> Any:
+        """Ask until there is an answer, on new connections, for a while; then raise StoreError.
+
+        Nothing is written under `fence` after that: it is not known what was.
+        """
         loop = asyncio.get_running_loop()
         ends = 0.0
         pause_s = PAUSE_S
@@ -184,6 +191,8 @@ class Writer:
                     raise
                 ends = ends or loop.time() + within_s  # the first answer may have taken long
                 if loop.time() > ends:
+                    if fence is not None:
+                        self._unsettled.add(fence.nonce)
                     raise explained(self._dsn, error) from error
                 log.info("writing again: %s", error)
             await asyncio.sleep(pause_s * (0.5 + random.random()))
@@ -288,7 +297,7 @@ class Writer:
             await answered(connection, transaction(connection))
 
         try:
-            await self._patiently(ask, SETTLE_S)
+            await self._patiently(ask, SETTLE_S, fence)
         except PavaneError as error:
             return error
         except asyncpg.InFailedSQLTransactionError as failed:
@@ -410,11 +419,7 @@ class Writer:
         async def ask(connection: Connection) -> Any:
             return await answered(connection, write(connection), QUICK_S)
 
-        try:
-            row = await self._patiently(ask, within_s)
-        except StoreError:
-            self._unsettled = fence and fence.nonce
-            raise
+        row = await self._patiently(ask, within_s, fence)
         self._check(row, fence, self._repeating)
         self._accept(row, batch, fence)
 
@@ -422,11 +427,12 @@ class Writer:
         """Return the lease and the number under which the next batch is written."""
         if fence is None:
             return (None, None, None, None)
-        if fence.nonce == self._unsettled:
+        if fence.nonce in self._unsettled:
             raise StoreError("The database did not answer, and what it was told is not settled.")
-        if self._lease != (fence.node, fence.nonce):
-            self._lease, self._batch = (fence.node, fence.nonce), 0
-        return (fence.node, fence.nonce, fence.lease_us, self._batch + 1)
+        return (fence.node, fence.nonce, fence.lease_us, self._next(fence))
+
+    def _next(self, fence: Fence) -> int:
+        return self._newest.get(fence.nonce, 0) + 1
 
     def _check(self, row: Any, fence: Fence | None, repeating: bool) -> None:
         if fence is None:
@@ -437,11 +443,11 @@ class Writer:
                 f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
             )
         if row["verdict"] == "repeated" and not repeating:
-            raise StoreError(f"Batch {self._batch + 1} of node {fence.node} is there already.")
+            raise StoreError(f"Batch {self._next(fence)} of node {fence.node} is there already.")
 
     def _accept(self, row: Any, batch: Batch, fence: Fence | None) -> None:
         if fence is not None:
-            self._batch += 1
+            self._newest[fence.nonce] = self._next(fence)
         before: int = row["log_before"] or 0
         if batch.messages or batch.events:
             batch.placed(before, row["events_before"], row["new_events"] or ())
