@@ -369,6 +369,24 @@ async def test_a_connection_without_a_transaction_is_refused(url: str) -> None:
 
 
 @in_loop
+async def test_a_newer_schema_takes_events_of_the_version_before(url: str) -> None:
+    """Workers are upgraded one after the other, and what publishes perhaps last."""
+
+    async def has(schema: int) -> None:
+        sql = f"UPDATE pavane.meta SET value = '{schema}' WHERE key = 'schema' RETURNING value"
+        await rows(url, sql)
+
+    await has(99)
+    async with by_asyncpg(url) as (connection, _):
+        await outbox.publish(connection, Sold(shelf="one", by="x", no=1))
+    assert await rows(url, "SELECT type FROM pavane.outbox") == [("Sold",)]
+    await has(1)
+    async with by_asyncpg(url) as (connection, _):
+        with pytest.raises(StoreError, match=r"has schema 1, .*Start a worker of this version"):
+            await outbox.publish(connection, Sold(shelf="one", by="x", no=2))
+
+
+@in_loop
 async def test_a_database_that_is_no_store_is_refused() -> None:
     with Database() as empty:
         async with by_asyncpg(empty) as (connection, _):
