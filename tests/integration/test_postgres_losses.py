@@ -17,6 +17,7 @@ from pavane.core.operations import Mode
 from pavane.errors import LeaseLost, StoreError
 from pavane.stores.port import Commit, Fence, InboxRow, RunFilter
 from pavane.stores.postgres import PostgresStore, watch, writer
+from pavane.stores.postgres import connection as connection_module
 from pavane.stores.postgres import store as store_module
 from pavane.testing.event_stores import an_event
 from pavane.testing.postgres import PostgresServer
@@ -293,6 +294,25 @@ async def test_what_a_handler_starts_begins_though_the_answer_to_its_commit_is_l
                 await until(answered)
                 assert await other.fetchval("SELECT count(*) FROM rung") == 1
                 await other.close()
+
+
+@in_loop
+async def test_the_server_ends_transactions_of_a_frozen_process_also_behind_a_pooler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection_module, "SETTINGS", {})  # as a pooler that takes none
+    seen: list[str] = []
+
+    async def look(connection: Any, state: bytes | None = None) -> None:
+        seen.append(await connection.fetchval("SHOW idle_in_transaction_session_timeout"))
+
+    async with wired() as (store, _):
+        commit = a_commit()
+        commit.work = look
+        assert await written(store, commit, fence=await joined(store)) == [None]
+        await store._execute(look)
+        assert seen == ["10s", "10s"]
+        assert await store._one("SHOW idle_in_transaction_session_timeout") == "0"
 
 
 @in_loop

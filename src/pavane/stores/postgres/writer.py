@@ -12,7 +12,8 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +24,7 @@ from pavane.stores.postgres.connection import (
     BUSY,
     OF_ONE_COMMIT,
     QUICK_S,
+    SETTINGS,
     Connection,
     answered,
     asyncpg,
@@ -42,6 +44,10 @@ WORK_S = 8.0
 """How long user code may take inside a transaction; the server ends an idle one after 10 s."""
 PAUSE_S = 0.05
 PAUSE_MAX_S = 1.0
+_END_IDLE = (
+    "SET LOCAL idle_in_transaction_session_timeout ="
+    f" '{SETTINGS['idle_in_transaction_session_timeout']}'"
+)
 
 Results = list[PavaneError | None]
 Work = Callable[[Connection], Awaitable[Any]]
@@ -203,7 +209,7 @@ class Writer:
     async def _do_call(self, job: _Call) -> None:
         async def ask(connection: Connection) -> Any:
             async def transaction() -> Any:
-                async with connection.transaction():
+                async with _transaction(connection):
                     return await job.work(connection)
 
             return await answered(connection, transaction(), CALL_S)
@@ -338,7 +344,7 @@ class Writer:
         """Do the work and write its commit, in a transaction of their own."""
         committing = False
         try:
-            async with c.transaction():
+            async with _transaction(c):
                 written = await self._work_within(c, commit, fence)
                 committing = True
             return written
@@ -461,6 +467,17 @@ def _parts(commits: Sequence[Commit]) -> Iterator[list[Commit]]:
             yield from ([commit] for commit in group)
         else:
             yield list(group)
+
+
+@asynccontextmanager
+async def _transaction(c: Connection) -> AsyncGenerator[None]:
+    """Begin and end one; the server ends it if this process is frozen, which would keep its locks.
+
+    A pooler takes no settings of a session, so this one is set here.
+    """
+    async with c.transaction():
+        await c.execute(_END_IDLE)
+        yield
 
 
 async def _is_done(c: Connection, commit: Commit) -> bool:
