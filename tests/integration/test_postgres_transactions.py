@@ -25,7 +25,9 @@ from pavane import (
     outbox,
     step_info,
 )
+from pavane.errors import Locked
 from pavane.stores.eventlog import DeadFilter, EventFilter
+from pavane.stores.postgres import writer
 from tests.integration.world import World, in_loop, until
 from tests.postgres import Database
 
@@ -48,6 +50,10 @@ class Counted(Event, key="shelf"):
 
 class Reserved(Event, key="seat"):
     seat: int
+
+
+class Paid(Event, key="account"):
+    account: str
 
 
 desk, ledger = Service("desk"), Service("ledger")
@@ -100,6 +106,23 @@ async def take_seat(connection: Any, seat: int) -> int:
 async def reserve(event: Reserved, connection: Any) -> None:
     SEEN.append(event.seat)
     await connection.execute("INSERT INTO seats VALUES ($1)", event.seat)
+
+
+@ledger.transaction
+async def add(connection: Any, account: str) -> None:
+    CALLS.append(account)
+    await connection.execute("UPDATE bookings SET cents = cents + 1 WHERE account = $1", account)
+
+
+@ledger.on(Paid, transaction=True, retry=Retry(attempts=1))
+async def pays(event: Paid, connection: Any) -> None:
+    SEEN.append(0)
+    await add.fn(connection, event.account)
+
+
+@desk.workflow
+async def adds(account: str) -> None:
+    await add(account)
 
 
 @desk.workflow
@@ -190,6 +213,37 @@ async def test_a_transaction_that_cannot_be_written_fails_alone(
             await wrong.result(timeout=30)
         assert await right.result(timeout=30) == [5, 6, 2]
     assert await rows(url, "SELECT * FROM bookings WHERE account = 'wrong'") == []
+
+
+@in_loop
+async def test_who_waits_for_a_lock_is_tried_again_uncounted_and_others_go_on(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock may be of a process that is frozen, until the server ends its transaction."""
+    monkeypatch.setattr(writer, "LOCK_S", 0.1)
+    monkeypatch.setattr(Locked, "pause_s", 0.01)
+    world = World(url, "orchestration", "one node")
+    async with world.working(desk, ledger) as director:
+        async with by_asyncpg(url) as (_, execute):
+            await execute("INSERT INTO bookings VALUES ('held', 0)")
+        async with by_asyncpg(url) as (_, execute):
+            await execute("SELECT 1 FROM bookings FOR UPDATE")
+            run = await director.start(adds, "held")
+            await director.client.publish(Paid(account="held"))
+
+            async def tried() -> bool:
+                return len(SEEN) > 2 and len(CALLS) - len(SEEN) > 2
+
+            await until(tried)
+            assert await director.result(pay, "b", 5) == [5, 6, 2]
+            assert (await run.status()).status != "failed"
+        await run.result(timeout=30)
+
+        async def added() -> bool:
+            sql = "SELECT cents FROM bookings WHERE account = 'held'"
+            return await rows(url, sql) == [(2,)]
+
+        await until(added)
 
 
 @in_loop

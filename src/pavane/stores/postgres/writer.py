@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from itertools import groupby
 from typing import Any
 
-from pavane.errors import LeaseLost, PavaneError, StoreError, WorkFailed
+from pavane.errors import LeaseLost, Locked, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import Commit, Conflict, Fence, broken_chain
 from pavane.stores.postgres.batch import WRITE, Batch
 from pavane.stores.postgres.connection import (
@@ -42,6 +42,8 @@ CALL_S = 10.0
 MERGED_MAX = 1000
 WORK_S = 8.0
 """How long user code may take inside a transaction; the server ends an idle one after 10 s."""
+LOCK_S = 2.0
+"""How long it may wait for a lock, as of a process that is frozen: nothing else is written then."""
 PAUSE_S = 0.05
 PAUSE_MAX_S = 1.0
 _END_IDLE = (
@@ -344,12 +346,16 @@ class Writer:
         """Do the work and write its commit, in a transaction of their own."""
         committing = False
         try:
-            async with _transaction(c):
+            async with _transaction(c, f"SET LOCAL lock_timeout = '{LOCK_S * 1000:.0f}ms'"):
                 written = await self._work_within(c, commit, fence)
                 committing = True
             return written
         except asyncpg.PostgresError as error:
-            if not committing or is_lost(error) or isinstance(error, BUSY):
+            if not committing or is_lost(error):
+                raise
+            if isinstance(error, asyncpg.LockNotAvailableError):
+                raise WorkFailed(_locked(error)) from error
+            if isinstance(error, BUSY):
                 raise
             raise WorkFailed(error) from error  # the user's constraint was deferred until now
 
@@ -365,12 +371,17 @@ class Writer:
             sql = "SELECT body FROM pavane.states WHERE service = $1 AND name = $2 AND key = $3"
             body = await c.fetchval(sql, *commit.work_state)
             state = None if body is None else body.encode()
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
         try:
             async with asyncio.timeout(WORK_S):
                 await commit.work(c, state)
         except Exception as error:
             if c.is_closed():
                 raise ConnectionResetError("lost while work was done") from error  # tried again
+            waited = loop.time() - began_s >= LOCK_S  # sooner, it is by a NOWAIT of the user's
+            if isinstance(error, asyncpg.LockNotAvailableError) and waited:
+                raise WorkFailed(_locked(error)) from error
             raise WorkFailed(error) from error
         if not c.is_in_transaction():
             raise WorkFailed(
@@ -469,14 +480,18 @@ def _parts(commits: Sequence[Commit]) -> Iterator[list[Commit]]:
             yield list(group)
 
 
+def _locked(error: BaseException) -> Locked:
+    return Locked(f"Another transaction has kept its locks for {LOCK_S:g} s: {error}.")
+
+
 @asynccontextmanager
-async def _transaction(c: Connection) -> AsyncGenerator[None]:
+async def _transaction(c: Connection, *settings: str) -> AsyncGenerator[None]:
     """Begin and end one; the server ends it if this process is frozen, which would keep its locks.
 
     A pooler takes no settings of a session, so this one is set here.
     """
     async with c.transaction():
-        await c.execute(_END_IDLE)
+        await c.execute("; ".join((_END_IDLE, *settings)))
         yield
 
 
