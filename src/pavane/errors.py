@@ -200,6 +200,14 @@ class WorkFailed(PavaneError):
         self.error = error
 
 
+class Locked(PavaneError):
+    """A transaction waited in vain for a lock of another one; it is tried again, uncounted."""
+
+    code = "locked"
+    pause_s = 1.0
+    """How long others are written, before it is tried again."""
+
+
 class Discarded(BaseException):
     """Raised in code of an execution that is being put away; never seen by callers."""
 

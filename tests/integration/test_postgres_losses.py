@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 
-from pavane import App, EngineConfig
+from pavane import App, EngineConfig, Event, Service
 from pavane.core.operations import Mode
 from pavane.errors import LeaseLost, StoreError
-from pavane.stores.port import Commit, Fence, InboxRow
+from pavane.stores.port import Commit, Fence, InboxRow, RunFilter
 from pavane.stores.postgres import PostgresStore, watch, writer
+from pavane.stores.postgres import connection as connection_module
 from pavane.stores.postgres import store as store_module
+from pavane.testing.event_stores import an_event
 from pavane.testing.postgres import PostgresServer
 from pavane.testing.store_check import (
     SERVICES,
@@ -122,7 +125,58 @@ async def test_a_refused_commit_is_still_refused_alone_after_a_loss(way: str) ->
 
 
 @in_loop
+async def test_what_comes_late_under_an_earlier_lease_leaves_the_next_alone() -> None:
+    async with wired() as (store, _):
+        before, fence = await joined(store), await joined(store)
+        for no in range(3):
+            for each in (before, fence):
+                message = a_message(store, f"{each.node} {no}#1")
+                assert await written(store, a_commit(messages=[message]), fence=each) == [None]
+        await store.expire([row for row in await store.nodes() if row.no == before.node])
+        for _ in range(2):
+            (late,) = await written(store, a_commit(), fence=before)
+            assert isinstance(late, LeaseLost)
+            assert await written(store, a_commit(), fence=fence) == [None]
+        assert len(await whole_log(store)) == 6
+
+
+@pytest.mark.parametrize("with_work", [False, True], ids=["plain", "with work"])
+@in_loop
+async def test_nothing_follows_a_batch_that_may_be_written(
+    with_work: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be taken, so what comes under it could be told as written, and is not."""
+    monkeypatch.setattr(writer, "SETTLE_S", 0.2)
+
+    async def work(connection: Any, state: bytes | None) -> None: ...
+
+    async with wired() as (store, wire):
+        row = await store.join("node", "host", 1, SERVICES, 200_000)
+        fence = Fence(row.no, row.nonce, 200_000)
+
+        def watch(piece: bytes) -> str:
+            if (b"COMMIT" if with_work else b"first#1") in piece:
+                wire.refuses = True
+                return "deafen"
+            return "pass"
+
+        wire.watch = watch
+        first, second = (a_commit(messages=[a_message(store, f"{n}#1")]) for n in ("first", "next"))
+        first.work = work if with_work else None
+        for under in (fence, None):
+            commit = first if under else a_commit(messages=[a_message(store, "free#1")])
+            (result,) = await written(store, commit, fence=under)
+            assert isinstance(result, StoreError)
+        wire.refuses = False
+        once(wire, "next#1", "swallow")
+        (result,) = await written(store, second, fence=fence)
+        assert isinstance(result, StoreError)
+        assert [message.id for message in await whole_log(store)] == ["first#1"]
+
+
+@in_loop
 async def test_work_whose_answer_is_lost_is_not_done_again() -> None:
+    """And what it wrote is told as written, with the places of what was sent."""
     async with wired() as (store, wire):
         fence = await joined(store)
         calls: list[int] = []
@@ -132,18 +186,133 @@ async def test_work_whose_answer_is_lost_is_not_done_again() -> None:
             await connection.execute("CREATE TABLE IF NOT EXISTS done (no int)")
             await connection.execute("INSERT INTO done VALUES (1)")
 
-        for way in WAYS:
+        for no, way in enumerate(WAYS):
             once(wire, "COMMIT", way)
-            commit = a_commit(inbox=[InboxRow("shop", f"work {way}", 1)])
+            sent, event = a_message(store, f"{way}#1"), an_event(store, way)
+            commit = a_commit(
+                inbox=[InboxRow("shop", f"work {way}", 1)], messages=[sent], events=[event]
+            )
             commit.work = work
-            (result,) = await written(store, commit, fence=fence)
-            # Where it was written and not answered, it is told as done before.
-            assert (result is None) == (way == "swallow"), (way, result)
-            following = a_message(store, f"{way}#1")
+            assert await written(store, commit, fence=fence) == [None]
+            assert (sent.pos, event.pos) == (2 * no + 1, no + 1)
+            following = a_message(store, f"{way}#2")
             assert await written(store, a_commit(messages=[following]), fence=fence) == [None]
         assert await store._one("SELECT count(*) FROM done") == 2
         assert len(calls) == 3
-        assert [message.id for message in await whole_log(store)] == ["swallow#1", "deafen#1"]
+        ids = [message.id for message in await whole_log(store)]
+        assert ids == ["swallow#1", "swallow#2", "deafen#1", "deafen#2"]
+
+
+@in_loop
+async def test_work_whose_commit_is_still_under_way_is_not_done_again() -> None:
+    """As one that waits for a standby: nobody sees it, and it may yet be there."""
+    async with wired() as (store, wire):
+        fence = await joined(store)
+        url = store.dsn.replace(f":{wire.port}/", f":{wire.target}/")
+        other = await asyncpg.connect(url)
+        await other.execute(
+            "CREATE TABLE done (no int); SELECT pg_advisory_lock(1);"
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+            " 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END';"
+            "CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON done DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION wait()"
+        )
+        calls: list[int] = []
+        looked = asyncio.Event()
+
+        async def work(connection: Any, state: bytes | None) -> None:
+            calls.append(1)
+            await connection.execute("INSERT INTO done VALUES (1)")
+
+        def look(piece: bytes) -> str:
+            if b"pavane.write_1" in piece:
+                looked.set()
+            return "pass"
+
+        def watch(piece: bytes) -> str:
+            if b"COMMIT" in piece:
+                wire.watch = look
+                return "deafen"
+            return "pass"
+
+        wire.watch = watch
+        sent = a_message(store, "sent#1")
+        commit = a_commit(inbox=[InboxRow("shop", "work", 1)], messages=[sent])
+        commit.work = work
+        writing = asyncio.ensure_future(written(store, commit, fence=fence))
+        await looked.wait()
+        await other.execute("SELECT pg_advisory_unlock(1)")
+        assert await writing == [None]
+        assert (sent.pos, len(calls)) == (1, 1)
+        assert await other.fetchval("SELECT count(*) FROM done") == 1
+        await other.close()
+
+
+class Rung(Event, key="bell"):
+    bell: str
+
+
+tower = Service("tower")
+RUNG = asyncio.Event()
+
+
+@tower.workflow
+async def answer(bell: str) -> str:
+    return bell
+
+
+@tower.on(Rung, transaction=True)
+async def ring(event: Rung, connection: Any) -> None:
+    await connection.execute("INSERT INTO rung VALUES ($1)", event.bell)
+    await answer.start(event.bell)
+    RUNG.set()
+
+
+@in_loop
+async def test_what_a_handler_starts_begins_though_the_answer_to_its_commit_is_lost() -> None:
+    RUNG.clear()
+    with Database() as url:
+        async with Wire(urlsplit(url).port or 0) as wire:
+
+            def watch(piece: bytes) -> str:
+                if RUNG.is_set() and b"COMMIT" in piece:
+                    wire.watch = lambda piece: "pass"
+                    return "deafen"
+                return "pass"
+
+            wire.watch = watch
+            store = url.replace(f":{wire.target}/", f":{wire.port}/")
+            async with App("tower", [tower], store=store).worker() as worker:
+                other = await asyncpg.connect(url)
+                await other.execute("CREATE TABLE rung (bell text)")
+                await worker.publish(Rung(bell="noon"))
+
+                async def answered() -> bool:
+                    runs = await worker.store.list_runs(RunFilter(status=("completed",)))
+                    return len(runs) == 1
+
+                await until(answered)
+                assert await other.fetchval("SELECT count(*) FROM rung") == 1
+                await other.close()
+
+
+@in_loop
+async def test_the_server_ends_transactions_of_a_frozen_process_also_behind_a_pooler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection_module, "SETTINGS", {})  # as a pooler that takes none
+    seen: list[str] = []
+
+    async def look(connection: Any, state: bytes | None = None) -> None:
+        seen.append(await connection.fetchval("SHOW idle_in_transaction_session_timeout"))
+
+    async with wired() as (store, _):
+        commit = a_commit()
+        commit.work = look
+        assert await written(store, commit, fence=await joined(store)) == [None]
+        await store._execute(look)
+        assert seen == ["10s", "10s"]
+        assert await store._one("SHOW idle_in_transaction_session_timeout") == "0"
 
 
 @in_loop

@@ -25,7 +25,9 @@ from pavane import (
     outbox,
     step_info,
 )
-from pavane.stores.eventlog import EventFilter
+from pavane.errors import Locked
+from pavane.stores.eventlog import DeadFilter, EventFilter
+from pavane.stores.postgres import writer
 from tests.integration.world import World, in_loop, until
 from tests.postgres import Database
 
@@ -44,6 +46,14 @@ class Sold(Event, key="shelf"):
 class Counted(Event, key="shelf"):
     shelf: str
     sum: int
+
+
+class Reserved(Event, key="seat"):
+    seat: int
+
+
+class Paid(Event, key="account"):
+    account: str
 
 
 desk, ledger = Service("desk"), Service("ledger")
@@ -84,6 +94,42 @@ async def count(event: Sold, connection: Any) -> Counted | None:
     return Counted(shelf=event.shelf, sum=total)
 
 
+@ledger.transaction(retry=SOON)
+async def take_seat(connection: Any, seat: int) -> int:
+    """Its constraint is deferred: it is violated by the COMMIT."""
+    CALLS.append(f"seat {seat}")
+    await connection.execute("INSERT INTO seats VALUES ($1)", seat)
+    return seat
+
+
+@ledger.on(Reserved, transaction=True, retry=SOON)
+async def reserve(event: Reserved, connection: Any) -> None:
+    SEEN.append(event.seat)
+    await connection.execute("INSERT INTO seats VALUES ($1)", event.seat)
+
+
+@ledger.transaction
+async def add(connection: Any, account: str) -> None:
+    CALLS.append(account)
+    await connection.execute("UPDATE bookings SET cents = cents + 1 WHERE account = $1", account)
+
+
+@ledger.on(Paid, transaction=True, retry=Retry(attempts=1))
+async def pays(event: Paid, connection: Any) -> None:
+    SEEN.append(0)
+    await add.fn(connection, event.account)
+
+
+@desk.workflow
+async def adds(account: str) -> None:
+    await add(account)
+
+
+@desk.workflow
+async def sits(seat: int) -> int:
+    return await take_seat(seat)
+
+
 @desk.workflow
 async def pay(account: str, cents: int) -> list[int]:
     return [await book(account, cents), *await asyncio.gather(book(account, 1), book("other", 2))]
@@ -107,7 +153,8 @@ def url() -> Iterator[str]:
                 connection = await asyncpg.connect(url)
                 await connection.execute(
                     "CREATE TABLE bookings (account text, cents int); CREATE TABLE seen (no int);"
-                    "CREATE TABLE sales (id serial, seller text, no int)"
+                    "CREATE TABLE sales (id serial, seller text, no int);"
+                    "CREATE TABLE seats (no int UNIQUE DEFERRABLE INITIALLY DEFERRED)"
                 )
                 await connection.close()
 
@@ -166,6 +213,62 @@ async def test_a_transaction_that_cannot_be_written_fails_alone(
             await wrong.result(timeout=30)
         assert await right.result(timeout=30) == [5, 6, 2]
     assert await rows(url, "SELECT * FROM bookings WHERE account = 'wrong'") == []
+
+
+@in_loop
+async def test_who_waits_for_a_lock_is_tried_again_uncounted_and_others_go_on(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock may be of a process that is frozen, until the server ends its transaction."""
+    monkeypatch.setattr(writer, "LOCK_S", 0.1)
+    monkeypatch.setattr(Locked, "pause_s", 0.01)
+    world = World(url, "orchestration", "one node")
+    async with world.working(desk, ledger) as director:
+        async with by_asyncpg(url) as (_, execute):
+            await execute("INSERT INTO bookings VALUES ('held', 0)")
+        async with by_asyncpg(url) as (_, execute):
+            await execute("SELECT 1 FROM bookings FOR UPDATE")
+            run = await director.start(adds, "held")
+            await director.client.publish(Paid(account="held"))
+
+            async def tried() -> bool:
+                return len(SEEN) > 2 and len(CALLS) - len(SEEN) > 2
+
+            await until(tried)
+            assert await director.result(pay, "b", 5) == [5, 6, 2]
+            assert (await run.status()).status != "failed"
+        await run.result(timeout=30)
+
+        async def added() -> bool:
+            sql = "SELECT cents FROM bookings WHERE account = 'held'"
+            return await rows(url, sql) == [(2,)]
+
+        await until(added)
+
+
+@in_loop
+async def test_what_a_commit_refuses_is_a_failure_of_the_work(url: str) -> None:
+    """Of the step, which is told, and of the handler, which gives its event up; not a conflict."""
+    await rows(url, "INSERT INTO seats VALUES (7) RETURNING no")
+    world = World(url, "orchestration", "one node")
+    async with world.working(desk, ledger) as director:
+        with pytest.raises(RunFailed, match=r"UniqueViolationError.*seats_no_key"):
+            await director.result(sits, 7)
+        assert await director.result(sits, 8) == 8
+        await director.client.publish(Reserved(seat=7))
+
+        async def given_up() -> Any:
+            return await director.client.store.dead_letters(DeadFilter())
+
+        (dead,) = await until(given_up)
+        assert "seats_no_key" in dead.cause
+        await director.client.publish(Reserved(seat=9))
+
+        async def reserved() -> bool:
+            return len(await rows(url, "SELECT * FROM seats")) == 3
+
+        await until(reserved)
+    assert (CALLS, SEEN) == (["seat 7"] * 3 + ["seat 8"], [7, 7, 7, 9])
 
 
 @in_loop
@@ -317,6 +420,24 @@ async def test_a_connection_without_a_transaction_is_refused(url: str) -> None:
         pytest.raises(StoreError, match="has no open transaction"),
     ):
         outbox.publish_sync(plain, sale)
+
+
+@in_loop
+async def test_a_newer_schema_takes_events_of_the_version_before(url: str) -> None:
+    """Workers are upgraded one after the other, and what publishes perhaps last."""
+
+    async def has(schema: int) -> None:
+        sql = f"UPDATE pavane.meta SET value = '{schema}' WHERE key = 'schema' RETURNING value"
+        await rows(url, sql)
+
+    await has(99)
+    async with by_asyncpg(url) as (connection, _):
+        await outbox.publish(connection, Sold(shelf="one", by="x", no=1))
+    assert await rows(url, "SELECT type FROM pavane.outbox") == [("Sold",)]
+    await has(1)
+    async with by_asyncpg(url) as (connection, _):
+        with pytest.raises(StoreError, match=r"has schema 1, .*Start a worker of this version"):
+            await outbox.publish(connection, Sold(shelf="one", by="x", no=2))
 
 
 @in_loop

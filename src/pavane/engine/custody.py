@@ -25,6 +25,7 @@ from pavane.errors import (
     BadEvent,
     CorruptJournal,
     LeaseLost,
+    Locked,
     NotDeclared,
     NotDecodable,
     NotEncodable,
@@ -273,8 +274,9 @@ class Custody:
         self, subscription: Subscription, lanes: list[Lane], item: Item, error: BaseException
     ) -> None:
         retry: Retry = subscription.options.retry
-        delay_s = None
-        if not isinstance(error, FINAL):
+        counts = not isinstance(error, Locked)
+        delay_s = None if counts else Locked.pause_s
+        if counts and not isinstance(error, FINAL):
             elapsed_s = (self._session.now_us() - item.began_us) / 1e6
             delay_s = retry.delay_s(item.attempt, error, elapsed_s, self._session.process.random)
         if subscription.options.shadow or delay_s is None:
@@ -285,7 +287,7 @@ class Custody:
             "%r failed on event %s (attempt %d), next in %.2f s: %s", subscription.handler,
             item.row.id, item.attempt, delay_s, error_summary(raw),
         )  # fmt: skip
-        item.attempt += 1
+        item.attempt += counts
         due_us = self._session.now_us() + round(delay_s * 1e6)
         row = self._parked(subscription, item, due_us, raw)
         lanes[0].head = row

@@ -29,6 +29,7 @@ from pavane.errors import (
     BadArguments,
     CorruptJournal,
     HeartbeatTimeout,
+    Locked,
     NotDecodable,
     NotEncodable,
     PavaneError,
@@ -680,8 +681,9 @@ class Steps:
 
     def _failed(self, attempt: Attempt, error: BaseException, final: bool) -> None:
         retry = attempt.options.retry or (PERSISTENT if attempt.call.undo else ONCE)
-        delay_s = None
-        if not final:
+        counts = not isinstance(error, Locked)
+        delay_s = None if counts else Locked.pause_s
+        if counts and not final:
             elapsed_s = (self._session.now_us() - attempt.began_us) / 1e6
             delay_s = retry.delay_s(attempt.number, error, elapsed_s, self._session.process.random)
         raw = encode_error(error)
@@ -692,7 +694,7 @@ class Steps:
             "%s.%s of run %s failed (attempt %d), next in %.2f s: %s", attempt.call.service,
             attempt.call.step, attempt.call.run, attempt.number, delay_s, error_summary(raw),
         )  # fmt: skip
-        attempt.number += 1
+        attempt.number += counts
         self._park(attempt, self._session.now_us() + round(delay_s * 1e6), raw)
 
     def _park(self, attempt: Attempt, due_us: int, error: bytes = b"null") -> None:

@@ -12,17 +12,19 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import groupby
 from typing import Any
 
-from pavane.errors import LeaseLost, PavaneError, StoreError, WorkFailed
+from pavane.errors import LeaseLost, Locked, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import Commit, Conflict, Fence, broken_chain
 from pavane.stores.postgres.batch import WRITE, Batch
 from pavane.stores.postgres.connection import (
     BUSY,
     OF_ONE_COMMIT,
     QUICK_S,
+    SETTINGS,
     Connection,
     answered,
     asyncpg,
@@ -41,8 +43,14 @@ CALL_S = 10.0
 MERGED_MAX = 1000
 WORK_S = 8.0
 """How long user code may take inside a transaction; the server ends an idle one after 10 s."""
+LOCK_S = 2.0
+"""How long it may wait for a lock, as of a process that is frozen: nothing else is written then."""
 PAUSE_S = 0.05
 PAUSE_MAX_S = 1.0
+_END_IDLE = (
+    "SET LOCAL idle_in_transaction_session_timeout ="
+    f" '{SETTINGS['idle_in_transaction_session_timeout']}'"
+)
 
 Results = list[PavaneError | None]
 Work = Callable[[Connection], Awaitable[Any]]
@@ -82,11 +90,10 @@ class Writer:
         self._wake: asyncio.Future[None] | None = None
         self._closing = False
         self._task: asyncio.Task[None] | None = None
-        self._lease: tuple[int, str] | None = None
-        self._batch = 0
-        """Number of the newest batch written under that lease."""
-        self._unsettled: str | None = None
-        """Nonce of a lease whose last batch may still be written: nothing may follow it."""
+        self._newest: dict[str, int] = {}
+        """Numbers of the newest batches written under each lease, by its nonce."""
+        self._unsettled: set[str] = set()
+        """Nonces of leases whose last batch may still be written: nothing may follow it."""
         self._repeating = False
 
     # -- life ----------------------------------------------------------------------------------
@@ -168,8 +175,16 @@ class Writer:
             self._connection.terminate()
             self._connection = None
 
-    async def _patiently(self, ask: Callable[[Connection], Awaitable[Any]], within_s: float) -> Any:
-        """Ask until there is an answer, on new connections, for a while; then raise StoreError."""
+    async def _patiently(
+        self,
+        ask: Callable[[Connection], Awaitable[Any]],
+        within_s: float,
+        fence: Fence | None = None,
+    ) -> Any:
+        """Ask until there is an answer, on new connections, for a while; then raise StoreError.
+
+        Nothing is written under `fence` after that: it is not known what was.
+        """
         loop = asyncio.get_running_loop()
         ends = 0.0
         pause_s = PAUSE_S
@@ -185,6 +200,8 @@ class Writer:
                     raise
                 ends = ends or loop.time() + within_s  # the first answer may have taken long
                 if loop.time() > ends:
+                    if fence is not None:
+                        self._unsettled.add(fence.nonce)
                     raise await looked_into(self._dsn, error) from error
                 log.info("writing again: %s", error)
             await asyncio.sleep(pause_s * (0.5 + random.random()))
@@ -195,7 +212,7 @@ class Writer:
     async def _do_call(self, job: _Call) -> None:
         async def ask(connection: Connection) -> Any:
             async def transaction() -> Any:
-                async with connection.transaction():
+                async with _transaction(connection):
                     return await job.work(connection)
 
             return await answered(connection, transaction(), CALL_S)
@@ -279,16 +296,17 @@ class Writer:
         return results
 
     async def _do_work(self, commit: Commit, fence: Fence | None) -> PavaneError | None:
-        async def ask(connection: Connection) -> PavaneError | None:
-            async def transaction() -> None:
-                async with connection.transaction():
-                    row, batch = await self._work_within(connection, commit, fence)
-                self._accept(row, batch, fence)
+        async def transaction(connection: Connection) -> None:
+            written = await self._earlier(connection, commit, fence) if self._repeating else None
+            if written is None:
+                written = await self._work_committed(connection, commit, fence)
+            self._accept(*written, fence)
 
-            return await answered(connection, transaction())
+        async def ask(connection: Connection) -> None:
+            await answered(connection, transaction(connection))
 
         try:
-            await self._patiently(ask, SETTLE_S)
+            await self._patiently(ask, SETTLE_S, fence)
         except PavaneError as error:
             return error
         except asyncpg.InFailedSQLTransactionError as failed:
@@ -305,27 +323,66 @@ class Writer:
             return await self._refusal(commit, error)
         return None
 
+    async def _earlier(
+        self, c: Connection, commit: Commit, fence: Fence | None
+    ) -> tuple[Any, Batch] | None:
+        """Return what `_work_committed` did if its commit, whose answer was lost, was written.
+
+        A COMMIT that is still under way is waited for: it has the lock of the node's row. What is
+        written here, without the work, is only a question, and taken back.
+        """
+        batch = Batch([commit])
+        asking = c.transaction()
+        await asking.start()
+        try:
+            row = await c.fetchrow(WRITE, *self._proof(fence), *batch.values)
+        finally:
+            await asking.rollback()
+        self._check(row, fence, repeating=True)
+        return (row, batch) if row["verdict"] == "repeated" else None
+
+    async def _work_committed(
+        self, c: Connection, commit: Commit, fence: Fence | None
+    ) -> tuple[Any, Batch]:
+        """Do the work and write its commit, in a transaction of their own."""
+        committing = False
+        try:
+            async with _transaction(c, f"SET LOCAL lock_timeout = '{LOCK_S * 1000:.0f}ms'"):
+                written = await self._work_within(c, commit, fence)
+                committing = True
+            return written
+        except asyncpg.PostgresError as error:
+            if not committing or is_lost(error):
+                raise
+            if isinstance(error, asyncpg.LockNotAvailableError):
+                raise WorkFailed(_locked(error)) from error
+            if isinstance(error, BUSY):
+                raise
+            raise WorkFailed(error) from error  # the user's constraint was deferred until now
+
     async def _work_within(
         self, c: Connection, commit: Commit, fence: Fence | None
     ) -> tuple[Any, Batch]:
         """Do the work and write its commit; what is returned counts when both are committed."""
         assert commit.work is not None
         if await _is_done(c, commit):
-            if self._repeating and fence is not None:  # it was written, and its answer was lost
-                sql = "SELECT batch FROM pavane.nodes WHERE no = $1 AND nonce = $2"
-                self._batch = await c.fetchval(sql, fence.node, fence.nonce) or self._batch
             raise Conflict("This was done before.")
         state: bytes | None = None
         if commit.work_state is not None:
             sql = "SELECT body FROM pavane.states WHERE service = $1 AND name = $2 AND key = $3"
             body = await c.fetchval(sql, *commit.work_state)
             state = None if body is None else body.encode()
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
         try:
             async with asyncio.timeout(WORK_S):
                 await commit.work(c, state)
         except Exception as error:
             if c.is_closed():
                 raise ConnectionResetError("lost while work was done") from error  # tried again
+            waited = loop.time() - began_s >= LOCK_S  # sooner, it is by a NOWAIT of the user's
+            if isinstance(error, asyncpg.LockNotAvailableError) and waited:
+                raise WorkFailed(_locked(error)) from error
             raise WorkFailed(error) from error
         if not c.is_in_transaction():
             raise WorkFailed(
@@ -336,7 +393,7 @@ class Writer:
             )
         batch = Batch([commit])
         row = await c.fetchrow(WRITE, *self._proof(fence), *batch.values)
-        self._check(row, fence)
+        self._check(row, fence, repeating=False)
         return row, batch
 
     async def _refusal(self, commit: Commit, error: BaseException) -> PavaneError | None:
@@ -380,25 +437,22 @@ class Writer:
         async def ask(connection: Connection) -> Any:
             return await answered(connection, write(connection), QUICK_S)
 
-        try:
-            row = await self._patiently(ask, within_s)
-        except StoreError:
-            self._unsettled = fence and fence.nonce
-            raise
-        self._check(row, fence)
+        row = await self._patiently(ask, within_s, fence)
+        self._check(row, fence, self._repeating)
         self._accept(row, batch, fence)
 
     def _proof(self, fence: Fence | None) -> tuple[Any, ...]:
         """Return the lease and the number under which the next batch is written."""
         if fence is None:
             return (None, None, None, None)
-        if fence.nonce == self._unsettled:
+        if fence.nonce in self._unsettled:
             raise StoreError("The database did not answer, and what it was told is not settled.")
-        if self._lease != (fence.node, fence.nonce):
-            self._lease, self._batch = (fence.node, fence.nonce), 0
-        return (fence.node, fence.nonce, fence.lease_us, self._batch + 1)
+        return (fence.node, fence.nonce, fence.lease_us, self._next(fence))
 
-    def _check(self, row: Any, fence: Fence | None) -> None:
+    def _next(self, fence: Fence) -> int:
+        return self._newest.get(fence.nonce, 0) + 1
+
+    def _check(self, row: Any, fence: Fence | None, repeating: bool) -> None:
         if fence is None:
             return
         if row["verdict"] == "lost":
@@ -406,12 +460,12 @@ class Writer:
                 f"Node {fence.node} lost its lease (it was silent for longer than "
                 f"{fence.lease_us / 1e6:g} s); it stops its runs and joins again."
             )
-        if row["verdict"] == "repeated" and not self._repeating:
-            raise StoreError(f"Batch {self._batch + 1} of node {fence.node} is there already.")
+        if row["verdict"] == "repeated" and not repeating:
+            raise StoreError(f"Batch {self._next(fence)} of node {fence.node} is there already.")
 
     def _accept(self, row: Any, batch: Batch, fence: Fence | None) -> None:
         if fence is not None:
-            self._batch += 1
+            self._newest[fence.nonce] = self._next(fence)
         before: int = row["log_before"] or 0
         if batch.messages or batch.events:
             batch.placed(before, row["events_before"], row["new_events"] or ())
@@ -425,6 +479,21 @@ def _parts(commits: Sequence[Commit]) -> Iterator[list[Commit]]:
             yield from ([commit] for commit in group)
         else:
             yield list(group)
+
+
+def _locked(error: BaseException) -> Locked:
+    return Locked(f"Another transaction has kept its locks for {LOCK_S:g} s: {error}.")
+
+
+@asynccontextmanager
+async def _transaction(c: Connection, *settings: str) -> AsyncGenerator[None]:
+    """Begin and end one; the server ends it if this process is frozen, which would keep its locks.
+
+    A pooler takes no settings of a session, so this one is set here.
+    """
+    async with c.transaction():
+        await c.execute("; ".join((_END_IDLE, *settings)))
+        yield
 
 
 async def _is_done(c: Connection, commit: Commit) -> bool:
