@@ -7,6 +7,7 @@ exactly the moment that a test is about.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,7 +92,14 @@ async def leave(director: Director, keys: str, grace_s: float = 0.0) -> set[int]
     """Let the slots of these keys leave the only service, as a hand-over does."""
     store = director.client.store
     slots = {store.slot_of(key, "") for key in keys}
-    await handlers_of(director).give("bank", slots, grace_s)
+    handlers = handlers_of(director)
+    places = {("bank", slot) for slot in slots}
+    handlers.leave(places)
+    await asyncio.sleep(0)
+    ends = time.monotonic() + grace_s
+    while places & handlers.at_work() and time.monotonic() < ends:
+        await asyncio.sleep(0.002)
+    await handlers.give("bank", slots)
     await session_of(director).committer.flush()
     return slots
 
