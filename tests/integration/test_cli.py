@@ -390,6 +390,7 @@ def test_doctor_tells_how_workers_on_postgres_wake_up() -> None:
 
 def test_no_password_is_shown() -> None:
     with Database() as url:
+        good("runs", "start", "fulfil", '"x"', "--store", url)
         secret = url.replace("@", ":s3cret@", 1)
         drawn = good("doctor", "--store", secret)
         assert "s3cret" not in drawn
