@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pavane import App, Service
 from pavane.core.operations import Mode
 from tests.bouncer import bounced_database
 from tests.integration import crew
@@ -50,7 +51,13 @@ async def test_nodes_work_through_a_pooler_and_take_over_from_one_that_is_killed
             await asyncio.to_thread(fleet.sink)
 
 
+async def made(url: str) -> None:
+    async with App("bouncing", [Service("desk")], store=url).connect():
+        pass
+
+
 def test_doctor_tells_that_workers_look_by_the_clock() -> None:
     with bounced_database() as url:
+        asyncio.run(made(url))
         told = json.loads(pavane("doctor", "--store", url, "-o", "json").stdout)
         assert "polling: " in next(one["text"] for one in told if one["check"] == "wake-ups")
