@@ -22,7 +22,7 @@ from msgspec import Raw
 
 from pavane.core.baton import Header, Outcome
 from pavane.core.codec import Params, decode_error, encode, encode_error
-from pavane.core.journal import PATCH, Entry
+from pavane.core.journal import PATCH, Entry, effective, issue_eras
 from pavane.core.loop import DurableTimer, Runaway, WorkflowFuture, WorkflowLoop
 from pavane.core.operations import BEGIN, EXPIRY, Kind, Mode, Operation
 from pavane.errors import (
@@ -95,6 +95,16 @@ def required(call: str) -> Execution:
             f"from the workflow function."
         )
     return execution
+
+
+def rebuilt(
+    header: Header, definition: WorkflowDefinition, entries: Sequence[Entry], payload_max_bytes: int
+) -> tuple[Execution, list[Entry]]:
+    """Return an execution that is yet to replay a journal, and those entries of it that count."""
+    delivered = effective(entries)
+    execution = Execution(header, definition, delivered, payload_max_bytes)
+    execution.eras = issue_eras(entries) if header.era else ()
+    return execution, delivered
 
 
 class Execution:

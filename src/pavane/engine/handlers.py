@@ -617,15 +617,12 @@ class Handlers:
 
     # -- stopping ------------------------------------------------------------------------------
 
-    async def drain(self, grace_s: float) -> None:
-        """Let what is under way end within the grace period, and write how far everything is."""
+    async def drain(self) -> None:
+        """Begin nothing more, and write how far everything is."""
         for subscription in self.consumer.subscriptions:
             subscription.hold()
         while self._queued:  # who waited behind one at the state of a key may be next
             self._unqueue(list(self._queued))
-        ends = self._loop.time() + grace_s
-        while self._loop.time() < ends and any(s.running for s in self.consumer.subscriptions):
-            await asyncio.sleep(0.002)
         for subscription in self.consumer.subscriptions:  # who is cancelled now did not fail
             subscription.leave(set(subscription.slots), self.consumer.tail)
         await self._session.committer.flush()

@@ -48,7 +48,7 @@ from pavane.core.envelope import (
     pack,
     unpack,
 )
-from pavane.core.execution import Execution
+from pavane.core.execution import Execution, rebuilt
 from pavane.core.journal import (
     DAMAGED,
     Entry,
@@ -57,7 +57,6 @@ from pavane.core.journal import (
     encode_entry,
     eras,
     expiry_of,
-    issue_eras,
     resumed_us,
     unasked_of,
 )
@@ -425,9 +424,8 @@ class Holder:
                 raise CorruptJournal(f"The journal of run {row.id} has no beginning. {DAMAGED}")
             header.era, header.resumed_us = eras(entries), resumed_us(entries)
             definition = self._registry.workflow(header.workflow, header.version)
-            delivered = effective(entries)
-            execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
-            execution.eras = issue_eras(entries) if header.era else ()
+            most = self._config.payload_max_bytes
+            execution, delivered = rebuilt(header, definition, entries, most)
             begun = len(delivered) > 1 or bool(delivered and delivered[0].issued)
             unasked = unasked_of(delivered)
             if begun:
@@ -1071,9 +1069,8 @@ class Holder:
         try:
             entries = decode_chunk(bytes(baton.entries))
             definition = self._registry.workflow(header.workflow, header.version)
-            delivered = effective(entries)
-            execution = Execution(header, definition, delivered, self._config.payload_max_bytes)
-            execution.eras = issue_eras(entries) if header.era else ()
+            most = self._config.payload_max_bytes
+            execution, delivered = rebuilt(header, definition, entries, most)
             execution.replay(delivered)
         except Exception as error:
             held.arrival = InboxRow(message.to, message.id, self._session.now_us())

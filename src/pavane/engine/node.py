@@ -788,8 +788,8 @@ class Session:
         with suppress(PavaneError):
             await self.store.ask_node(self.fence.node, DRAIN)  # others take what it releases
             await self._give(rows)
-        await self.steps.drain(0.0)
-        await self.handlers.drain(0.0)
+        await self.steps.close()
+        await self.handlers.drain()
         await self._duties.close()
         await self.holder.settle()
         await self.committer.flush()
@@ -876,10 +876,14 @@ class Node:
         try:
             await session.start()
         except BaseException:
-            self._lost.append((fence, list(session.touched.values())))
-            await session.close()  # else it would renew its lease for ever
+            await self._put_away(session)  # else it would renew its lease for ever
             raise
         self.session = session
+
+    async def _put_away(self, session: Session) -> None:
+        """Close a session that is lost; it is left before the next one joins."""
+        await session.close()
+        self._lost.append((session.fence, list(session.touched.values())))
 
     async def _supervise(self) -> None:
         """Join again each time the session is lost; with growing pauses if it did not last.
@@ -899,8 +903,7 @@ class Node:
                     await self._drain()
                     return
                 self.session = None
-                await session.close()
-                self._lost.append((session.fence, list(session.touched.values())))
+                await self._put_away(session)
                 if loop.time() - joined_s > self._config.lease_s:
                     pause_s = 0.0
             await asyncio.sleep(pause_s * (0.5 + self._process.random()))

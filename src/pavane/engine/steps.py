@@ -211,7 +211,6 @@ class Steps:
         self._changing: Counter[tuple[str, str]] = Counter()
         """Steps whose row in custody is about to go, or to be written for their next attempt."""
         self._reads: WeakValueDictionary[tuple[str, str], _Read] = WeakValueDictionary()
-        self._done: asyncio.Event = asyncio.Event()
         self.draining = False
 
     # -- asking --------------------------------------------------------------------------------
@@ -556,8 +555,6 @@ class Steps:
 
     def _ran(self, attempt: Attempt) -> None:
         del self._running[attempt.key]
-        if not self._running:
-            self._done.set()
         if attempt.permit:
             self._session.limits.give_back(attempt.permit)
             attempt.permit = ""
@@ -808,20 +805,8 @@ class Steps:
     def _target(self, attempt: Attempt) -> int:
         return self._store.target_of(attempt.owner, attempt.call.run)
 
-    async def drain(self, grace_s: float) -> None:
-        """Let running attempts end within the grace period, then cancel the rest."""
-        self.draining = True
-        ends = self._loop.time() + grace_s
-        while self._running and self._loop.time() < ends:
-            self._done.clear()
-            try:
-                async with asyncio.timeout_at(max(ends, self._loop.time() + 0.01)):
-                    await self._done.wait()
-            except TimeoutError:
-                break
-        await self.close()
-
     async def close(self) -> None:
+        """Begin nothing more, and stop what is running."""
         self.draining = True
         self._queued.clear()
         running = list(self._running.values())

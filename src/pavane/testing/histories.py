@@ -18,8 +18,8 @@ import msgspec
 from pavane.app import App, Client
 from pavane.cli.text import counted
 from pavane.core.baton import ENDED, Header, Status
-from pavane.core.execution import Execution
-from pavane.core.journal import Entry, effective, eras, issue_eras
+from pavane.core.execution import rebuilt
+from pavane.core.journal import Entry, eras
 from pavane.engine.held import decode_header
 from pavane.errors import BadArguments, CorruptJournal, Mismatch, PavaneError, UnknownName
 from pavane.testing.parallel import spread
@@ -181,11 +181,9 @@ def _verdict(app: App, history: History) -> tuple[Verdict, str]:
     except UnknownName as error:
         return ("retired", "") if history.status in ENDED else ("unknown", str(error))
     header.era = eras(entries)
-    delivered = effective(entries)
+    execution, delivered = rebuilt(header, definition, entries, app.config.payload_max_bytes)
     if not delivered or (len(delivered) == 1 and not delivered[0].issued):
         return "fits", ""  # it has not begun
-    execution = Execution(header, definition, delivered, app.config.payload_max_bytes)
-    execution.eras = issue_eras(entries) if header.era else ()
     try:
         execution.replay(delivered)
     except Mismatch as error:

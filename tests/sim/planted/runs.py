@@ -12,13 +12,13 @@ from zlib import crc32
 import msgspec
 
 from pavane.app import Client
+from pavane.core import execution
 from pavane.core.envelope import Reply
 from pavane.core.execution import Execution
 from pavane.core.journal import Entry, effective
 from pavane.core.loop import DurableTimer, WorkflowLoop
 from pavane.core.operations import Operation
 from pavane.core.saga import Saga
-from pavane.engine import holder
 from pavane.engine.held import Held
 from pavane.engine.holder import Holder
 from pavane.engine.steps import Attempt
@@ -79,7 +79,7 @@ def replay_in_another_order() -> Iterator[None]:
         delivered = effective(entries)
         return delivered[:1] + sorted(delivered[1:], key=lambda entry: entry.op)
 
-    with patch.object(holder, "effective", sorted_by_operation):
+    with patch.object(execution, "effective", sorted_by_operation):
         yield
 
 

@@ -755,7 +755,7 @@ _FREE = "UPDATE pavane.partitions SET owner = NULL, clean = false WHERE owner = 
 
 
 async def _prove(c: Connection, fence: Fence) -> None:
-    # Not `RENEW`: what is done here under the lease is to outlive a crash of the server.
+    # Not as a lease is renewed: what is done under it here is to outlive a crash of the server.
     sql = (
         "UPDATE pavane.nodes SET expires_us = pavane.clock_us() + $3"
         " WHERE no = $1 AND nonce = $2 RETURNING no"

@@ -12,8 +12,8 @@ from pavane.app import App
 from pavane.core.baton import ENDED, decode_baton
 from pavane.core.codec import decoder
 from pavane.core.envelope import operation_id
-from pavane.core.execution import Execution
-from pavane.core.journal import decode_chunk, effective, eras, issue_eras, resumed_us
+from pavane.core.execution import rebuilt
+from pavane.core.journal import decode_chunk, eras, resumed_us
 from pavane.engine.held import decode_header
 from pavane.errors import PavaneError
 from pavane.stores.memory import SLOTS
@@ -190,10 +190,9 @@ def check_results(database: Database, app: App) -> None:
         entries = [entry for _, body in chunks for entry in decode_chunk(body)]
         header = decode_header(row.header)
         header.era, header.resumed_us = eras(entries), resumed_us(entries)
-        delivered = effective(entries)
         definition = app.registry.workflow(header.workflow, header.version)
-        execution = Execution(header, definition, delivered, app.config.payload_max_bytes)
-        execution.eras = issue_eras(entries) if header.era else ()
+        most = app.config.payload_max_bytes
+        execution, delivered = rebuilt(header, definition, entries, most)
         execution.replay(delivered)
         outcome = execution.outcome
         if outcome is None or bytes(outcome.value) != row.result:
