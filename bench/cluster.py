@@ -231,7 +231,7 @@ async def idle(folder: Path) -> list[Figure]:
     """What idle nodes cost the database, as a part of one core; fsync on.
 
     They are whole nodes, each with its connections, but share this process. The reference: as many
-    connections that ask `SELECT 1` as often as a node renews its lease.
+    connections that ask `SELECT 1` as often as a node that works renews its lease.
     """
     with PostgresServer(settings={"max_connections": str(8 * IDLE_NODES + 20)}) as server:
         url = server.create_database("bench")

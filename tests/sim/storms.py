@@ -17,6 +17,7 @@ from tests.sim.bank import Bank
 from tests.sim.calendar import Calendar
 from tests.sim.harbour import Harbour
 from tests.sim.hasty import Hasty
+from tests.sim.night import Night
 from tests.sim.planted import Bug
 from tests.sim.poison import Poison
 from tests.sim.post import Post
@@ -25,7 +26,7 @@ from tests.sim.shop import Shop
 MODES: tuple[Mode, ...] = ("orchestration", "choreography")
 SCENARIOS: dict[str, type[Scenario]] = {
     "bank": Bank, "hasty": Hasty, "shop": Shop, "post": Post, "poison": Poison,
-    "calendar": Calendar, "harbour": Harbour,
+    "calendar": Calendar, "harbour": Harbour, "night": Night,
 }  # fmt: skip
 PROCESSES = 2
 AT_ONCE = 20

@@ -19,7 +19,7 @@ from tests.sim.storms import MODES, SCENARIOS, find, storm, storms
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 290
-"""Of each of the seven scenarios, in each mode."""
+"""Of each of the eight scenarios, in each mode."""
 REGRESSIONS: list[tuple[str, Mode, tuple[int, ...]]] = [
     ("bank", "orchestration", (1101, 3363, 3772)),
     (

@@ -23,7 +23,7 @@ async def look_at_postgres(client: Client, facts: dict[str, str | int | float]) 
 
 
 async def _wake_ups(store: PostgresStore) -> Finding:
-    if await store.hears():
+    if await store.heard():
         return Finding("wake-ups", "ok", "NOTIFY: workers are told of what others write")
     return Finding(
         "wake-ups", "ok",

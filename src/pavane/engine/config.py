@@ -27,6 +27,11 @@ class EngineConfig(msgspec.Struct, frozen=True):
     poll_s: float = 0.01
     """How long, at most, a node does not look for what other processes wrote; while there is
     something, it looks ten times as often."""
+    rest_after_s: float = 5.0
+    """A node that has had nothing to do for so long rests, where the store can wake it."""
+    glance_s: float = 0.1
+    """The more nodes there are, the longer one that rests prolongs its lease at once, so that in
+    this time one of them looks at the store."""
     live_runs_max: int = 1000
     """Runs that merely wait are kept in memory up to this many, then replayed when woken."""
     payload_max_bytes: int = PAYLOAD_MAX_BYTES

@@ -61,6 +61,11 @@ class Duties:
         """Stop the duties of these partitions."""
         await stop_all([self._running.pop(t) for t in targets & self._running.keys()])
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether this session has no duty to do."""
+        return not self._running
+
     async def close(self) -> None:
         await self.give(set(self._running))
 

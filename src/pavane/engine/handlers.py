@@ -143,6 +143,11 @@ class Handlers:
             for subscription in self._by_service.get(service, ()):
                 self._unqueue(subscription.leave(slots, self.consumer.tail))
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no event is handled here, or waits for that."""
+        return not any(subscription.lanes for subscription in self.by_no.values())
+
     def at_work(self) -> set[tuple[str, int]]:
         """Return the services and slots in which something is under way."""
         return {

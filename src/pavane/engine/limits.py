@@ -415,6 +415,11 @@ class Limits:
 
     # -- life ----------------------------------------------------------------------------------
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody has, or asked for, what is limited here."""
+        return not self._asked and not self._strays and not self._tables
+
     async def own(self, service: str, targets: Collection[int]) -> None:
         """Go on with the limits of these partitions: there may be room since for who waits."""
         if all(declared != service for declared, _ in self._session.registry.limits):

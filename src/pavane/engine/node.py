@@ -23,7 +23,7 @@ from pavane.engine.duties import Duties, Duty
 from pavane.engine.handlers import Handlers
 from pavane.engine.held import Held
 from pavane.engine.holder import Holder
-from pavane.engine.lease import LeaseKeeper
+from pavane.engine.lease import REST_MAX_S, LeaseKeeper
 from pavane.engine.limits import Limits
 from pavane.engine.process import Process
 from pavane.engine.pruner import Pruner
@@ -64,6 +64,9 @@ TICK_S = 0.5
 LOOK_S = 10.0
 """How long, at most, a node does not look who else is there, and what people ask for, though it
 saw no change of that and nobody told it of one."""
+LOOK_AT_REST_S = 60.0
+REST_AHEAD_US = 300_000_000
+"""How far a node that wants to rest looks for what will be due."""
 TIMERS_S = 10.0
 GC_YOUNG = 50_000
 ALONE_LOOK_S = 0.01
@@ -126,6 +129,11 @@ class Session:
         """The same, as a glance tells it."""
         self._over_us = LAST_US
         """When the first lease of the others is over, by the last glance or look."""
+        self._is_stirred = True
+        """Whether there was something to do since the last tick."""
+        self._next_due_us = self._known_until_us = 0
+        """When something is due next, and up to when that is known, if nothing is done till then.
+        """
         self.services = frozenset(services)
         self._shared = sorted({*services, *(duty.name for duty in duties)})
         """What nodes share the partitions of."""
@@ -165,7 +173,9 @@ class Session:
         self.parked_timers = DueQueue(
             self.now_us, self._due_parked, "", self._in_turn(self.steps.due)
         )
-        self.lease = LeaseKeeper(store, fence, process, self._lease_lost, self._saw)
+        self.lease = LeaseKeeper(
+            store, fence, process, config.glance_s, self._lease_lost, self._saw
+        )
         self._pruner = Pruner(store, config.retention_s, lambda: len(self._others) + 1)
 
     # -- what the duties ask -------------------------------------------------------------------
@@ -174,6 +184,7 @@ class Session:
         """Queue a commit; see `Committer`."""
         if commit.unparked:
             self.steps.leaves_custody(commit)
+        self._stir()
         self.committer.submit(commit)
 
     def hosts(self, service: str) -> bool:
@@ -359,6 +370,7 @@ class Session:
         while True:
             found = False
             if self.store.changed():
+                self._stir()
                 found = await self._read_tail()
                 found |= await self.handlers.consumer.read_tail()
             pause_s = shortest_s if found else min(longest_s, pause_s * POLL_GROWTH)
@@ -417,6 +429,8 @@ class Session:
             self.lost(LeaseLost(f"Node {self.fence.node} and its store differ in what it owns."))
             return
         self._disputed = disputed
+        if give or want:
+            self._stir()
         if give:
             await self._give(give)
         if want:
@@ -432,9 +446,9 @@ class Session:
         return nodes
 
     def _saw(self, glance: Glance) -> None:
-        """Look properly, if who is there is not who was."""
+        """Look properly, if who is there is not who was, or one of them may be gone."""
         self._over_us = glance.expires_us
-        if glance.roster != self._roster:
+        if glance.roster != self._roster or self._over_us < self._judged_us():
             self._called.set()
 
     def _gone(self) -> list[NodeRow]:
@@ -443,8 +457,11 @@ class Session:
         return [node for node in self._others if self.process.is_gone(node, now)]
 
     def _is_one_gone(self) -> bool:
-        """Tell whether one of the others may be gone: its lease is over, or its process ended."""
-        if self._over_us < self._judged_us():
+        """Tell whether one of the others may be gone: its lease is over, or its process ended.
+
+        What a node that rests saw of leases is too old to judge by.
+        """
+        if not self.lease.rests and self._over_us < self._judged_us():
             return True
         return any(self.process.is_gone(node, 0) for node in self._others)
 
@@ -744,9 +761,39 @@ class Session:
         while True:
             await queue.poll(self.owned)
             await asyncio.sleep(TIMERS_S)
+            while self.lease.rests:
+                await asyncio.sleep(TICK_S)
+
+    # -- rest ----------------------------------------------------------------------------------
+
+    def _stir(self) -> None:
+        """Note that there is something to do."""
+        self._is_stirred = True
+        self.lease.rouse()
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether there is nothing to do, but for timers, until the store tells of something."""
+        parts = (self.steps, self.handlers, self.limits, self._duties)
+        return (
+            self.store.hears and all(part.is_idle for part in parts)
+            and not (self._suspects or self._aside or self.draining or self._unread)
+            and not any(self._flight.values())
+        )  # fmt: skip
+
+    async def _may_rest(self) -> bool:
+        """Tell whether no timer is due while this node rests: who took it over would be late."""
+        now = self.now_us()
+        ends_us = now + round(REST_MAX_S * 1e6)
+        if self._known_until_us < ends_us:
+            until_us, targets = now + REST_AHEAD_US, self.owned
+            run_us = await self.run_timers.first_us(targets, until_us)
+            step_us = await self.parked_timers.first_us(targets, until_us)
+            self._next_due_us, self._known_until_us = min(run_us, step_us), until_us
+        return self._next_due_us > ends_us and not self._is_stirred
 
     async def _tick(self) -> None:
-        positions_due = look_due = 0.0
+        positions_due = look_due = stirred_s = 0.0
         loop = asyncio.get_running_loop()
         while True:
             with suppress(TimeoutError):
@@ -754,7 +801,7 @@ class Session:
                     await self._called.wait()
             if self._called.is_set() or loop.time() >= look_due or self._is_one_gone():
                 self._called.clear()
-                look_due = loop.time() + LOOK_S
+                look_due = loop.time() + (LOOK_AT_REST_S if self.lease.rests else LOOK_S)
                 await self.balance()
                 await self.handlers.look()
             self.handlers.tick()
@@ -763,6 +810,14 @@ class Session:
             if loop.time() >= positions_due:
                 positions_due = loop.time() + POSITIONS_EVERY_S
                 self._write_positions()
+            if self._is_stirred or not self._is_idle:
+                self._is_stirred, stirred_s, self._known_until_us = False, loop.time(), 0
+                self.lease.rouse()
+            elif loop.time() - stirred_s > self.config.rest_after_s:
+                if await self._may_rest():
+                    self.lease.rest()
+                else:
+                    self.lease.rouse()
 
     def _write_positions(self) -> None:
         moved: list[tuple[int, int]] = []

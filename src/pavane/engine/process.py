@@ -21,6 +21,10 @@ from pavane.stores.port import NodeRow, Store
 class Rounds(Protocol):
     """Work that is repeated until it is stopped, or ends itself."""
 
+    def hurry(self) -> None:
+        """Begin the next round now."""
+        ...
+
     async def stop(self) -> None: ...
 
 
@@ -39,26 +43,33 @@ class Process:
     def new_id(self) -> str:
         return new_id()
 
-    def repeat(self, every_s: float, work: Callable[[], bool]) -> Rounds:
-        """Call `work` in rounds from a thread of its own until it returns False."""
-        return _ThreadedRounds(every_s, work)
+    def repeat(self, pause_s: Callable[[], float], work: Callable[[], bool]) -> Rounds:
+        """Call `work` from a thread of its own, each time after a pause, until it returns False."""
+        return _ThreadedRounds(pause_s, work)
 
 
 class _ThreadedRounds:
-    def __init__(self, every_s: float, work: Callable[[], bool]) -> None:
-        self._every_s = every_s
+    def __init__(self, pause_s: Callable[[], float], work: Callable[[], bool]) -> None:
+        self._pause_s = pause_s
         self._work = work
-        self._stop = threading.Event()
+        self._now = threading.Event()
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="pavane-lease", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._every_s * random.uniform(0.9, 1.1)):  # not in step
-            if not self._work():
+        while not self._is_stopped:
+            self._now.wait(self._pause_s() * random.uniform(0.9, 1.1))  # not in step with others
+            self._now.clear()
+            if self._is_stopped or not self._work():
                 return
 
+    def hurry(self) -> None:
+        self._now.set()
+
     async def stop(self) -> None:
-        self._stop.set()
+        self._is_stopped = True
+        self._now.set()
         await asyncio.to_thread(self._thread.join, 5.0)
 
 

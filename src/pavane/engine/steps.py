@@ -779,6 +779,11 @@ class Steps:
     def is_running(self, service: str, id: str) -> bool:
         return (service, id) in self._running
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no attempt runs or waits for its turn."""
+        return not self._running and not self._queued
+
     def at_work(self) -> set[int]:
         """Return the partitions for which an attempt is running: its own, and its run's."""
         running = self._running.values()

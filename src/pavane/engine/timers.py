@@ -13,6 +13,8 @@ from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
+from pavane.stores.port import LAST_US
+
 HORIZON_US = 25_000_000
 PAGE = 1000
 HEAP_MAX = 10_000
@@ -109,6 +111,11 @@ class DueQueue:
         """Read ahead what becomes due within the horizon, in all owned partitions."""
         self._until = self._now_us() + HORIZON_US
         self._cursor = await self._read_up(targets, self._cursor, self._until)
+
+    async def first_us(self, targets: Sequence[int], until_us: int) -> int:
+        """Return when the first is due by what the store knows; LAST_US if none is until then."""
+        rows = await self._read(targets, (0, self._first_tie), until_us, 1)
+        return rows[0][0] if rows else LAST_US
 
     async def catch_up(self, targets: Sequence[int]) -> None:
         """Read in newly owned partitions what `poll` has passed by, or is about to."""

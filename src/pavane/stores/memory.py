@@ -73,6 +73,8 @@ class _Data:
         self.services: dict[str, int] = {}
         self.partitions: dict[int, PartitionRow] = {}
         self.nodes: dict[int, NodeRow] = {}
+        self.leases_us: dict[int, int] = {}
+        """What nodes joined with."""
         self.nodes_ever = 0
         self.next_run = 1
         self.runs: dict[int, RunRow] = {}
@@ -99,6 +101,11 @@ class _Data:
             return False
         node.expires_us = self.clock() + fence.lease_us
         return True
+
+    def call(self) -> None:
+        """Prolong the leases of nodes that rest for no longer than usual: they are woken."""
+        for node in self.nodes.values():
+            node.expires_us = min(node.expires_us, self.clock() + self.leases_us[node.no])
 
     def prove(self, fence: Fence) -> None:
         if not self.holds(fence):
@@ -159,6 +166,8 @@ class _Data:
         for target, position in commit.positions:
             self.advance(target, position)
         self.events.publish(commit.events)
+        if commit.messages or commit.events:
+            self.call()
         if commit.reaction is not None:
             self.events.react(commit.reaction)
 
@@ -434,6 +443,10 @@ class MemoryStore(EventViews):
         before, self._version = self._version, version
         return version != before
 
+    @property
+    def hears(self) -> bool:
+        return True
+
     # -- membership ----------------------------------------------------------------------------
 
     async def join(
@@ -449,6 +462,7 @@ class MemoryStore(EventViews):
                 no, f"{no:024x}", name, host, pid, list(services), expires_us, data.clock()
             )
             data.nodes[no] = node
+            data.leases_us[no] = lease_us
             data.version += 1
             return _node(node)
 
@@ -496,6 +510,7 @@ class MemoryStore(EventViews):
 
     def _remove(self, data: _Data, node: NodeRow) -> None:
         del data.nodes[node.no]
+        del data.leases_us[node.no]
         for partition in data.partitions.values():
             if partition.owner == node.no:
                 partition.owner, partition.clean = None, False

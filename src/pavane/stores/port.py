@@ -445,6 +445,11 @@ class Store(EventStore, Protocol):
         """
         ...
 
+    @property
+    def hears(self) -> bool:
+        """Whether it is noticed at once, and without looking, that others wrote something."""
+        ...
+
     # membership
     async def join(
         self, name: str, host: str, pid: int, services: Sequence[str], lease_us: int
@@ -455,7 +460,9 @@ class Store(EventStore, Protocol):
     def renew(self, fence: Fence) -> Glance | None:
         """Prolong the lease, and see who else is there; None if it is lost.
 
-        Called from a thread of its own. Who idles looks no other way, so it is to cost little.
+        Called from a thread of its own. Who idles looks no other way, so it is to cost little. One
+        that `hears` may prolong its lease for longer than it joined with: once anybody has written
+        messages or events, it is as if it had been prolonged then, for as long as it joined with.
         """
         ...
 

@@ -807,10 +807,13 @@ async def who_renews_sees_who_else_is_there(connections: Connections) -> None:
     asked = one.renew(mine)
     assert asked is not None
     assert asked.roster == (1, theirs.node, 1), "it is told what people ask of itself, too"
-    assert two.renew(Fence(theirs.node, theirs.nonce, 9 * LEASE_US))
+    assert two.renew(Fence(theirs.node, theirs.nonce, LEASE_US // 2))
+    sooner = one.renew(mine)
+    assert two.renew(theirs)
     later = one.renew(mine)
+    assert sooner is not None
     assert later is not None
-    assert later.expires_us > row.expires_us + 7 * LEASE_US
+    assert later.expires_us > sooner.expires_us + LEASE_US // 4
     await two.leave(theirs)
     left = one.renew(mine)
     assert left is not None
@@ -820,10 +823,12 @@ async def who_renews_sees_who_else_is_there(connections: Connections) -> None:
 @_check
 async def every_batch_prolongs_the_lease(connections: Connections) -> None:
     store = await connections.open()
-    row = await store.join("a", "host", 42, ["shop"], LEASE_US)
-    await write(store, Fence(row.no, row.nonce, 3 * LEASE_US), journal=[JournalRow(1, 0, b"[]")])
+    fence = await joined(store)
+    assert store.renew(Fence(fence.node, fence.nonce, LEASE_US // 2))
+    (before,) = await store.nodes()
+    await write(store, fence, journal=[JournalRow(1, 0, b"[]")])
     (prolonged,) = await store.nodes()
-    assert prolonged.expires_us > row.expires_us + LEASE_US
+    assert prolonged.expires_us > before.expires_us + LEASE_US // 4
 
 
 @_check

@@ -232,6 +232,13 @@ def loss_of_the_lease_unnoticed() -> Iterator[None]:
         yield
 
 
+@planted("night")
+def rest_not_disturbed() -> Iterator[None]:
+    """Let the leases of nodes that rest be, whatever is written for them."""
+    with patch("pavane.stores.memory._Data.call", lambda _: None):
+        yield
+
+
 @planted("bank")
 def own_clock_trusted() -> Iterator[None]:
     """Let a node's own clock decide whether the lease of another one is over."""

@@ -101,6 +101,9 @@ class Past:
         self._nonce = ""
         self._task: asyncio.Task[None] | None = None
         self._warned = False
+        self.is_quiet = False
+        """Whether this node does nothing that a database which was put back would have forgotten.
+        """
 
     # -- what the machine knows ----------------------------------------------------------------
 
@@ -230,6 +233,8 @@ class Past:
     async def _keep(self, ask: Callable[[Work], Awaitable[Any]]) -> None:
         while True:
             await asyncio.sleep(BEAT_S * (0.75 + random.random() / 4))  # not all at once
+            if self.is_quiet:
+                continue
             with suppress(StoreError):  # the next one tells as much
                 beat = await ask(lambda c: self.beat(c, self._nonce, also_fresh=True))
                 await asyncio.to_thread(self.note, beat)

@@ -113,6 +113,7 @@ class PostgresStore(EventTables):
         self._clock_offset_us = 0
         self._pool: Any = None
         self._pid = 0
+        self._lease_us = 0
         self._lease = LeaseConnection(dsn)
         self.past = Past(dsn)
         self._writer = Writer(dsn, self._wrote)
@@ -489,6 +490,10 @@ class PostgresStore(EventTables):
             raise self._unusable()
         return self._watch.changed()
 
+    @property
+    def hears(self) -> bool:
+        return self._watch.hears
+
     # -- membership ----------------------------------------------------------------------------
 
     async def join(
@@ -501,8 +506,8 @@ class PostgresStore(EventTables):
             beat = await self.past.beat(c, nonce)
             sql = (
                 "INSERT INTO pavane.nodes"
-                " (nonce, name, host, pid, services, joined_us, expires_us)"
-                " SELECT $1, $2, $3, $4, $5, now, now + $6 FROM pavane.clock_us() AS now"
+                " (nonce, name, host, pid, services, joined_us, expires_us, lease_us)"
+                " SELECT $1, $2, $3, $4, $5, now, now + $6, $6 FROM pavane.clock_us() AS now"
                 " RETURNING no, expires_us, joined_us"
             )
             row = await c.fetchrow(sql, nonce, name, host, pid, list(services), lease_us)
@@ -512,6 +517,7 @@ class PostgresStore(EventTables):
         node, beat = await self._execute(insert)
         await asyncio.to_thread(self.past.note, beat)
         self.past.keep(nonce, self._ask)
+        self._lease_us = lease_us
         return node
 
     def renew(self, fence: Fence) -> Glance | None:
@@ -522,7 +528,8 @@ class PostgresStore(EventTables):
         if renewed is None:
             return None
         self._set_clock(began, renewed.now_us)
-        self._watch.saw(renewed.heads, renewed.is_staged)
+        self._watch.saw(renewed.heads, renewed.is_staged, fence.lease_us / 1e6)
+        self.past.is_quiet = fence.lease_us > self._lease_us
         return renewed.glance
 
     async def look_at_past(self) -> Found:
@@ -721,7 +728,7 @@ class PostgresStore(EventTables):
             )
         return len(stale)
 
-    async def hears(self) -> bool:
+    async def heard(self) -> bool:
         """Whether wake-ups of other processes arrive; takes a moment to tell after opening."""
         return await self._watch.probed()
 

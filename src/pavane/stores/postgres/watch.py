@@ -45,10 +45,19 @@ HEARTBEAT_S = 30.0
 What is not heard because of that is seen when the lease is renewed."""
 AGAIN_MAX_S = 10.0
 
+_RESTS = "expires_us > pavane.clock_us() + lease_us"
 _NOTIFY = (
-    "SELECT pg_backend_pid() FROM set_config('synchronous_commit', 'off', true), pg_notify($1, '')"
+    f"SELECT pg_backend_pid(), EXISTS (SELECT FROM pavane.nodes WHERE {_RESTS})"
+    " FROM set_config('synchronous_commit', 'off', true), pg_notify($1, '')"
 )
 """A hint need not outlive a crash of the server, so nobody waits for its disk."""
+_CALL = (
+    "UPDATE pavane.nodes SET expires_us = pavane.clock_us() + lease_us WHERE no IN"
+    f" (SELECT no FROM pavane.nodes WHERE {_RESTS} ORDER BY no FOR NO KEY UPDATE SKIP LOCKED)"
+    " RETURNING no"
+)
+"""Nodes that rest are to answer a notification by renewing their leases. One that is locked does
+that just now, or another process calls it."""
 
 
 class Watch:
@@ -61,8 +70,8 @@ class Watch:
         self._heard: asyncio.Event | None = None
         self._probed = asyncio.Event()
         self._changed = True
-        self._seen: tuple[tuple[int, int], bool] | None = None
-        """What was seen last, if it was not judged yet."""
+        self._seen: tuple[tuple[int, int], bool, float] | None = None
+        """What was seen last, if it was not judged yet, and how long to rely on seeing more."""
         self._heads = (-1, -1)
         self._look_at = 0.0
         self._look_s = LOOK_DEAF_S
@@ -98,11 +107,11 @@ class Watch:
         now = self._clock()
         seen, self._seen = self._seen, None
         if seen is not None:
-            heads, is_staged = seen
+            heads, is_staged, within_s = seen
             self._changed = self._changed or is_staged or heads != self._heads
             self._heads = heads
             if self.hears:
-                self._look_at = now + LOOK_S
+                self._look_at = now + max(LOOK_S, within_s)
         if self._changed:
             self._look_s = LOOK_DEAF_S
         elif now < self._look_at:
@@ -115,9 +124,12 @@ class Watch:
         self._look_at = now + pause_s * (0.75 + random.random() / 2)
         return True
 
-    def saw(self, heads: tuple[int, int], is_staged: bool) -> None:
-        """Note the ends of the logs, and whether events wait to be moved there; from any thread."""
-        self._seen = heads, is_staged
+    def saw(self, heads: tuple[int, int], is_staged: bool, within_s: float) -> None:
+        """Note the ends of the logs, and whether events wait to be moved there; from any thread.
+
+        This process is to see them again `within_s`.
+        """
+        self._seen = heads, is_staged, within_s
 
     def wake(self) -> None:
         """Note that this process wrote something that it has yet to read."""
@@ -147,8 +159,10 @@ class Watch:
             await asyncio.sleep(ANNOUNCE_EVERY_S)
 
     async def _tell(self) -> None:
-        (pid,) = await self._ask(_NOTIFY, CHANNEL)
+        pid, is_one_at_rest = await self._ask(_NOTIFY, CHANNEL)
         self._own_pids.add(pid)
+        if is_one_at_rest:
+            await self._ask(_CALL)
 
     # -- listening -----------------------------------------------------------------------------
 

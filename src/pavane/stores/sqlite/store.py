@@ -689,6 +689,10 @@ class SqliteStore(EventTables):
         before, self._version = self._version, version
         return version != before
 
+    @property
+    def hears(self) -> bool:
+        return False
+
     # -- membership ----------------------------------------------------------------------------
 
     async def join(

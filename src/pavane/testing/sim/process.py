@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import Any
 
 from pavane.app import App, Client
@@ -91,30 +92,40 @@ class SimProcess(Process):
     def new_id(self) -> str:
         return f"{self.clock.now_us:014x}{self.clock.random.getrandbits(40):010x}"
 
-    def repeat(self, every_s: float, work: Callable[[], bool]) -> Rounds:
-        return SimRounds(self, round(every_s * 1e6), work)
+    def repeat(self, pause_s: Callable[[], float], work: Callable[[], bool]) -> Rounds:
+        return SimRounds(self, pause_s, work)
 
 
 class SimRounds:
     """A thread of a simulated process that does something again and again."""
 
-    def __init__(self, process: SimProcess, every_us: int, work: Callable[[], bool]) -> None:
+    def __init__(
+        self, process: SimProcess, pause_s: Callable[[], float], work: Callable[[], bool]
+    ) -> None:
         self._process = process
-        self._every_us = every_us
+        self._pause_s = pause_s
         self._work = work
+        self._number = 0
+        """Of the round that comes next: one that was hurried is not done again."""
         self._is_stopped = False
-        self._wait()
+        self._wait(self._next_us())
 
-    def _wait(self) -> None:
-        clock = self._process.clock
-        clock.after(self._every_us + clock.between(0, JITTER_US), self._round)
+    def _next_us(self) -> int:
+        return round(self._pause_s() * 1e6) + self._process.clock.between(0, JITTER_US)
 
-    def _round(self) -> None:
+    def _wait(self, after_us: int) -> None:
+        self._number += 1
+        self._process.clock.after(after_us, partial(self._round, self._number))
+
+    def _round(self, number: int) -> None:
         process = self._process
-        if self._is_stopped or not process.is_alive:
+        if self._is_stopped or not process.is_alive or number != self._number:
             return
         if process.thread_is_frozen or self._work():
-            self._wait()
+            self._wait(self._next_us())
+
+    def hurry(self) -> None:
+        self._wait(1)
 
     async def stop(self) -> None:
         self._is_stopped = True
