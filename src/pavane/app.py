@@ -26,10 +26,11 @@ from pavane.engine.duties import Duty
 from pavane.engine.handlers import handler_spec
 from pavane.engine.held import blank_row, decode_header, decode_trail, encode_plain
 from pavane.engine.holder import start_claim
-from pavane.engine.node import Node, Session
+from pavane.engine.node import Node
 from pavane.engine.process import Process
 from pavane.engine.publishing import checked_size, event_row
 from pavane.engine.registry import Registry
+from pavane.engine.session import Session
 from pavane.errors import (
     BadArguments,
     BadDeclaration,

@@ -18,7 +18,7 @@ import pytest
 
 from pavane import Breaker, Event, Retry, Service, delivery, event
 from pavane.engine.handlers import Handlers
-from pavane.engine.node import Session
+from pavane.engine.session import Session
 from pavane.engine.subscription import QUEUE_MAX, Subscription
 from pavane.stores.eventlog import (
     DeadFilter,

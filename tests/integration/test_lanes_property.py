@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pavane import App, Client, EngineConfig, Event, LeaseLost, Retry, Service
-from pavane.engine import node as node_module
-from pavane.engine.node import Session
+from pavane.engine import session as session_module
+from pavane.engine.session import Session
 from pavane.stores.eventlog import DeadFilter
 from pavane.stores.port import LAST_US
 from tests.integration.world import in_loop, until
@@ -209,7 +209,7 @@ async def play(path: Path, drawn: list[Act]) -> None:
 
 @pytest.fixture(autouse=True)
 def balanced_by_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_module, "TICK_S", 3600.0)
+    monkeypatch.setattr(session_module, "TICK_S", 3600.0)
 
 
 @settings(

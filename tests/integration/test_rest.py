@@ -13,7 +13,7 @@ import pytest
 from pavane import App, Client, EngineConfig, Service
 from pavane.core.tasks import stop_all
 from pavane.engine.lease import REST_MAX_S
-from pavane.engine.node import Session
+from pavane.engine.session import Session
 from pavane.stores.memory import MemoryStore
 from pavane.stores.port import Fence, JournalRow, Store
 from pavane.stores.postgres import PostgresStore

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from pavane import App, Client, EngineConfig, Service, StoreError
-from pavane.engine.node import Session
+from pavane.engine.session import Session
 from pavane.workflow import Workflow
 from tests.integration.world import Place, in_loop, rows, until, until_status
 

@@ -130,7 +130,7 @@ async def test_a_timer_is_not_missed_that_was_written_after_its_time_was_read_ah
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pavane.engine.timers.HORIZON_US", 800_000)
-    monkeypatch.setattr("pavane.engine.node.TIMERS_S", 0.1)
+    monkeypatch.setattr("pavane.engine.session.TIMERS_S", 0.1)
     store = LateStore()
     async with App("desk", [desk], store=store).worker() as worker:
         run = await worker.start(nap, id="n-1")

@@ -47,7 +47,7 @@ from pavane.stores.eventlog import (
 from pavane.stores.port import LAST_US, Commit, Conflict, InboxRow, Message
 
 if TYPE_CHECKING:
-    from pavane.engine.node import Session
+    from pavane.engine.session import Session
 
 log = logging.getLogger("pavane.custody")
 
@@ -169,11 +169,12 @@ class Custody:
             await asyncio.sleep(0.005)
 
     async def _count(self, subscription: Subscription, parked: Sequence[ParkedEvent]) -> None:
-        """Count a death, durably, for each of these; see `Session.touched`."""
+        """Count a death, durably, for each of these; see `Deaths.touched`."""
         if not parked:
             return
         for row in parked:
-            touched = self._session.touched_at(subscription.handler.service.name, row.slot)
+            target = self._session.target_at(subscription.handler.service.name, row.slot)
+            touched = self._session.deaths.touched[target]
             touched.events[row.handler, row.pos] = row.deaths
             row.deaths += 1
         await self._session.durable(reaction=Reaction(parked=parked))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from pavane.core.tasks import stop_all
 
 if TYPE_CHECKING:
-    from pavane.engine.node import Session
+    from pavane.engine.session import Session
     from pavane.stores.port import Store
 
 log = logging.getLogger("pavane.duties")

@@ -46,7 +46,7 @@ from pavane.stores.eventlog import (
 from pavane.stores.port import Commit, Conflict, Message
 
 if TYPE_CHECKING:
-    from pavane.engine.node import Session
+    from pavane.engine.session import Session
 
 log = logging.getLogger("pavane.handlers")
 
@@ -134,7 +134,7 @@ class Handlers:
             if lane not in suspects:
                 self.custody.go_on(subscription, lane)
         for lane in suspects:
-            self._session.suspect(partial(self.custody.try_suspect, subscription, lane))
+            self._session.deaths.suspect(partial(self.custody.try_suspect, subscription, lane))
 
     def leave(self, places: Collection[tuple[str, int]]) -> None:
         """Begin nothing more in these slots of services."""

@@ -25,8 +25,8 @@ from pavane.stores.eventlog import EventRow, MarkRow, Outcome, Reaction
 from pavane.stores.port import Message
 
 if TYPE_CHECKING:
-    from pavane.engine.node import Session
     from pavane.engine.registry import Registry
+    from pavane.engine.session import Session
 
 
 class Handling:

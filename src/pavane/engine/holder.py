@@ -98,7 +98,7 @@ from pavane.stores.port import (
 from pavane.workflow import Workflow, child_id
 
 if TYPE_CHECKING:
-    from pavane.engine.node import Session
+    from pavane.engine.session import Session
     from pavane.engine.steps import Attempt
 
 log = logging.getLogger("pavane.holder")
@@ -261,17 +261,17 @@ class Holder:
                 return  # its partition was handed over
             if deaths < self._config.deaths_max:
                 mark = InboxRow(message.to, tries[deaths - 1], self._session.now_us())
-                touched = self._session.touched[message.target]
+                touched = self._session.deaths.touched[message.target]
                 touched.tries.append((mark.service, mark.id))
                 await self._session.durable(inbox=[mark])
                 if is_elsewhere():
                     return
             self._start_or_load(message, start, key, None, deaths)
             if alone:
-                await self._session.until_calm(key)
+                await self._session.deaths.until_calm(key)
 
         if alone:
-            self._session.suspect(attempt)
+            self._session.deaths.suspect(attempt)
         else:
             await attempt()
 
@@ -1529,7 +1529,7 @@ class Holder:
         if row.no == 0:
             row.no = self._session.take_run_number()
             if row.deaths:  # the last of them is this session's count
-                self._session.touched[row.target].runs[row.no] = row.deaths - 1
+                self._session.deaths.touched[row.target].runs[row.no] = row.deaths - 1
 
     def _write(
         self,

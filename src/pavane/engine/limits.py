@@ -32,7 +32,7 @@ from pavane.stores.eventlog import AwaitRow, Reaction, StateRow
 from pavane.stores.port import Commit, Message
 
 if TYPE_CHECKING:
-    from pavane.engine.node import Session
+    from pavane.engine.session import Session
 
 log = logging.getLogger("pavane.limits")
 

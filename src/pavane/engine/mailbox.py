@@ -25,7 +25,7 @@ from pavane.stores.port import Commit, InboxRow, Message, Store
 
 if TYPE_CHECKING:
     from pavane.engine.handling import Handling
-    from pavane.engine.node import Session
+    from pavane.engine.session import Session
 
 MAILBOX = "~mailbox"
 Place = tuple[str, str, str]

@@ -43,7 +43,7 @@ from pavane.service import Step, StepInfo, current_step, deadline_from
 from pavane.stores.port import Commit, InboxRow, Message, ParkedRow
 
 if TYPE_CHECKING:
-    from pavane.engine.node import Session
+    from pavane.engine.session import Session
 
 log = logging.getLogger("pavane.steps")
 
@@ -270,7 +270,7 @@ class Steps:
             message.to, call.run, message.id, message.target, message.body, 1, now, now, b"null",
             b"null", max(1, call.deaths),
         )  # fmt: skip
-        touched = self._session.touched[parked.target]
+        touched = self._session.deaths.touched[parked.target]
         touched.parked[parked.service, parked.id] = parked.deaths - 1
         self._park_command(message, parked, partial(self._counted, parked))
 

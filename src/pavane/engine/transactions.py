@@ -23,7 +23,7 @@ from pavane.service import Step, current_step
 from pavane.stores.port import Commit, Conflict, InboxRow, Message
 
 if TYPE_CHECKING:
-    from pavane.engine.node import Session
+    from pavane.engine.session import Session
     from pavane.engine.steps import Attempt, Steps
 
 

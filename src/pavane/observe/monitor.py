@@ -18,8 +18,8 @@ import msgspec
 
 from pavane.contract import Contract, ConversationOverdue
 from pavane.engine.duties import MONITOR, monitor_name
-from pavane.engine.node import Session
 from pavane.engine.publishing import derived_id, event_row
+from pavane.engine.session import Session
 from pavane.engine.words import event_in_words
 from pavane.observe.progress import follow, milestones_of
 from pavane.observe.traffic import Traffic, read_traffic

@@ -8,7 +8,7 @@ import msgspec
 
 from pavane.engine.breaker import BREAKER, BY_HAND
 from pavane.engine.mailbox import MAILBOX
-from pavane.engine.node import tell_nodes
+from pavane.engine.session import tell_nodes
 from pavane.errors import BadArguments
 from pavane.handler import Handler
 from pavane.steering.desk import Desk, full_name

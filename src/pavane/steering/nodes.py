@@ -7,8 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from pavane.engine.node import DRAIN, tell_nodes
 from pavane.engine.process import is_gone, this_host
+from pavane.engine.session import DRAIN, tell_nodes
 from pavane.errors import BadArguments, UnknownName
 from pavane.stores.port import NodeRow, Store
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from pavane.engine.committer import Committer
 from pavane.engine.lease import LeaseKeeper
-from pavane.engine.node import PAGE, Session
+from pavane.engine.session import PAGE, Session
 from pavane.errors import PavaneError, StoreError
 from pavane.stores.eventlog import Reaction
 from pavane.stores.memory import MemoryStore

@@ -16,8 +16,8 @@ from typing import Any
 
 from pavane.app import Client
 from pavane.engine.duties import Duties
-from pavane.engine.node import Session
 from pavane.engine.pruner import Pruner
+from pavane.engine.session import Session
 from pavane.engine.timers import DueQueue
 from pavane.observe.monitor import MARGIN_US
 from pavane.stores.port import LAST_US
