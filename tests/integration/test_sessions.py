@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from pavane import App, Client, EngineConfig, Service, StoreError
-from pavane.engine.session import Session
+from pavane.engine.session import LOOK_ROUND, Session, tell_nodes
+from pavane.stores.port import Message
 from pavane.workflow import Workflow
 from tests.integration.world import Place, in_loop, rows, until, until_status
 
@@ -76,6 +77,69 @@ async def test_a_step_that_takes_long_holds_up_no_other_partition(place: Place) 
         assert await roast.result(timeout=30) == "roast"
     dishes = [begun.get_nowait() for _ in range(begun.qsize())]
     assert dishes.count("roast") == 0, "it was done once"
+
+
+@in_loop
+async def test_a_node_reads_of_the_log_only_what_concerns_it(place: Place) -> None:
+    begun, may_end = asyncio.Queue[str](), asyncio.Event()
+    service, dine = inn(begun, may_end)
+    garage = App("garage", [Service("garage")], store=str(place))
+    async with App("inn", [service], store=str(place)).worker() as busy, garage.worker() as other:
+        read: list[Message] = []
+        read_log = other.store.read_log
+
+        async def noted(*query: Any) -> list[Message]:
+            messages = await read_log(*query)
+            read.extend(messages)
+            return messages
+
+        other.store.read_log = noted
+        for number in range(10):
+            await (await busy.start(dine, "soup", id=f"{number}")).result(timeout=30)
+        await tell_nodes(busy.store)
+        head = await busy.store.log_head()
+
+        async def is_read() -> bool:
+            return other.store.tail >= head
+
+        await until(is_read, "the end of the log")
+        assert {message.kind for message in read} == {LOOK_ROUND}
+
+
+@in_loop
+async def test_what_comes_while_a_partition_is_taken_up_is_read(place: Place) -> None:
+    """It is above the end of the log when that begins, and read when nobody asks for it yet."""
+    service, dine = inn(asyncio.Queue(), asyncio.Event())
+    app = App("inn", [service], store=str(place))
+    async with app.worker() as worker, app.connect() as client:
+        session, store = session_of(worker), worker.store
+        target = store.target_of("inn", "soup")
+        rows = await store.partition_rows(["inn"])
+        await session._hand_over([row for row in rows if row.target == target])
+        claimed = await store.claim(session.fence, [target])
+        is_missed = asyncio.Event()
+        log_head, read_log = store.log_head, store.read_log
+        taking_up = asyncio.current_task()
+
+        async def log_head_before() -> int:
+            head = await log_head()
+            if asyncio.current_task() is taking_up and not is_missed.is_set():
+                await client.start(dine, "soup", id="soup")
+                await is_missed.wait()
+            return head
+
+        async def read_without(*query: Any) -> list[Message]:
+            messages = await read_log(*query)
+            if target not in query[2] and query[1] == await log_head() > before:
+                is_missed.set()
+                while target not in session._floors:
+                    await asyncio.sleep(0)
+            return messages
+
+        before = await log_head()
+        store.log_head, store.read_log = log_head_before, read_without
+        await session._own(claimed)
+        assert await client.get("soup").result(timeout=30) == "soup"
 
 
 @in_loop

@@ -66,21 +66,23 @@ DRAIN = "drain"
 """What people ask a node for."""
 LOOK_ROUND = "released"
 """The kind of message that makes all nodes look who is there, what is free, and what people ask."""
+EVERYBODY = 0
+"""The target of what concerns all nodes, and no partition."""
 
 Key = tuple[str, str]
 
 
-def look_round(store: Store, service: str) -> Commit:
+def look_round(store: Store) -> Commit:
     """Return what makes all nodes look round at once; they would soon anyway."""
     now = store.now_us()
-    id, target = f"{LOOK_ROUND}-{now}", store.target_of(service, "")
-    return Commit(messages=[Message(LOOK_ROUND, id, service, "", b"null", now, target)])
+    return Commit(
+        messages=[Message(LOOK_ROUND, f"{LOOK_ROUND}-{now}", "", "", b"null", now, EVERYBODY)]
+    )
 
 
-async def tell_nodes(store: Store, service: str) -> None:
-    """Let all nodes look round at once; `service` is any that the store knows."""
-    await store.register([service])
-    await durable(look_round(store, service), partial(submit_alone, store))
+async def tell_nodes(store: Store) -> None:
+    """Let all nodes look round at once."""
+    await durable(look_round(store), partial(submit_alone, store))
 
 
 class Session:
@@ -321,7 +323,7 @@ class Session:
             elif kind == "permit-probe":
                 self.limits.probe_message(message)
             elif kind == LOOK_ROUND:
-                self.consumed(message)  # whoever read it looks round
+                self.consumed(message)  # of a version that told one partition
             else:
                 log.error("message %s has unknown kind %r", message.id, kind)
                 self.consumed(message)
@@ -369,7 +371,12 @@ class Session:
         head = await self.store.log_head()
         found = False
         while self.store.tail < head:
-            messages = await self.store.read_log(self.store.tail, head, None, PAGE, self.fence.node)
+            targets = [EVERYBODY, *self._floors]
+            messages = await self.store.read_log(
+                self.store.tail, head, targets, PAGE, self.fence.node
+            )
+            if not self._floors.keys() <= set(targets):
+                continue  # what was taken up meanwhile was not asked for
             for message in messages:
                 if message.kind == LOOK_ROUND:
                     self._called.set()
@@ -502,7 +509,7 @@ class Session:
             (target, self._position(target)) for target in targets if target in self._flight
         ]
         await self.store.release(self.fence, positions)
-        self.submit(look_round(self.store, rows[0].service))
+        self.submit(look_round(self.store))
         for target in targets:
             self._floors.pop(target, None)
             self._flight.pop(target, None)
@@ -596,7 +603,7 @@ class Session:
         await self.handlers.start()
         await self.balance()
         if self._others:
-            self.submit(look_round(self.store, min(self.services)))
+            self.submit(look_round(self.store))
         self.spawn(self._poll_log())
         self._ticking = self.spawn(self._tick())
         self.spawn(self._read_timers(self.run_timers))
@@ -714,7 +721,7 @@ class Session:
             with suppress(PavaneError):
                 await self.store.leave(self.fence)
                 if rows:
-                    await tell_nodes(self.store, min(self.services))
+                    await tell_nodes(self.store)
 
     async def close(self) -> None:
         """Stop at once."""

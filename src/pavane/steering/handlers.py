@@ -107,7 +107,7 @@ class HandlerDesk:
         await self._store.pause_handler(
             row.no, LAST_US, reason.removeprefix(BREAKER).strip() or BY_HAND
         )
-        await tell_nodes(self._store, row.service)
+        await tell_nodes(self._store)
         return full_name(row)
 
     async def is_paused(self, name: str) -> bool:
@@ -119,7 +119,7 @@ class HandlerDesk:
         """Let a handler go on, also one that its breaker paused; return its full name."""
         row = await self._desk.row(name)
         await self._store.pause_handler(row.no, 0, "")
-        await tell_nodes(self._store, row.service)
+        await tell_nodes(self._store)
         return full_name(row)
 
     async def check_unused(self, name: str) -> HandlerStatus:

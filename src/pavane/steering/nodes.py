@@ -78,7 +78,7 @@ class Nodes:
             )
         if not await self._store.ask_node(chosen.no, DRAIN):
             raise UnknownName(f"Node {chosen.name} has just left.")
-        await tell_nodes(self._store, min(chosen.partitions))
+        await tell_nodes(self._store)
         return chosen
 
     async def until_left(self, no: int) -> None:
