@@ -15,7 +15,7 @@ import pytest
 from pavane import App, EngineConfig, Event, Service
 from pavane.core.operations import Mode
 from pavane.errors import LeaseLost, StoreError
-from pavane.stores.port import Commit, Fence, InboxRow, RunFilter
+from pavane.stores.port import Conflict, Fence, InboxRow, JournalRow, RunFilter
 from pavane.stores.postgres import PostgresStore, watch, writer
 from pavane.stores.postgres import connection as connection_module
 from pavane.stores.postgres import store as store_module
@@ -105,6 +105,22 @@ async def test_a_batch_whose_answer_is_lost_takes_effect_once(way: str, fenced: 
         ids = [message.id for message in await whole_log(store)]
         assert ids == ["before#1", "marker-1#1", "marker-2#1", "marker-3#1", "after#1"]
         assert after.pos == 5
+
+
+@pytest.mark.parametrize("way", WAYS)
+@in_loop
+async def test_a_chunk_of_a_journal_whose_answer_is_lost_is_written_once(way: str) -> None:
+    """Invariants 2, 10: alone in its batch, it is written by another statement."""
+    async with wired() as (store, wire):
+        fence = await joined(store)
+        bodies = [b'["marker-0"]', b'["marker-1"]', b'["marker-2"]']
+        for seq, body in enumerate(bodies):
+            once(wire, f"marker-{seq}", way)
+            commit = a_commit(journal=[JournalRow(1, seq, body)])
+            assert await written(store, commit, fence=fence) == [None]
+        (again,) = await written(store, a_commit(journal=[JournalRow(1, 2, b"[]")]), fence=fence)
+        assert isinstance(again, Conflict)
+        assert [row.body for row in (await store.journals([1]))[1]] == bodies
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -417,8 +433,9 @@ async def test_new_connections_that_go_silent_are_given_up(marker: str) -> None:
             await heard(store)
 
 
+@pytest.mark.parametrize("sends", [True, False], ids=["a message", "nothing"])
 @in_loop
-async def test_a_zombie_behind_a_dead_wire_writes_nothing_once_it_is_back() -> None:
+async def test_a_zombie_behind_a_dead_wire_writes_nothing_once_it_is_back(sends: bool) -> None:
     """Invariant 2."""
     async with wired() as (store, wire):
         other = PostgresStore(store.dsn.replace(f":{wire.port}/", f":{wire.target}/"))
@@ -428,8 +445,10 @@ async def test_a_zombie_behind_a_dead_wire_writes_nothing_once_it_is_back() -> N
         fence = Fence(row.no, row.nonce, 300_000)
         wire.held = BOTH
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        late: list[Commit] = [a_commit(messages=[a_message(store, "late#1")])]
-        store.submit(late, fence, future.set_result)
+        late = a_commit(journal=[JournalRow(1, 0, b"[1]")])
+        if sends:
+            late.messages = [a_message(store, "late#1")]
+        store.submit([late], fence, future.set_result)
         await asyncio.sleep(0.5)
         assert other.now_us() > row.expires_us
         await other.expire(await other.nodes())
@@ -437,6 +456,7 @@ async def test_a_zombie_behind_a_dead_wire_writes_nothing_once_it_is_back() -> N
         (result,) = await future
         assert isinstance(result, LeaseLost)
         assert await whole_log(other) == []
+        assert await other.journals([1]) == {1: []}
         await other.close()
 
 

@@ -1,9 +1,9 @@
 """The writer: one connection, on which everything is written in the order of asking.
 
-A batch is one call of one function: one round trip with fence, rows and commit. When its answer
-does not come, the batch is sent again on a new connection under the same number, until it is known
-what became of it: the number makes it take effect once, and the fence makes it wait for an earlier
-copy that is still on its way.
+A batch is one statement: one round trip with fence, rows and commit. When its answer does not come,
+the batch is sent again on a new connection under the same number, until it is known what became of
+it: the number makes it take effect once, and the fence makes it wait for an earlier copy that is
+still on its way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from pavane.errors import LeaseLost, Locked, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import Commit, Conflict, Fence, broken_chain
-from pavane.stores.postgres.batch import WRITE, Batch
+from pavane.stores.postgres.batch import WRITE, WRITE_CHUNK, Batch
 from pavane.stores.postgres.connection import (
     BUSY,
     OF_ONE_COMMIT,
@@ -85,7 +85,7 @@ class Writer:
         self._dsn = dsn
         self._wrote = wrote
         self._connection: Connection | None = None
-        self._write: Any = None
+        self._prepared: dict[str, Any] = {}
         self._jobs: deque[_Batch | _Call] = deque()
         self._wake: asyncio.Future[None] | None = None
         self._closing = False
@@ -167,7 +167,7 @@ class Writer:
     async def _connected(self) -> Connection:
         if self._connection is None or self._connection.is_closed():
             self._connection = await connect(self._dsn)
-            self._write = None
+            self._prepared.clear()
         return self._connection
 
     def _hang_up(self) -> None:
@@ -427,12 +427,15 @@ class Writer:
     async def _write_whole(self, commits: Sequence[Commit], fence: Fence | None) -> None:
         batch = Batch(commits)
         within_s = SETTLE_S if fence is None else max(SETTLE_S, fence.lease_us / 1e6)
-        values = (*self._proof(fence), *batch.values)
+        proof = self._proof(fence)
+        chunk = batch.chunk if fence is not None else None
 
         async def write(connection: Connection) -> Any:
-            if self._write is None:
-                self._write = await connection.prepare(WRITE)
-            return await self._write.fetchrow(*values)
+            if chunk is not None:
+                row = await self._row(connection, WRITE_CHUNK, *proof, *chunk)
+                if row is not None:
+                    return row
+            return await self._row(connection, WRITE, *proof, *batch.values)
 
         async def ask(connection: Connection) -> Any:
             return await answered(connection, write(connection), QUICK_S)
@@ -440,6 +443,12 @@ class Writer:
         row = await self._patiently(ask, within_s, fence)
         self._check(row, fence, self._repeating)
         self._accept(row, batch, fence)
+
+    async def _row(self, connection: Connection, sql: str, *values: Any) -> Any:
+        """Return the row that a prepared statement gives, preparing it if need be."""
+        if sql not in self._prepared:
+            self._prepared[sql] = await connection.prepare(sql)
+        return await self._prepared[sql].fetchrow(*values)
 
     def _proof(self, fence: Fence | None) -> tuple[Any, ...]:
         """Return the lease and the number under which the next batch is written."""
