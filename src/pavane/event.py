@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from pavane.errors import BadDeclaration, UnknownName
+from pavane.key import key_text
 from pavane.policy import Duration, seconds
 
 Upcast = Callable[[dict[str, Any]], dict[str, Any]]
@@ -232,14 +233,11 @@ def _lines_of(cls: type[Any]) -> list[int]:
 
 def key_of(event: Any) -> str:
     """Return the ordering key of `event` as text; empty when its class declares none, or it is
-    None: such an event is in no order with others."""
-    name: str | None = class_of(event).event_key
-    if name is None:
-        return ""
-    key = getattr(event, name)
-    if type(key) is str:
-        return key
-    return "" if key is None else str(key)
+    None: such an event is in no order with others. Raise BadArguments for what can be no key."""
+    described = class_of(event)
+    name: str | None = described.event_key
+    key = None if name is None else getattr(event, name)
+    return "" if key is None else key_text(key, f"Event {described.event_type}")
 
 
 def type_for(name: str, known: dict[str, type[Any]]) -> type[Any]:

@@ -99,7 +99,7 @@ def _row(event: Any, id: str | None, source: str | None) -> EventRow:
             "outbox.publish(…) belongs into a step, where connections do. In workflow code use "
             "`await service.publish(event)`."
         )
-    kind, key, data = class_of(event), key_of(event), encode_fitting(event)
+    kind, data, key = class_of(event), encode_fitting(event), key_of(event)
     chosen = new_id() if id is None else checked_run_id(id)
     if context is not None:
         content = f"{kind.event_type} {kind.event_version} {key} {data.decode()}"

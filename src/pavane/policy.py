@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from pavane.errors import BadDeclaration
+from pavane.key import key_text
 
 Duration = str | int | float | timedelta
 
@@ -133,7 +134,10 @@ class Limit(msgspec.Struct, frozen=True):
 
     def key_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Return who shares the limit with a call of these arguments; raise what `key` raises."""
-        return "" if self.key is None else str(self.key(*args, **kwargs))
+        if self.key is None:
+            return ""
+        whose = f"Limit {self.name!r}" if self.name else "A limit"
+        return key_text(self.key(*args, **kwargs), whose)
 
 
 class StepOptions(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ from pavane.core.execution import Execution, current, required
 from pavane.core.operations import Mode
 from pavane.core.saga import Compensation, current_saga
 from pavane.errors import BadArguments, BadDeclaration, OnlyInWorkflow
-from pavane.event import class_of, is_event, is_event_type
+from pavane.event import class_of, is_event, is_event_type, key_of
 from pavane.handler import (
     BREAKER,
     Breaker,
@@ -551,6 +551,7 @@ class Service:
         execution = required(f"{self.name}.publish(…)")
         kind = class_of(event)
         raw = execution.checked(encode_fitting(event), f"Event {kind.event_type} is")
+        key_of(event)  # what can be no key is refused here, where it is given
         operation = execution.announce(
             "publish", kind.event_type, self.name, args=raw, detail=event
         )

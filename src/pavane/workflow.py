@@ -22,6 +22,7 @@ from pavane.errors import (
 )
 from pavane.event import class_of, is_event, is_event_type, takes
 from pavane.handler import Handler, HandlerOptions, current_handler
+from pavane.key import key_text
 from pavane.policy import Limit
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ async def receive(event_type: type[E], *, key: str | int | None = None) -> E:
                 f"A run cannot wait for {name} of an empty key: an event with an empty key counts "
                 f"as one without."
             )
-        detail = (name, str(key))
+        detail = (name, key_text(key, f"receive({name}, …)"))
         name = f"{name} of {key}"
     return await execution.issue(
         "receive", name, execution.header.home, decode=decoder(event_type), detail=detail

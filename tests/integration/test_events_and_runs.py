@@ -384,8 +384,16 @@ async def test_only_what_has_a_key_can_be_waited_for_by_key(small: World) -> Non
     async def empty() -> None:
         await receive(Paid, key="")
 
+    @shop.workflow(receives=[Paid])
+    async def unfindable() -> None:
+        await receive(Paid, key="a\0b")
+
+    whys = {
+        loose: "Loose has no key", empty: "an empty key counts as one",
+        unfindable: r"receive\(Paid, …\) has the key 'a\\x00b', which holds a NUL",
+    }  # fmt: skip
     async with small.working(shop) as director:
-        for flow, why in ((loose, "Loose has no key"), (empty, "an empty key counts as one")):
+        for flow, why in whys.items():
             run = await director.start(flow)
             with pytest.raises(Exception, match=why):
                 await run.result(timeout=20)

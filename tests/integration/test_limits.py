@@ -287,6 +287,16 @@ async def test_a_key_that_cannot_be_told_fails_the_step_and_no_other(tmp_path: P
 
 
 @in_loop
+async def test_a_key_that_no_store_finds_fails_its_step_and_holds_up_nobody(place: Place) -> None:
+    """Invariant 11. All nodes looked for it in the store, one after the other, for ever."""
+    async with app_on(place) as app:
+        bad = await app.start(book_to, "a\0b", 1)
+        with pytest.raises(RunFailed, match="holds a NUL character"):
+            await bad.result(timeout=30)
+        assert await (await app.start(book_to, "a", 2)).result(timeout=30) == 2
+
+
+@in_loop
 async def test_a_permit_outlives_the_node_that_gave_it_and_the_one_that_has_it(
     fleet: Fleet, mode: Mode
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.tidy.source_tree import PACKAGE, SOURCE, Import, imports
 
-VOCABULARY = {"event", "policy", "errors"}
+VOCABULARY = {"event", "policy", "key", "errors"}
 CORE = VOCABULARY | {"core"}
 AUTHORING = CORE | {"service", "workflow", "handler", "contract", "schedule"}
 PORTS = CORE | {"stores", "brokers"}

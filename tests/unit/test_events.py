@@ -11,7 +11,7 @@ import pydantic
 import pytest
 
 import pavane
-from pavane import BadDeclaration, Event, event
+from pavane import BadArguments, BadDeclaration, Event, Limit, event
 from pavane.engine.publishing import cloud_event, derived_id, json_schema, read_event
 from pavane.errors import BadEvent, UnknownName
 from pavane.event import is_event, is_event_type, key_of, type_for
@@ -153,6 +153,23 @@ def test_the_key_is_text_and_none_is_no_key(value: Any, key: str) -> None:
 
     assert key_of(Keyed(k=value)) == key
     assert key_of(Ping()) == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        ("a\0b", "NUL"), ("\ud800", "lone surrogate"), ("k" * 1001, "1,001 bytes"),
+        ("ä" * 501, "1,002 bytes"),
+    ],
+)  # fmt: skip
+def test_what_no_store_could_keep_or_find_is_refused_as_a_key(key: str, why: str) -> None:
+    class Keyed(Event, key="k"):
+        k: str
+
+    with pytest.raises(BadArguments, match=f"^Event Keyed .*{why}"):
+        key_of(Keyed(k=key))
+    with pytest.raises(BadArguments, match=why):
+        Limit(concurrency=1, key=lambda: key).key_of((), {})
 
 
 def test_only_frozen_events_are_shared_between_handlers() -> None:

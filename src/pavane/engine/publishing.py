@@ -31,10 +31,12 @@ def event_row(
     Raises BadArguments for an event whose values do not fit its class.
     """
     kind = class_of(event)
+    if data is None:
+        data = encode_fitting(event)
     key = key_of(event)
     return EventRow(
         id, kind.event_type, kind.event_version, key, source, at_us, conversation, cause, trace,
-        encode_fitting(event) if data is None else data, store.slot_of(key, id),
+        data, store.slot_of(key, id),
     )  # fmt: skip
 
 
