@@ -143,6 +143,40 @@ async def test_what_comes_while_a_partition_is_taken_up_is_read(place: Place) ->
 
 
 @in_loop
+async def test_a_node_that_waits_for_a_step_before_it_hands_over_takes_up_what_is_free(
+    place: Place,
+) -> None:
+    begun, may_end = asyncio.Queue[str](), asyncio.Event()
+    service, dine = inn(begun, may_end)
+    config = EngineConfig(grace_s=600)
+    async with App("inn", [service], store=str(place), config=config).worker() as first:
+        roasts = [await first.start(dine, "roast", id=f"roast-{n}") for n in range(4)]
+        for _ in roasts:
+            assert await begun.get() == "roast"
+        async with App("inn", [service], store=str(place)).worker() as second:
+
+            async def is_shared() -> bool:
+                return len(session_of(second).owned) >= 12
+
+            await until(is_shared, "a share of the second worker")
+            assert session_of(first).draining, "it waits for a step"
+
+        async def is_taken_up() -> bool:
+            rows = await first.store.partition_rows(["inn"])
+            return {row.owner for row in rows} == {session_of(first).fence.node}
+
+        await until(is_taken_up, "what the second worker left")
+        soup = [await first.start(dine, "soup", id=f"soup-{n}") for n in range(16)]
+        left = session_of(first).draining
+        for run in soup:
+            if first.store.target_of("inn", run.id) not in left:
+                assert await run.result(timeout=30) == "soup"
+        may_end.set()
+        for run in [*roasts, *soup]:
+            await run.result(timeout=5)  # what was handed over is taken back at once
+
+
+@in_loop
 async def test_what_nobody_foresaw_counts_as_a_death(place: Place) -> None:
     """Invariant 11: a run that breaks the engine is quarantined as one that ends processes."""
     begun = asyncio.Queue[str]()

@@ -145,6 +145,7 @@ class Session:
         self._slots: dict[tuple[str, int], int] = {}
         """The targets that it owned, by service and partition."""
         self._ticking: asyncio.Task[None] | None = None
+        self._giving: set[asyncio.Task[None]] = set()
         self.now_us = store.now_us
         self.committer = Committer(store, fence, self._route, self._published, self.lost)
         self.context = copy_context()
@@ -415,20 +416,22 @@ class Session:
             mine = candidates and candidates[row.partition % len(candidates)] == self.fence.node
             if row.owner == self.fence.node:
                 held.add(row.target)
-            if row.owner == self.fence.node and not mine:
+            if row.owner == self.fence.node and not mine and row.target not in self.draining:
                 give.append(row)
             elif row.owner is None and mine and row.target not in self._floors:
                 want.append(row.target)
         # A database that crashed, or failed over, may have forgotten who owns what.
-        disputed = held ^ self._floors.keys()
+        disputed = (held ^ self._floors.keys()) - self.draining
         if disputed & self._disputed:
             self.lost(LeaseLost(f"Node {self.fence.node} and its store differ in what it owns."))
             return
         self._disputed = disputed
         if give or want:
             self._stir()
-        if give:
-            await self._give(give)
+        if give:  # beside the rest: it takes as long as a step, and nobody waits for a takeover
+            giving = self.spawn(self._give(give))
+            self._giving.add(giving)
+            giving.add_done_callback(self._giving.discard)
         if want:
             await self._own(await self.store.claim(self.fence, want))
 
@@ -486,6 +489,7 @@ class Session:
                 left = [row for row in left if row not in ready]
             else:
                 await asyncio.sleep(0.005)
+        self._called.set()  # meanwhile their turn may have come back to this node
 
     async def _hand_over(self, rows: Sequence[PartitionRow]) -> None:
         """Cancel what runs in these partitions, write, forget, release."""
@@ -688,7 +692,7 @@ class Session:
 
     def _write_positions(self) -> None:
         moved: list[tuple[int, int]] = []
-        for target in self._floors:
+        for target in self._floors.keys() - self.draining:
             position = self._position(target)
             if position > self._written_positions.get(target, -1):
                 moved.append((target, position))
@@ -699,7 +703,7 @@ class Session:
     async def drain(self) -> None:
         """Stop in order: let steps end, write everything, release the partitions."""
         if self._ticking is not None:
-            await stop_all([self._ticking])  # it would take up more
+            await stop_all([self._ticking, *self._giving])  # it would take up more
         # What was being taken up is left to be taken up again, with the deaths it was to count.
         rows = [
             PartitionRow(target, service, partition, self.fence.node, False, 0)
