@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
+import msgspec
 import pytest
 
 from pavane import App, EngineConfig, Event, Service
@@ -105,6 +106,26 @@ async def test_a_batch_whose_answer_is_lost_takes_effect_once(way: str, fenced: 
         ids = [message.id for message in await whole_log(store)]
         assert ids == ["before#1", "marker-1#1", "marker-2#1", "marker-3#1", "after#1"]
         assert after.pos == 5
+
+
+@pytest.mark.parametrize("fenced", [True, False], ids=["under a lease", "without"])
+@in_loop
+async def test_what_is_large_is_written_in_parts_and_in_order(fenced: bool) -> None:
+    """One statement of all of it would outlast the patience of the writer, and the lease."""
+    async with wired() as (store, _):
+        fence = await joined(store) if fenced else None
+        commits = [
+            a_commit(
+                messages=[msgspec.structs.replace(a_message(store, f"m-{no}#1"), body=b"1" * size)]
+            )
+            for no, size in enumerate([1, *[1 << 20] * 12, 1, 6 << 20, 1])
+        ]
+        assert await written(store, *commits, fence=fence) == [None] * 16
+        assert [m.id for m in await whole_log(store)] == [f"m-{no}#1" for no in range(16)]
+        rows = await store._rows("SELECT sum(length(body)) AS it FROM pavane.log GROUP BY xmin")
+        sizes = sorted(row["it"] for row in rows)
+        assert sizes[-1] == 6 << 20, "what is too large by itself is alone"
+        assert sizes[-2] <= writer.WRITTEN_MAX_BYTES + 1
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -46,6 +46,8 @@ class Batch:
     """
 
     def __init__(self, commits: Sequence[Commit]) -> None:
+        self.size_bytes = 0
+        """About how much it is, by what may be large in it."""
         self.messages: list[Message] = []
         self.events: list[EventRow] = []
         runs: dict[int, Row] = {}
@@ -63,8 +65,11 @@ class Batch:
             for run in commit.runs:
                 known = runs.get(run.no)
                 runs[run.no] = _run(run) if known is None else _run_again(known, run)
+                if run.result is not None:
+                    self.size_bytes += len(run.result)
             for chunk in commit.journal:
                 journal.append((chunk.run, chunk.seq, chunk.body.decode()))
+                self.size_bytes += len(chunk.body)
             for mark in commit.inbox:
                 inbox.append((mark.id, mark.service, mark.at_us, mark.passed_to))
             if commit.mail or commit.mail_taken:
@@ -77,6 +82,9 @@ class Batch:
                 self.events += commit.events
             if commit.reaction is not None:
                 reactions.append(commit.reaction)
+                self.size_bytes += sum([len(state.body or b"") for state in commit.reaction.states])
+        self.size_bytes += sum([len(message.body) for message in self.messages])
+        self.size_bytes += sum([len(event.data) for event in self.events])
         self._values = (
             list(runs.values()) or None,
             journal or None,
@@ -129,6 +137,7 @@ class Batch:
     def _fold_mail(self, commit: Commit) -> None:
         for row in commit.mail:
             self._mail.setdefault((row.service, row.run, row.id), mail_values(row))
+            self.size_bytes += len(row.body)
         for taken in commit.mail_taken:
             service, run, id = taken
             self._mail_taken[service, run, id] = None
@@ -140,6 +149,7 @@ class Batch:
 
     def _fold_parked(self, commit: Commit) -> None:
         for row in commit.parked:
+            self.size_bytes += len(row.call)
             key = (row.service, row.id)
             known = self._parked.get(key)
             self._parked[key] = parked_values(row) if known is None else _parked_again(known, row)

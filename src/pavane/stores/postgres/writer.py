@@ -41,6 +41,10 @@ SETTLE_S = 15.0
 CALL_S = 10.0
 """How long a transaction of several statements may take before its connection is taken for dead."""
 MERGED_MAX = 1000
+WRITTEN_MAX_BYTES = 4 * 1024 * 1024
+"""How much is written at once, unless one commit is larger. It must be there soon over any line:
+until then the lease cannot be renewed, since its row is locked, and others wait for what is small.
+"""
 WORK_S = 8.0
 """How long user code may take inside a transaction; the server ends an idle one after 10 s."""
 LOCK_S = 2.0
@@ -55,6 +59,10 @@ _END_IDLE = (
 Results = list[PavaneError | None]
 Work = Callable[[Connection], Awaitable[Any]]
 Wrote = Callable[[Fence | None, Batch | None, int], None]
+
+
+class _TooMuch(Exception):
+    """Commits that are too large to be written at once."""
 
 
 class _Batch:
@@ -264,7 +272,7 @@ class Writer:
             # What is not Postgres's comes from making rows of values: a bad value, not a bad store.
             if len(commits) == 1:
                 return [await self._refusal(commits[0], error)]
-        # One bad commit: halve until it is alone, keeping the order.
+        # One bad commit, or too much: halve until it is alone, or little, keeping the order.
         middle = len(commits) // 2
         first = await self._results(commits[:middle], fence)
         rest = commits[middle:]
@@ -426,6 +434,8 @@ class Writer:
 
     async def _write_whole(self, commits: Sequence[Commit], fence: Fence | None) -> None:
         batch = Batch(commits)
+        if len(commits) > 1 and batch.size_bytes > WRITTEN_MAX_BYTES:
+            raise _TooMuch
         within_s = SETTLE_S if fence is None else max(SETTLE_S, fence.lease_us / 1e6)
         proof = self._proof(fence)
         chunk = batch.chunk if fence is not None else None
