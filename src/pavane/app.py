@@ -88,6 +88,7 @@ log = logging.getLogger("pavane.client")
 
 POLL_S = 0.01
 RUN_ID_MAX = 200
+PRIORITY_MAX = 1_000_000
 CHAIN_MAX = 1000
 """Of a run that goes on as another, and so on, so many are asked what they were sent."""
 _plain = decoder(Any)
@@ -352,7 +353,7 @@ class Client:
             run=run, workflow=workflow.name, version=workflow.version,
             home=workflow.service.name, mode=mode or workflow.mode,
             started_us=self.store.now_us(), conversation=run,
-            timeout_us=round((limit_s or 0) * 1e6), priority=priority,
+            timeout_us=round((limit_s or 0) * 1e6), priority=_checked_priority(priority),
         )  # fmt: skip
         try:
             await self._begin(header, raw)
@@ -601,8 +602,9 @@ class Client:
             )
         chosen = self._process.new_id() if id is None else checked_id(id, "event id")
         row = event_row(
-            self.store, event, id=chosen, source=source, at_us=self.store.now_us(),
-            conversation=conversation or chosen, cause="", trace=traceparent,
+            self.store, event, id=chosen, source=checked_source(source),
+            at_us=self.store.now_us(), conversation=conversation or chosen, cause="",
+            trace=traceparent,
         )  # fmt: skip
         checked_size(row, self._config.payload_max_bytes)
         await self._write(Commit(events=[row]))
@@ -997,6 +999,21 @@ def checked_id(id: str, what: str) -> str:
             f"without '#', '/' and '~', which Pavane uses."
         )
     return id
+
+
+def checked_source(source: str) -> str:
+    if not source.isprintable() or " " in source:
+        raise BadArguments(f"source={source!r} must be printable and without spaces.")
+    return source
+
+
+def _checked_priority(priority: int) -> int:
+    if type(priority) is not int or abs(priority) > PRIORITY_MAX:
+        raise BadArguments(
+            f"priority={priority!r} must be a whole number, from -{PRIORITY_MAX:,} to "
+            f"{PRIORITY_MAX:,}."
+        )
+    return priority
 
 
 def status_of(home: RunRow, at: RunRow | None = None) -> RunStatus:

@@ -29,7 +29,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from pavane.app import checked_run_id
+from pavane.app import checked_run_id, checked_source
 from pavane.core.codec import encode_fitting
 from pavane.core.execution import PAYLOAD_MAX_BYTES, current
 from pavane.engine.process import new_id
@@ -108,16 +108,10 @@ def _row(event: Any, id: str | None, source: str | None) -> EventRow:
         origin = Origin(chosen, SOURCE, chosen, "", "", PAYLOAD_MAX_BYTES)
     row = EventRow(
         origin.id if id is None else chosen, kind.event_type, kind.event_version, key,
-        _checked_source(source or origin.source), time.time_ns() // 1000, origin.conversation,
+        checked_source(source or origin.source), time.time_ns() // 1000, origin.conversation,
         origin.cause, origin.trace, data,
     )  # fmt: skip
     return checked_size(row, origin.payload_max_bytes)
-
-
-def _checked_source(source: str) -> str:
-    if not source.isprintable() or " " in source:
-        raise BadArguments(f"source={source!r} must be printable and without spaces.")
-    return source
 
 
 # -- the connection ----------------------------------------------------------------------------

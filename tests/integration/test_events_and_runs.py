@@ -666,3 +666,12 @@ async def test_a_run_is_stuck_at_a_kept_event_of_newer_code_until_that_is_here(
     async with small.working(*new) as director:
         await director.get("waits").result(timeout=20)
     assert ("received", 4200) in seen
+
+
+@pytest.mark.parametrize("source", ["a\0b", "a b", "\ud800"])
+@in_loop
+async def test_a_source_that_no_store_keeps_is_refused(small: World, source: str) -> None:
+    shop = Service("shop")
+    async with small.working(shop) as director:
+        with pytest.raises(BadArguments, match="must be printable"):
+            await director.client.publish(Paid(order="a", n=1), source=source)

@@ -14,7 +14,7 @@ import pytest
 
 from pavane import App, Client, EngineConfig, Event, Limit, Run, RunFailed, Service
 from pavane.core.operations import Mode
-from pavane.errors import BadDeclaration
+from pavane.errors import BadArguments, BadDeclaration
 from tests.integration import crew
 from tests.integration.command_line import good
 from tests.integration.crew import recorded
@@ -260,6 +260,19 @@ async def test_who_has_priority_is_first_among_those_who_wait(tmp_path: Path) ->
         for run in runs:
             await run.result(timeout=30)
         assert [who for _, who in gauge.began] == [0, 3, 4, 1, 2]
+
+
+@pytest.mark.parametrize("priority", ["high", 1.5, True, None, 10**7])
+@in_loop
+async def test_what_is_no_priority_is_refused_before_anything_is_written(
+    tmp_path: Path, priority: Any
+) -> None:
+    """Nodes could not read the start, and would say so whenever they met it."""
+    async with app_on(str(tmp_path / "world.db")) as app:
+        with pytest.raises(BadArguments, match=r"priority=.* must be a whole number"):
+            await app.start(pay, 1, id="r", priority=priority)
+        assert await app.runs() == []
+        assert await (await app.start(pay, 1, id="r", priority=-3)).result(timeout=30) == 1
 
 
 @in_loop
