@@ -6,7 +6,9 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
 
-from pavane import App, Client, EngineConfig, Service, StoreError
+import pytest
+
+from pavane import App, Client, EngineConfig, LeaseLost, Service, StoreError
 from pavane.engine.session import LOOK_ROUND, Session, tell_nodes
 from pavane.stores.port import Message
 from pavane.workflow import Workflow
@@ -226,3 +228,25 @@ async def test_a_node_that_differs_from_its_store_in_what_it_owns_joins_anew(pla
             return len(session_of(worker).owned) == 32
 
         await until(owns_all, "all partitions")
+
+
+@in_loop
+async def test_a_session_that_loses_its_lease_says_so_without_traces(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by a process that was frozen: it is no fault in the code, and must alarm nobody."""
+
+    async def write_too_late() -> None:
+        raise LeaseLost("It was silent for too long.")
+
+    service, dine = inn(asyncio.Queue(), asyncio.Event())
+    async with App("inn", [service], store=str(place)).worker() as worker:
+        session = session_of(worker)
+        for _ in range(3):
+            session.holder._spawn(write_too_late())
+        await rejoined(worker, session)
+        assert await (await worker.start(dine, "soup")).result(timeout=30) == "soup"
+    told = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert [record.levelname for record in told] == ["WARNING"]
+    assert "It was silent for too long." in told[0].getMessage()
+    assert not told[0].exc_info

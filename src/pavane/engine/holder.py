@@ -1907,10 +1907,12 @@ class Holder:
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, (StoreError, LeaseLost)):
             log.error("a duty of the holder failed", exc_info=error)
-            if self._session.open and isinstance(error, (StoreError, LeaseLost)):
-                self._session.lost(error)
+        elif self._session.open:
+            self._session.lost(error)
 
     async def settle(self) -> None:
         """Wait for loads and other short work."""
