@@ -338,10 +338,11 @@ class Client:
         self._check_outside("Starting a run of an app", "the workflow's own `start(…)`")
         known = self.registry.workflows.get((workflow.name, workflow.version))
         if known is not workflow:
-            raise UnknownName(
-                f"Workflow {workflow!r} does not belong to this app; list its service in "
-                f"App(services=[…])."
-            )
+            if self.registry.services.get(workflow.service.name) is workflow.service:
+                why = "was declared after this app was opened; declare it before."
+            else:
+                why = "does not belong to this app; list its service in App(services=[…])."
+            raise UnknownName(f"Workflow {workflow!r} {why}")
         raw = self._checked(
             workflow.params.check(args, kwargs), f"The arguments of {workflow!r} are"
         )
@@ -777,12 +778,18 @@ class App:
         for service in services:
             if not isinstance(service, Service):  # pyright: ignore
                 raise BadDeclaration(f"services=[…] lists {service!r}, which is no Service.")
-        self.registry = Registry(services)
+        self._registry = Registry(services)
         self.config = config or EngineConfig()
         if isinstance(store, str):
             check_address(store)
         self._store = make_store(MEMORY) if store == MEMORY else store
         self._client: Client | None = None
+
+    @property
+    def registry(self) -> Registry:
+        """What its services declare by now."""
+        self._registry.collect()
+        return self._registry
 
     def conversation(
         self,

@@ -18,6 +18,7 @@ from pavane import (
     App,
     BadArguments,
     Event,
+    Limit,
     NotEncodable,
     Retry,
     Run,
@@ -30,6 +31,7 @@ from pavane import (
     StepTimeout,
     TooLarge,
     UndeclaredReceive,
+    UnknownName,
     UnknownRun,
     choreographed,
     continue_as_new,
@@ -1536,3 +1538,42 @@ async def test_only_who_takes_something_over_says_so(
             pass
         told = [record.getMessage() for record in caplog.records]
         assert [text for text in told if text.startswith("taking over")] == said
+
+
+@in_loop
+async def test_an_app_may_be_made_before_its_services_declare_anything(tmp_path: Path) -> None:
+    """Whatever stands below the app was left out, but for steps: nobody handled such events."""
+    shop = Service("shop")
+    app = App("shop", [shop], store=str(tmp_path / "shop.db"))
+    handled: list[str] = []
+
+    class Rung(Event):
+        by: str
+
+    @shop.step(limit=Limit(concurrency=1))
+    async def greet(name: str) -> str:
+        return f"good day, {name}"
+
+    @shop.workflow
+    async def serve(name: str) -> str:
+        await shop.publish(Rung(by=name))
+        return await greet(name)
+
+    @shop.on(Rung)
+    async def note(event: Rung) -> None:
+        handled.append(event.by)
+
+    app.schedule("0 9 * * *", serve, "nobody")
+    async with app:
+        assert await (await app.start(serve, "ann")).result(timeout=20) == "good day, ann"
+
+        async def is_handled() -> bool:
+            return handled == ["ann"]
+
+        await until(is_handled)
+
+        @shop.workflow
+        async def late() -> None: ...
+
+        with pytest.raises(UnknownName, match="declared after this app was opened"):
+            await app.start(late)

@@ -33,39 +33,50 @@ class Registry:
         self.announced: set[str] = set()
         """Workflows whose runs tell in the log of events that they began."""
         self._handlers: dict[str, list[Handler]] = {}
+        self._collected = 0
+        """How many declarations were taken in."""
         for service in services:
             if service.name in self.services:
                 raise BadDeclaration(
                     f"Two services are called {service.name!r}; names must be unique in an app."
                 )
             self.services[service.name] = service
-            for (name, version), workflow in service.workflows.items():
-                other = self.workflows.get((name, version))
-                if other is not None:
-                    raise BadDeclaration(
-                        f"Workflow {name!r} (version {version}) is declared by services "
-                        f"{other.service.name!r} and {service.name!r}. Give one another name: "
-                        f'@{service.name}.workflow(name="…").'
-                    )
-                self.workflows[name, version] = workflow
-                for event in workflow.receives:
-                    self._add_event(event)
-            for step in service.steps.values():
-                self._add_limit(service, step.options_.limit, step.limit_name, f"Step {step}")
-            for workflow in service.workflows.values():
-                self._add_limit(
-                    service, workflow.limit, workflow.limit_name, f"Workflow {workflow}"
+        self.collect()
+
+    def collect(self) -> None:
+        """Take in what the services declare by now: an app may be made before they are filled."""
+        services = self.services.values()
+        declared = sum(len(s.steps) + len(s.workflows) + len(s.handlers) for s in services)
+        if declared != self._collected:
+            for service in services:
+                self._collect_from(service)
+            self._collected = declared
+
+    def _collect_from(self, service: Service) -> None:
+        for (name, version), workflow in service.workflows.items():
+            other = self.workflows.setdefault((name, version), workflow)
+            if other is not workflow:
+                raise BadDeclaration(
+                    f"Workflow {name!r} (version {version}) is declared by services "
+                    f"{other.service.name!r} and {service.name!r}. Give one another name: "
+                    f'@{service.name}.workflow(name="…").'
                 )
-            for handler in service.handlers.values():
-                self._add_limit(
-                    service, handler.options.limit, handler.limit_name, f"Handler {handler}"
-                )
-            handlers = list(service.handlers.values())
-            mailbox = mailbox_of(service)
-            self._handlers[service.name] = [*handlers, mailbox] if mailbox else handlers
-            for handler in handlers:
-                for event in [*handler.events.values(), *(handler.emits or ())]:
-                    self._add_event(event)
+            for event in workflow.receives:
+                self._add_event(event)
+        for step in service.steps.values():
+            self._add_limit(service, step.options_.limit, step.limit_name, f"Step {step}")
+        for workflow in service.workflows.values():
+            self._add_limit(service, workflow.limit, workflow.limit_name, f"Workflow {workflow}")
+        for handler in service.handlers.values():
+            self._add_limit(
+                service, handler.options.limit, handler.limit_name, f"Handler {handler}"
+            )
+        handlers = list(service.handlers.values())
+        mailbox = mailbox_of(service)
+        self._handlers[service.name] = [*handlers, mailbox] if mailbox else handlers
+        for handler in handlers:
+            for event in [*handler.events.values(), *(handler.emits or ())]:
+                self._add_event(event)
 
     def handlers_of(self, service: str) -> list[Handler]:
         """Return the handlers of a service, with the one that keeps events for its runs."""
