@@ -1577,3 +1577,10 @@ async def test_an_app_may_be_made_before_its_services_declare_anything(tmp_path:
 
         with pytest.raises(UnknownName, match="declared after this app was opened"):
             await app.start(late)
+
+
+def test_a_filter_of_runs_that_would_find_none_says_what_it_must_be() -> None:
+    with pytest.raises(BadArguments, match=r"status='stuck' must be a tuple, as \('stuck',\)"):
+        RunFilter(status="stuck")  # pyright: ignore
+    with pytest.raises(BadArguments, match=r"must be pairs, as \(\('customer', 'c-1'\),\)"):
+        RunFilter(attributes={"customer": "c-1"})  # pyright: ignore

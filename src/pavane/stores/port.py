@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 
 from pavane.core.baton import Status
-from pavane.errors import PavaneError
+from pavane.errors import BadArguments, PavaneError
 from pavane.stores.eventlog import EventRow, EventStore, Reaction
 
 LAST_US = 2**62
@@ -196,6 +196,15 @@ class RunFilter(msgspec.Struct, frozen=True):
     attributes: tuple[tuple[str, str | int | float | bool], ...] = ()
     before: int | None = None
     limit: int = 100
+
+    def __post_init__(self) -> None:
+        status: Any = self.status
+        attributes: Any = self.attributes
+        if type(status) is str:  # each letter of it would be taken for a status
+            raise BadArguments(f"status={status!r} must be a tuple, as ({status!r},).")
+        if isinstance(attributes, Mapping):
+            pairs = tuple(cast("Mapping[str, Any]", attributes).items())
+            raise BadArguments(f"attributes={attributes!r} must be pairs, as {pairs!r}.")
 
 
 class Fence(msgspec.Struct, frozen=True):
