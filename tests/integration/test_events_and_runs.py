@@ -675,3 +675,30 @@ async def test_a_source_that_no_store_keeps_is_refused(small: World, source: str
     async with small.working(shop) as director:
         with pytest.raises(BadArguments, match="must be printable"):
             await director.client.publish(Paid(order="a", n=1), source=source)
+
+
+@pytest.mark.parametrize("exits", [SystemExit, KeyboardInterrupt])
+@in_loop
+async def test_a_handler_that_exits_fails_and_its_node_goes_on(
+    small: World, exits: type[BaseException]
+) -> None:
+    """Invariant 11."""
+    shop = Service("shop")
+    handled: list[int] = []
+
+    @shop.on(Paid, retry=Retry(attempts=1), timeout="10s")
+    async def note(event: Paid) -> None:
+        if not event.n:
+            raise exits
+        handled.append(event.n)
+
+    async with small.working(shop) as director:
+        await publish(director, Paid(order="a", n=0))
+        (letter,) = await until(lambda: director.client.dead.list(DeadQuery()))
+        assert letter.cause.startswith(exits.__name__)
+        await publish(director, Paid(order="a", n=1))
+
+        async def is_handled() -> bool:
+            return handled == [1]
+
+        await until(is_handled)

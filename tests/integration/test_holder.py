@@ -100,6 +100,25 @@ async def exits() -> None:
     sys.exit(3)
 
 
+@home.step(timeout="10s")
+async def exits_in_time() -> None:
+    sys.exit(3)
+
+
+@home.step
+async def interrupts() -> None:
+    raise KeyboardInterrupt
+
+
+@home.workflow
+async def calls_one_that_ends_the_loop(which: str) -> str:
+    try:
+        await (exits_in_time() if which == "SystemExit" else interrupts())
+    except Exception as error:
+        return repr(error)
+    return ""
+
+
 @home.workflow
 async def calls_exit() -> str:
     try:
@@ -271,6 +290,9 @@ def test_a_step_that_exits_fails_and_its_node_goes_on(store: str) -> None:
         async with make_app(store) as app:
             run = await app.start(calls_exit)
             assert "SystemExit" in await run.result("10s")
+            for which in ("SystemExit", "KeyboardInterrupt"):
+                run = await app.start(calls_one_that_ends_the_loop, which)
+                assert which in await run.result("10s")
             assert await (await app.start(nap, 0.0)).result("10s") == "rested"
 
     asyncio.run(body())

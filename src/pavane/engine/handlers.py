@@ -372,8 +372,6 @@ class Handlers:
             else:
                 result = await self._call(handler, given, state)
             self._collect(handler, context, result, first, state)
-        except KeyboardInterrupt:
-            raise
         except BaseException as failure:  # a handler that exits has failed; its node goes on
             error = failure
         subscription.ended()

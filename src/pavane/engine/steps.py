@@ -527,8 +527,6 @@ class Steps:
                 raw = self.encoded(step, result)
         except FINAL as bad:
             error, final = bad, True
-        except KeyboardInterrupt:
-            raise
         except BaseException as failure:  # a step that exits has failed; its node goes on
             error = failure
         self._ran(attempt)
@@ -595,13 +593,22 @@ class Steps:
             return await step.fn(*args, **kwargs)
         return await self._session.threads.call(step.fn, *args, **kwargs)
 
+    async def _outcome(
+        self, step: Step[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Any, BaseException | None]:
+        """Call the step in a task of its own, from which no exit may escape: it ends the loop."""
+        try:
+            return await self._call(step, args, kwargs), None
+        except (SystemExit, KeyboardInterrupt) as exits:
+            return None, exits
+
     async def _bounded(self, attempt: Attempt, step: Step[..., Any], args: Any, kwargs: Any) -> Any:
         """Await the step within its timeout and, if asked for, while its heart beats."""
         options = attempt.options
         if options.heartbeat_s is not None:
             attempt.beaten = asyncio.Event()
         beaten = attempt.beaten
-        work = self._loop.create_task(self._call(step, args, kwargs))
+        work = self._loop.create_task(self._outcome(step, args, kwargs))
         ends = None if options.timeout_s is None else self._loop.time() + options.timeout_s
         try:
             while True:
@@ -619,7 +626,10 @@ class Steps:
                     if pulse is not None:
                         pulse.cancel()
                 if work.done():
-                    return work.result()
+                    result, exits = work.result()
+                    if exits is not None:
+                        raise exits
+                    return result
                 if ends is not None and self._loop.time() >= ends:
                     raise StepTimeout(
                         f"{step} took longer than its timeout of {options.timeout_s:g} s; whether "
