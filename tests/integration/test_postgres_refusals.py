@@ -148,8 +148,11 @@ def test_a_command_that_only_looks_leaves_the_schema_to_workers_of_its_version(
         schema = "SELECT value FROM pavane.meta WHERE key = 'schema'"
         good("runs", "start", "sell", "--store", url)
         newest = newest_schema()
-        forget = "DROP TABLE pavane.past, pavane.beats; UPDATE pavane.meta SET value = '2'"
-        server().execute(f"{forget} WHERE key = 'schema'", name)
+        forget = (
+            "ALTER TABLE pavane.nodes DROP COLUMN lease_us; DROP TABLE pavane.past, pavane.beats;"
+            " UPDATE pavane.meta SET value = '2' WHERE key = 'schema'"
+        )
+        server().execute(forget, name)
         said = told(4, "runs", "list", "--store", url)
         assert f"was written by an older Pavane (schema 2, this one knows {newest})" in said
         assert server().execute(schema, name) == "2"
