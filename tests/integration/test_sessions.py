@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -79,6 +80,37 @@ async def test_a_step_that_takes_long_holds_up_no_other_partition(place: Place) 
         assert await roast.result(timeout=30) == "roast"
     dishes = [begun.get_nowait() for _ in range(begun.qsize())]
     assert dishes.count("roast") == 0, "it was done once"
+
+
+@in_loop
+async def test_a_node_that_joins_or_leaves_moves_its_own_share_only(place: Place) -> None:
+    services = [Service("inn"), Service("stable")]
+
+    async def shared_by(workers: list[Client]) -> dict[tuple[str, int], int | None]:
+        hosts = {session_of(worker).fence.node for worker in workers}
+
+        async def is_shared() -> dict[tuple[str, int], int | None]:
+            rows = await workers[0].store.partition_rows(["inn", "stable"])
+            owners = {(row.service, row.partition): row.owner for row in rows}
+            counts = Counter(owners.values())
+            even = 64 // len(hosts)
+            is_even = all(even - 2 <= count <= even + 2 for count in counts.values())
+            return owners if is_even and set(counts) == hosts else {}
+
+        return await until(is_shared, "even shares")
+
+    async with AsyncExitStack() as stack:
+        apps = [App("inn", services, store=str(place)) for _ in range(3)]
+        three = [await stack.enter_async_context(app.worker()) for app in apps]
+        before = await shared_by(three)
+        async with App("inn", services, store=str(place)).worker() as fourth:
+            between = await shared_by([*three, fourth])
+            moved = {at for at, owner in between.items() if owner != before[at]}
+            assert {between[at] for at in moved} == {session_of(fourth).fence.node}
+            for partition in range(32):
+                assert between["inn", partition] == between["stable", partition], "as one"
+        after = await shared_by(three)
+        assert {at for at, owner in after.items() if owner != between[at]} == moved
 
 
 @in_loop

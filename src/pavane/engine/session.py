@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import copy_context
@@ -27,6 +28,7 @@ from pavane.engine.limits import Limits
 from pavane.engine.process import Process
 from pavane.engine.pruner import Pruner
 from pavane.engine.registry import Registry
+from pavane.engine.shares import shares
 from pavane.engine.steps import Steps
 from pavane.engine.threads import Threads
 from pavane.engine.timers import BURST, DueQueue, Fire, Found
@@ -407,13 +409,10 @@ class Session:
         give: list[PartitionRow] = []
         want: list[int] = []
         held: set[int] = set()
-        hosts = {
-            service: sorted(n.no for n in nodes if service in n.services and n.asked != DRAIN)
-            for service in self._shared
-        }
-        for row in await self.store.partition_rows(self._shared):
-            candidates = hosts[row.service]
-            mine = candidates and candidates[row.partition % len(candidates)] == self.fence.node
+        rows = await self.store.partition_rows(self._shared)
+        plan = _plan(rows, nodes)
+        for row in rows:
+            mine = plan[row.target] == self.fence.node
             if row.owner == self.fence.node:
                 held.add(row.target)
             if row.owner == self.fence.node and not mine and row.target not in self.draining:
@@ -743,3 +742,25 @@ class Session:
         self.holder.close()
         await self.committer.flush()
         self.committer.close()
+
+
+def _plan(rows: Sequence[PartitionRow], nodes: Sequence[NodeRow]) -> dict[int, int | None]:
+    """Return who is to own each partition, by target.
+
+    Services that are hosted by the same nodes are shared as one: a run finds its partitions of all
+    of them at one node. Where their owners differ, as while some are handed over, the first counts.
+    """
+    by_service: dict[str, list[PartitionRow]] = defaultdict(list)
+    for row in rows:
+        by_service[row.service].append(row)
+    together: dict[tuple[int, ...], list[list[PartitionRow]]] = defaultdict(list)
+    for service in sorted(by_service):
+        hosts = [n.no for n in nodes if service in n.services and n.asked != DRAIN]
+        together[tuple(sorted(hosts))].append(by_service[service])
+    plan: dict[int, int | None] = {}
+    for hosts, services in together.items():
+        slots = list(zip(*services, strict=True))
+        owners = [next((r.owner for r in slot if r.owner in hosts), None) for slot in slots]
+        for slot, owner in zip(slots, shares(owners, hosts), strict=True):
+            plan.update((row.target, owner) for row in slot)
+    return plan

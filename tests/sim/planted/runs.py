@@ -156,7 +156,7 @@ def timer_early() -> Iterator[None]:
         yield
 
 
-@planted("shop")
+@planted("harbour")
 def timers_lost_at_takeover() -> Iterator[None]:
     """Read only what becomes due from now on, in partitions that are taken over."""
 
