@@ -17,7 +17,8 @@ ANSWERS_AFTER_S = 0.001
 def main(address: str) -> None:
     set_up_logging(-1)
     world.ANSWERS_AFTER_S = ANSWERS_AFTER_S
-    app.config = EngineConfig(lease_s=LEASE_S, step_threads=16)
+    # Who has nothing to do for a moment rests for long: what it misses then would show.
+    app.config = EngineConfig(lease_s=LEASE_S, step_threads=16, rest_after_s=0.2, glance_s=1.0)
     asyncio.run(work(app, sorted(app.registry.services), address, quiet=False, with_parent=True))
 
 

@@ -51,13 +51,15 @@ class LeaseKeeper:
         self._prolonged_us = fence.lease_us
         """For how long the lease was prolonged last."""
         self._steady_from_us = 0
+        self._is_answered = True
+        """Whether the store answered the last time."""
 
     @property
     def is_steady(self) -> bool:
         """Whether the store answered this node all the time for at least a lease."""
         now_us = self._store.now_us()
         is_late = now_us - self._renewed_us > self._prolonged_us
-        return not is_late and now_us >= self._steady_from_us
+        return self._is_answered and not is_late and now_us >= self._steady_from_us
 
     def start(self) -> None:
         self._rounds = self._process.repeat(lambda: self._lease_us / 1e6 / ROUNDS, self._renew)
@@ -99,13 +101,15 @@ class LeaseKeeper:
             if glance is None:
                 self._loop.call_soon_threadsafe(self._lost)
                 return False
+            self._is_answered = True
             self._others = glance.roster[0]
             self._renewed(lease_us)
             self._loop.call_soon_threadsafe(self._saw, glance)
         except StoreError as error:
             log.warning("the lease could not be renewed: %s", error)
             # The leases of others may be over by now, whose nodes find the store as this one does.
-            self.rests, self._prolonged_us = False, self._fence.lease_us
+            self._is_answered = self.rests = False
+            self._prolonged_us = self._fence.lease_us
         except RuntimeError:
             return False  # the event loop was closed
         return True

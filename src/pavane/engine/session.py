@@ -653,6 +653,8 @@ class Session:
 
     async def _may_rest(self) -> bool:
         """Tell whether no timer is due while this node rests: who took it over would be late."""
+        if not self.lease.is_steady:
+            return False
         now = self.now_us()
         ends_us = now + round(REST_MAX_S * 1e6)
         if self._known_until_us < ends_us:

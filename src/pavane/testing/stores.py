@@ -771,20 +771,20 @@ async def nodes_join_renew_and_leave(connections: Connections) -> None:
     assert await two.ask_node(row.no, "drain")
     assert not await two.ask_node(row.no + 1, "drain")
     assert [node.asked for node in await one.nodes()] == ["drain"]
-    longer = Fence(row.no, row.nonce, 2 * LEASE_US)
-    assert one.renew(longer)
+    shorter, now_us = Fence(row.no, row.nonce, LEASE_US // 2), two.now_us()
+    assert one.renew(shorter)
     (renewed,) = await two.nodes()
-    assert renewed.expires_us >= row.expires_us + LEASE_US - 1000
+    assert now_us + LEASE_US // 2 - 1000 <= renewed.expires_us <= two.now_us() + LEASE_US // 2
     assert not one.renew(Fence(row.no, "other", LEASE_US))
     assert not one.renew(Fence(row.no + 1, row.nonce, LEASE_US))
     targets = await all_targets(one)
-    await one.claim(longer, targets)
+    await one.claim(shorter, targets)
     await one.leave(Fence(row.no, "other", LEASE_US))
     assert len(await two.nodes()) == 1
-    await one.leave(longer)
+    await one.leave(shorter)
     assert await two.nodes() == []
     assert all(r.owner is None and not r.clean for r in await two.partition_rows(SERVICES))
-    assert not one.renew(longer)
+    assert not one.renew(shorter)
     again = await one.join("a", "host", 42, ["shop"], LEASE_US)
     assert again.no > row.no
     assert again.nonce != row.nonce
@@ -861,7 +861,7 @@ async def expiry_frees_partitions_unclean(connections: Connections) -> None:
     await one.claim(mine, targets[:2])
     await two.claim(theirs, targets[2:3])
     gone = [node for node in await two.nodes() if node.no == mine.node]
-    assert one.renew(Fence(mine.node, mine.nonce, 2 * LEASE_US))
+    assert one.renew(Fence(mine.node, mine.nonce, LEASE_US // 2))
     await two.expire(gone)
     assert len(await two.nodes()) == 2, "it was renewed meanwhile"
     await two.expire([node for node in await two.nodes() if node.no == mine.node])

@@ -55,11 +55,11 @@ class LeaseConnection:
         self._runner: asyncio.Runner | None = None
         self._connection: Connection | None = None
 
-    def renew(self, fence: Fence) -> Renewed | None:
-        """Prolong the lease, within half of its time; None if it is lost."""
+    def renew(self, fence: Fence, within_s: float) -> Renewed | None:
+        """Prolong the lease, `within_s` and the time to connect; None if it is lost."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "pavane-lease-connection")
-        return self._thread.submit(self._renew_here, fence).result()
+        return self._thread.submit(self._renew_here, fence, within_s).result()
 
     def close(self) -> None:
         if self._thread is not None:
@@ -67,11 +67,11 @@ class LeaseConnection:
             self._thread.shutdown()
             self._thread = None
 
-    def _renew_here(self, fence: Fence) -> Renewed | None:
+    def _renew_here(self, fence: Fence, within_s: float) -> Renewed | None:
         if self._runner is None:
             self._runner = asyncio.Runner()
         try:
-            return self._runner.run(self._renew(fence))
+            return self._runner.run(self._renew(fence, within_s))
         except Exception as error:  # whatever it is, the thread that renews goes on
             raise explained(self._dsn, error) from error
 
@@ -83,8 +83,7 @@ class LeaseConnection:
             self._runner.close()
             self._runner = None
 
-    async def _renew(self, fence: Fence) -> Renewed | None:
-        within_s = fence.lease_us / 4e6
+    async def _renew(self, fence: Fence, within_s: float) -> Renewed | None:
         while True:
             fresh = self._connection is None or self._connection.is_closed()
             connection: Connection

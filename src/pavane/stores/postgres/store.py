@@ -524,7 +524,8 @@ class PostgresStore(EventTables):
         if self._pid != os.getpid():
             raise self._unusable()
         began = _ticks_us()
-        renewed = self._lease.renew(fence)
+        # Also one that rests must be able to answer within the lease that it joined with.
+        renewed = self._lease.renew(fence, self._lease_us / 4e6)
         if renewed is None:
             return None
         self._set_clock(began, renewed.now_us)
