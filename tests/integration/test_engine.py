@@ -1046,8 +1046,8 @@ async def test_a_run_that_the_engine_fails_at_is_stuck_and_goes_on_after_a_retry
 async def test_a_corrupt_journal_stops_its_run_and_no_other(world: World) -> None:
     """Invariant 11."""
     async with world.working(*SERVICES) as director:
-        bad = await director.start(sleeps, 0.5)
-        good = await director.start(sleeps, 0.5)
+        bad = await director.start(sleeps, 2.0)
+        good = await director.start(sleeps, 2.0)
         for run in (bad, good):
             await until_status(run, "waiting", reason="timer")
     where = f"run IN (SELECT no FROM runs WHERE id = '{bad.id}')"

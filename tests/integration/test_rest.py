@@ -23,7 +23,7 @@ from pavane.testing.stores import a_message
 from tests.integration.world import in_loop, until
 from tests.postgres import Database
 
-LEASE_S = 1.0
+LEASE_S = 2.0
 inn = Service("inn")
 may_end = asyncio.Event()
 numbers = count()
