@@ -128,6 +128,63 @@ async def test_what_is_large_is_written_in_parts_and_in_order(fenced: bool) -> N
         assert sizes[-2] <= writer.WRITTEN_MAX_BYTES + 1
 
 
+@pytest.mark.usefixtures("impatient")
+@in_loop
+async def test_what_a_slow_line_carries_is_written_and_what_it_does_not_is_refused_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Invariant 11: sent again with the same patience, it went round for ever."""
+    monkeypatch.setattr(writer, "ANSWER_S", 4.0)
+    monkeypatch.setattr(writer, "SETTLE_S", 1.0)
+    async with wired() as (store, wire):
+        fence = msgspec.structs.replace(await joined(store), lease_us=1_000_000)
+
+        def of(id: str, size: int) -> Any:
+            return a_commit(
+                messages=[msgspec.structs.replace(a_message(store, id), body=b"1" * size)]
+            )
+
+        assert await written(store, of("before#1", 1), fence=fence) == [None]
+        wire.slow_bytes_s = 1 << 20
+        assert await written(store, of("slow#1", 6 << 18), fence=fence) == [None]
+        commits = of("first#1", 1), of("huge#1", 24 << 20), of("last#1", 1)
+        first, refused, last = await written(store, *commits, fence=fence)
+        assert (first, last) == (None, None)
+        assert not isinstance(refused, (StoreError, LeaseLost)), "the session goes on"
+        assert "A commit of 25.2 MB is too much for the line to postgresql://" in str(refused)
+        ids = [message.id for message in await whole_log(store)]
+        assert ids == ["before#1", "slow#1", "first#1", "last#1"]
+
+
+@pytest.mark.usefixtures("impatient")
+@in_loop
+async def test_what_is_large_and_written_late_is_found_to_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is under way in the server when the writer gives up, and holds the lock of its number."""
+    monkeypatch.setattr(writer, "SETTLE_S", 0.5)
+    monkeypatch.setattr(writer, "CALL_S", 20.0)
+    async with wired() as (store, _):
+        fence = msgspec.structs.replace(await joined(store), lease_us=100_000)
+        await store._execute(
+            lambda c: c.execute(
+                "CREATE FUNCTION pavane.slow() RETURNS trigger LANGUAGE plpgsql AS"
+                " 'BEGIN PERFORM pg_sleep(6); RETURN NEW; END';"
+                " CREATE TRIGGER slow BEFORE INSERT ON pavane.log FOR EACH ROW"
+                " EXECUTE FUNCTION pavane.slow()"
+            )
+        )
+        message = msgspec.structs.replace(a_message(store, "late#1"), body=b"1" * 100_000)
+        event = msgspec.structs.replace(an_event(store, "e"), data=b"1")
+        commit = a_commit(messages=[message], events=[event])
+        assert await written(store, commit, fence=fence) == [None]
+        assert (message.pos, event.pos) == (1, 1)
+        assert await written(store, a_commit(inbox=[InboxRow("shop", "i", 1)]), fence=fence) == [
+            None
+        ]
+        assert [message.id for message in await whole_log(store)] == ["late#1"]
+
+
 @pytest.mark.parametrize("way", WAYS)
 @in_loop
 async def test_a_chunk_of_a_journal_whose_answer_is_lost_is_written_once(way: str) -> None:

@@ -37,7 +37,7 @@ class Wire:
     "swallow" it (the database never gets it, and the connection is cut), "deafen" (it gets it,
     and the connection is cut before the answer comes back), or "lose" (as by `lose`, this one).
     `held` are the directions in which all is held back in silence, to arrive late. `refuses` resets
-    whoever connects.
+    whoever connects. `slow_bytes_s` is how much a second each connection carries to the database.
     """
 
     def __init__(self, port: int) -> None:
@@ -46,6 +46,7 @@ class Wire:
         self.watch: Callable[[bytes], str] = lambda piece: "pass"
         self.held: Collection[str] = ()
         self.refuses = False
+        self.slow_bytes_s = 0
         self._lines: set[_Line] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -116,6 +117,8 @@ class Wire:
                     continue
                 if what == "deafen" and answers is not None:
                     answers.cancel()
+                if direction == ASKS and self.slow_bytes_s:
+                    await asyncio.sleep(len(piece) / self.slow_bytes_s)
                 sink.write(piece)
                 await sink.drain()
                 if what == "deafen":

@@ -21,17 +21,21 @@ from pavane.errors import LeaseLost, Locked, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import Commit, Conflict, Fence, broken_chain
 from pavane.stores.postgres.batch import WRITE, WRITE_CHUNK, Batch
 from pavane.stores.postgres.connection import (
+    ANSWER_S,
     BUSY,
+    FAILED,
     OF_ONE_COMMIT,
     QUICK_S,
     SETTINGS,
     Connection,
+    Silent,
     answered,
     asyncpg,
     connect,
     explained,
     is_lost,
     looked_into,
+    place_of,
 )
 
 log = logging.getLogger("pavane.postgres")
@@ -45,6 +49,8 @@ WRITTEN_MAX_BYTES = 4 * 1024 * 1024
 """How much is written at once, unless one commit is larger. It must be there soon over any line:
 until then the lease cannot be renewed, since its row is locked, and others wait for what is small.
 """
+LARGE_BYTES = 64 * 1024
+"""What is larger may be on its way for long over a slow line; it gets more time when repeated."""
 WORK_S = 8.0
 """How long user code may take inside a transaction; the server ends an idle one after 10 s."""
 LOCK_S = 2.0
@@ -447,12 +453,62 @@ class Writer:
                     return row
             return await self._row(connection, WRITE, *proof, *batch.values)
 
-        async def ask(connection: Connection) -> Any:
-            return await answered(connection, write(connection), QUICK_S)
+        time_s = next_s = QUICK_S
 
-        row = await self._patiently(ask, within_s, fence)
+        async def ask(connection: Connection) -> Any:
+            nonlocal time_s, next_s
+            time_s = next_s
+            if batch.size_bytes > LARGE_BYTES:
+                next_s = min(ANSWER_S, 2 * time_s)
+            return await answered(connection, write(connection), time_s)
+
+        try:
+            row = await self._patiently(ask, within_s, fence)
+        except StoreError as error:
+            is_slow = time_s > QUICK_S and isinstance(error.__cause__, Silent)
+            if fence is None or not is_slow:
+                raise
+            row = await self._overtaken(batch, fence, error)
+            if row is None and len(commits) > 1:
+                raise _TooMuch from error
+            if row is None:
+                raise PavaneError(
+                    f"A commit of {batch.size_bytes / 1e6:.1f} MB is too much for the line to "
+                    f"{place_of(self._dsn)}, which did not carry it within {time_s:g} s. Let less "
+                    f"be asked for at once, or keep what is large elsewhere."
+                ) from error
         self._check(row, fence, self._repeating)
         self._accept(row, batch, fence)
+
+    async def _overtaken(self, batch: Batch, fence: Fence, error: StoreError) -> Any:
+        """Write nothing under the number of a batch that was not answered, so that it is settled.
+
+        Returns its row if it was written after all; None if not, and it never will be. What comes
+        late of it is refused, as a repetition. If this is not answered either, it is not the size.
+        """
+        proof = (fence.node, fence.nonce, fence.lease_us, self._next(fence))
+
+        async def settle(connection: Connection) -> Any:
+            row = await connection.fetchrow(WRITE, *proof, *Batch([]).values)
+            if row["verdict"] != "repeated" or not batch.events:
+                return row
+            sql = "SELECT pos FROM pavane.events WHERE pos > $1 AND pos <= $2"
+            before = row["events_before"]
+            found = await connection.fetch(sql, before, before + len(batch.events))
+            return {**row, "new_events": [each["pos"] for each in found]}
+
+        try:
+            connection = await self._connected()
+            row = await answered(connection, settle(connection), CALL_S)
+        except FAILED:
+            self._hang_up()
+            raise error from error.__cause__
+        self._unsettled.discard(fence.nonce)
+        self._repeating = True
+        if row["verdict"] != "written":
+            return row
+        self._newest[fence.nonce] = self._next(fence)
+        return None
 
     async def _row(self, connection: Connection, sql: str, *values: Any) -> Any:
         """Return the row that a prepared statement gives, preparing it if need be."""
