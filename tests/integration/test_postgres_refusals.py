@@ -215,6 +215,13 @@ def test_a_pooler_that_knows_no_prepared_statements_is_explained(kind: type[Exce
     assert "PgBouncer 1.21 or newer with max_prepared_statements above 0" in said
 
 
+def test_a_server_that_is_starting_is_not_asked_whether_it_is_running() -> None:
+    error = asyncpg.CannotConnectNowError("the database system is starting up")
+    said = str(explained("postgresql://db/shop", error))
+    assert "at the moment: the database system is starting up. Workers that run try again" in said
+    assert "Is it running" not in said
+
+
 @in_loop
 async def test_a_synchronous_standby_that_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch,

@@ -215,6 +215,11 @@ def explained(dsn: str, error: BaseException) -> StoreError:
         text = (
             f"{place} has lost a part of its schema `pavane` ({error}). Restore it from a backup."
         )
+    elif isinstance(error, asyncpg.CannotConnectNowError):
+        text = (
+            f"{place} is there, and takes no connections at the moment: {error}. Workers that run "
+            f"try again by themselves until it does; start anything else once more then."
+        )
     elif is_lost(error):
         detail = str(error) or type(error).__name__
         text = f"{place} cannot be reached: {detail}. Is it running, and is the address right?"
