@@ -916,6 +916,7 @@ async def test_changed_code_leaves_the_run_stuck_with_a_diff_and_the_old_code_re
         status = await until_status(run, "stuck")
         assert "-step shop.buy" in status.reason
         assert "+step depot.store" in status.reason
+        assert "or another app that has a service of this name" in status.reason
         assert names() == ["buy"]
     async with world.working(before, *SERVICES) as director:
         assert await director.get(run.id).result(timeout=30) == ["bought old", "stored old"]
@@ -961,6 +962,7 @@ async def test_a_run_of_a_version_that_is_gone_is_stuck_until_it_is_back(world: 
         await run.send(Told(text="go"))
         status = await until_status(run, "stuck")
         assert "no version 1" in status.reason
+        assert "or another app that has a service of this name" in status.reason
         other = await director.start(newer)
         await until_status(other, "waiting", reason="Told")
         await other.send(Told(text="go"))

@@ -78,6 +78,7 @@ from pavane.errors import (
     BadEvent,
     CorruptJournal,
     LeaseLost,
+    Mismatch,
     NotUndone,
     PavaneError,
     StoreError,
@@ -108,6 +109,12 @@ Key = tuple[str, str]
 Action = Callable[[Held | None], None]
 HELD_BACK = "!"
 """Mail of a type that begins so is a message kept for a stuck run, delivered when it goes on."""
+OTHER_CODE = (
+    "Perhaps another version of the app, or another app that has a service of this name, works on "
+    "the store as well: see `pavane nodes list`. The run goes on when a node with fitting code "
+    "takes it over."
+)
+"""Said of a run that does not fit the code which a node has."""
 EVICT_LOOKS = 50
 BY_PARENT = "parent"
 
@@ -211,7 +218,7 @@ class Holder:
         try:
             definition = self._registry.workflow(header.workflow, header.version)
         except UnknownName as error:
-            return _no_execution(header), str(error)
+            return _no_execution(header), _why(header.run, error)
         return Execution(header, definition, (), self._config.payload_max_bytes), ""
 
     def _refuse_start(
@@ -2055,6 +2062,8 @@ def _other_operation(reply: Reply, operation: Operation) -> str:
 
 def _why(run: str, error: Exception) -> str:
     """Return why a run is stuck; what nobody foresaw is logged whole."""
+    if isinstance(error, (Mismatch, UnknownName)):
+        return f"{error}\n{OTHER_CODE}"
     if isinstance(error, PavaneError):
         return str(error)
     log.error("run %s failed in the engine", run, exc_info=error)
