@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 
-from pavane import App, Client, EngineConfig, LeaseLost, Service, StoreError
+from pavane import (
+    App,
+    Client,
+    EngineConfig,
+    LeaseLost,
+    Retry,
+    Service,
+    StoreError,
+    step_info,
+)
 from pavane.engine.session import LOOK_ROUND, Session, tell_nodes
 from pavane.stores.port import Message
 from pavane.workflow import Workflow
@@ -282,3 +292,35 @@ async def test_a_session_that_loses_its_lease_says_so_without_traces(
     assert [record.levelname for record in told] == ["WARNING"]
     assert "It was silent for too long." in told[0].getMessage()
     assert not told[0].exc_info
+
+
+@in_loop
+async def test_what_failed_here_is_not_said_to_be_tried_again_if_it_is_another_s_by_now(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by a process that was frozen: heartbeats are missed by the time it comes back."""
+    caplog.set_level(logging.INFO)
+    kitchen, begun, failing = Service("kitchen"), asyncio.Event(), asyncio.Event()
+
+    @kitchen.step(retry=Retry(attempts=2, first="10ms"))
+    async def cook(dish: str) -> str:
+        if step_info().attempt == 1:
+            begun.set()
+            await failing.wait()
+            raise ConnectionError("the stove is cold")
+        return dish
+
+    @kitchen.workflow
+    async def serve(dish: str) -> str:
+        return await cook(dish)
+
+    async with App("inn", [kitchen], store=str(place)).worker() as worker:
+        run = await worker.start(serve, "soup")
+        await begun.wait()
+        session = session_of(worker)
+        await worker.store.leave(session.fence, [])
+        failing.set()
+        await rejoined(worker, session)
+        assert await run.result(timeout=30) == "soup"
+    told = [record for record in caplog.records if "next in" in record.getMessage()]
+    assert len(told) == 1, "by the session that has it"

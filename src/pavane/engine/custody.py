@@ -284,15 +284,19 @@ class Custody:
             self._bury(subscription, lanes, item, error)
             return
         raw = encode_error(error)
-        log.info(
-            "%r failed on event %s (attempt %d), next in %.2f s: %s", subscription.handler,
-            item.row.id, item.attempt, delay_s, error_summary(raw),
-        )  # fmt: skip
+        number = item.attempt
+
+        def told() -> None:
+            log.info(
+                "%r failed on event %s (attempt %d), next in %.2f s: %s", subscription.handler,
+                item.row.id, number, delay_s, error_summary(raw),
+            )  # fmt: skip
+
         item.attempt += counts
         due_us = self._session.now_us() + round(delay_s * 1e6)
         row = self._parked(subscription, item, due_us, raw)
         lanes[0].head = row
-        self._park(subscription, lanes, [item], [row])
+        self._park(subscription, lanes, [item], [row], told)
 
     def _parked(
         self, subscription: Subscription, item: Item, due_us: int, error: bytes
@@ -305,11 +309,16 @@ class Custody:
 
     def _park(
         self, subscription: Subscription, lanes: list[Lane], items: list[Item],
-        parked: list[ParkedEvent],
+        parked: list[ParkedEvent], told: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        """Write the next attempts, and take what waits in their lanes into custody behind them."""
+        """Write the next attempts, and take what waits in their lanes into custody behind them.
+
+        `told` is called if they are written: they may be another node's by now.
+        """
 
         def written(error: PavaneError | None) -> None:
+            if told is not None and error is None:
+                told()
             if not isinstance(error, (LeaseLost, StoreError)):
                 self._session.handlers.settled(subscription, lanes, items)
 

@@ -697,14 +697,22 @@ class Steps:
         if delay_s is None:
             self._answer(attempt, False, raw)
             return
-        log.info(
-            "%s.%s of run %s failed (attempt %d), next in %.2f s: %s", attempt.call.service,
-            attempt.call.step, attempt.call.run, attempt.number, delay_s, error_summary(raw),
-        )  # fmt: skip
-        attempt.number += counts
-        self._park(attempt, self._session.now_us() + round(delay_s * 1e6), raw)
+        call, number = attempt.call, attempt.number
 
-    def _park(self, attempt: Attempt, due_us: int, error: bytes = b"null") -> None:
+        def told() -> None:
+            log.info(
+                "%s.%s of run %s failed (attempt %d), next in %.2f s: %s", call.service,
+                call.step, call.run, number, delay_s, error_summary(raw),
+            )  # fmt: skip
+
+        attempt.number += counts
+        self._park(attempt, self._session.now_us() + round(delay_s * 1e6), raw, told)
+
+    def _park(
+        self, attempt: Attempt, due_us: int, error: bytes = b"null",
+        told: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Write the attempt that is next; `told` is called if it is: it may be another's by now."""
         call = attempt.call
         deaths = attempt.parked.deaths if attempt.parked and error == b"null" else 0
         parked = ParkedRow(
@@ -719,6 +727,8 @@ class Steps:
 
         def written(failure: PavaneError | None) -> None:
             # Not before: a timer that fires while the row is being written would not find it.
+            if told is not None and failure is None:
+                told()
             if again:
                 self._changed(key)
                 self._session.parked_timers.schedule(key, due_us)
