@@ -614,7 +614,12 @@ class Client:
     # -- looking -------------------------------------------------------------------------------
 
     def get(self, id: str) -> Run[Any]:
-        """Return a handle on the run of this id, whether it exists or not."""
+        """Return a handle on the run of this id, whether it exists or not.
+
+        Raises BadArguments for what no run can be called, such as text with a NUL character.
+        """
+        if not id.isprintable():
+            raise BadArguments(f"No run can be called {id!r}: ids are printable.")
         return Run(self, id)
 
     async def runs(self, which: RunFilter | None = None) -> list[RunStatus]:

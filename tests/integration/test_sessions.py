@@ -12,12 +12,15 @@ import pytest
 
 from pavane import (
     App,
+    BadArguments,
     Client,
     EngineConfig,
     LeaseLost,
     Retry,
+    RunFilter,
     Service,
     StoreError,
+    UnknownName,
     step_info,
 )
 from pavane.engine.session import LOOK_ROUND, Session, tell_nodes
@@ -324,3 +327,19 @@ async def test_what_failed_here_is_not_said_to_be_tried_again_if_it_is_another_s
         assert await run.result(timeout=30) == "soup"
     told = [record for record in caplog.records if "next in" in record.getMessage()]
     assert len(told) == 1, "by the session that has it"
+
+
+@pytest.mark.parametrize("unfit", ["a\0b", "a\ud800b"], ids=["NUL", "surrogate"])
+@in_loop
+async def test_what_no_id_can_be_is_refused_and_says_nothing_of_the_store(
+    place: Place, unfit: str
+) -> None:
+    async with App("inn", [Service("inn")], store=str(place)).connect() as client:
+        with pytest.raises(BadArguments, match="No run can be called 'a"):
+            client.get(unfit)
+        with pytest.raises(BadArguments, match="Nothing can be called 'a"):
+            await client.runs(RunFilter(id_prefix=unfit))
+        with pytest.raises(
+            (UnknownName, BadArguments), match=r"nothing is called that|No event has the id"
+        ):
+            await client.events.get(unfit)

@@ -202,6 +202,9 @@ class RunFilter(msgspec.Struct, frozen=True):
         attributes: Any = self.attributes
         if type(status) is str:  # each letter of it would be taken for a status
             raise BadArguments(f"status={status!r} must be a tuple, as ({status!r},).")
+        texts = (self.service or "", self.workflow or "", self.id_prefix)
+        if unfit := [text for text in texts if not text.isprintable()]:
+            raise BadArguments(f"Nothing can be called {unfit[0]!r}: names and ids are printable.")
         if isinstance(attributes, Mapping):
             pairs = tuple(cast("Mapping[str, Any]", attributes).items())
             raise BadArguments(f"attributes={attributes!r} must be pairs, as {pairs!r}.")

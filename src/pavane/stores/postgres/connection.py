@@ -95,6 +95,12 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, LOST) and not isinstance(error, (asyncpg.DataError, ValueError))
 
 
+def is_no_text(error: BaseException) -> bool:
+    """Tell whether a value is to blame that no text can be: with a NUL or a lone surrogate."""
+    no_utf8 = isinstance(error, asyncpg.DataError) and "surrogates not allowed" in str(error)
+    return no_utf8 or isinstance(error, asyncpg.CharacterNotInRepertoireError)
+
+
 def check_address(dsn: str) -> None:
     """Raise StoreError for an address that is none.
 

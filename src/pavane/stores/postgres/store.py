@@ -21,7 +21,7 @@ from zlib import crc32
 
 import msgspec
 
-from pavane.errors import LeaseLost, PavaneError, StoreError
+from pavane.errors import BadArguments, LeaseLost, PavaneError, StoreError
 from pavane.stores.port import (
     COUNT_MAX,
     Commit,
@@ -54,6 +54,7 @@ from pavane.stores.postgres.connection import (
     connect,
     explained,
     is_lost,
+    is_no_text,
     looked_into,
     place_of,
 )
@@ -328,6 +329,11 @@ class PostgresStore(EventTables):
                     return await answered(connection, ask(connection), within_s)
             except FAILED as error:
                 ends = ends or loop.time() + READ_S  # the first may have taken long
+                if is_no_text(error):
+                    raise BadArguments(
+                        f"What is asked for holds a character that no text in Postgres can have "
+                        f"({error}), so nothing is called that."
+                    ) from error
                 if not (is_lost(error) or isinstance(error, BUSY)) or loop.time() > ends:
                     raise explained(self.dsn, error) from error
                 if is_lost(error):

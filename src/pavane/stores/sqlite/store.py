@@ -24,7 +24,7 @@ from zlib import crc32
 import apsw
 import msgspec
 
-from pavane.errors import LeaseLost, PavaneError, StoreError, WorkFailed
+from pavane.errors import BadArguments, LeaseLost, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import (
     COUNT_MAX,
     LAST_US,
@@ -536,6 +536,11 @@ class SqliteStore(EventTables):
             raise self._unusable()
         try:
             return self._read_from.execute(sql, bindings).fetchall()
+        except UnicodeEncodeError as error:
+            raise BadArguments(
+                f"What is asked for holds a character that no text can have ({error}), so nothing "
+                f"is called that."
+            ) from error
         except apsw.Error as error:
             raise self._explained(error) from error
 
