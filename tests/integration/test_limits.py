@@ -384,4 +384,28 @@ async def test_limits_are_listed_with_who_waits(tmp_path: Path) -> None:
         gate.set()
 
 
+@in_loop
+async def test_what_a_node_that_is_gone_had_begun_is_listed_as_left(fleet: Fleet) -> None:
+    victim = fleet.launch()
+    async with AsyncExitStack() as stack:
+        client = await connected(stack, fleet)
+        for number in range(2):
+            await start(client, crew.narrow, number, 60.0)
+
+        async def begun() -> bool:
+            return len(recorded()) == 2
+
+        await until(begun)
+        (found,) = await client.limits.list()
+        assert [bool(turn.node) for turn in found.given] == [True, True]
+        victim.kill()
+        victim.wait()
+        (found,) = await client.limits.list()
+        assert [turn.node for turn in found.given] == ["", ""]
+        here = ("--store", fleet.store)
+        listed = await asyncio.to_thread(good, "limits", "list", *here)
+        assert "2, 2 left" in listed
+        assert " left " in await asyncio.to_thread(good, "limits", "show", found.limit, *here)
+
+
 APP = App("limits", [shop, bank], store="memory")

@@ -6,6 +6,7 @@ import msgspec
 
 from pavane.core.envelope import Permit, unpack
 from pavane.engine.limits import LIMIT, line_key
+from pavane.engine.process import is_gone, this_host
 from pavane.engine.registry import Registry
 from pavane.policy import seconds
 from pavane.stores.port import Store
@@ -15,12 +16,15 @@ class Turn(msgspec.Struct, frozen=True):
     """Who has a permit or waits for one; times are µs since the epoch, 0 for not yet.
 
     `work` is a run's id; "<run>#<operation>!<attempt>" for a step; "<handler>@<event>.<attempt>".
+    `node` has the partition that it is in; "" if nobody has it, since that node is gone: who takes
+    it over goes on by the same permit, and one that nobody needs is given back once others wait.
     """
 
     work: str
     priority: int
     asked_us: int
     given_us: int
+    node: str
 
 
 class LimitStatus(msgspec.Struct, frozen=True):
@@ -49,14 +53,20 @@ class Limits:
 
     async def list(self) -> list[LimitStatus]:
         """Return the limits that are in use, or waited for, with who uses them."""
+        nodes = await self._store.nodes()
         services = {*self._registry.services}
-        services.update(name for node in await self._store.nodes() for name in node.services)
+        services.update(name for node in nodes for name in node.services)
+        now_us, host = self._store.now_us(), this_host()
+        names = {node.no: node.name for node in nodes if not is_gone(node, now_us, host)}
+        partitions = await self._store.partition_rows(sorted(services))
+        at = {row.target: names.get(row.owner or 0, "") for row in partitions}
         found: list[LimitStatus] = []
         for service in sorted(services):
             turns: dict[tuple[str, str], list[Turn]] = {}
             for row in await self._store.awaits_like(service, LIMIT):
                 permit = unpack(Permit, row.reply)
-                turn = Turn(permit.work, permit.priority, row.at_us, permit.given_us)
+                node = at.get(permit.target, "")
+                turn = Turn(permit.work, permit.priority, row.at_us, permit.given_us, node)
                 turns.setdefault((permit.limit, permit.key), []).append(turn)
             found += [
                 self._status(service, limit, key, of) for (limit, key), of in sorted(turns.items())

@@ -23,7 +23,8 @@ Examples:
 
 \b
 A limit is shown while something has a permit or waits for one. AT ONCE is how many have one, of how
-many there are; LONGEST how long the first of those who wait has waited.
+many there are, and how many of those are left by nodes that are gone; LONGEST how long the first of
+those who wait has waited.
 """,
 )
 @where_options
@@ -40,8 +41,7 @@ def list_limits(where: Where, output: Format) -> None:
     heads = ("SERVICE", "LIMIT", "KEY", "AT ONCE", "RATE", "WAITING", "LONGEST")
     rows = [
         [
-            one.service, one.limit, one.key,
-            f"{len(one.given)} of {one.concurrency}" if one.concurrency else str(len(one.given)),
+            one.service, one.limit, one.key, _given(one),
             f"{one.rate} in {duration(one.per_s * 1e6)}" if one.rate and one.per_s else "",
             str(len(one.waiting)),
             duration(now_us - min(turn.asked_us for turn in one.waiting)) if one.waiting else "",
@@ -61,6 +61,8 @@ Examples:
 \b
 A run's permit is named by the run; a step's by its run, operation and attempt ("o1#2!1"), so that
 `pavane runs show o1` tells more; a handler's by the handler, the event's position and the attempt.
+What is "left" has a permit of a node that is gone: the node that takes over goes on by it; if it is
+not needed there, it is given back within seconds of somebody waiting for it.
 """
 )
 @click.argument("limit", shell_complete=complete_limit)
@@ -86,8 +88,16 @@ def show(where: Where, limit: str, output: Format) -> None:
     print_table(heads, rows, colours=colours, coloured=2, squeezed=(1,))
 
 
+def _given(one: LimitStatus) -> str:
+    given = (
+        str(len(one.given)) if one.concurrency is None else f"{len(one.given)} of {one.concurrency}"
+    )
+    left = sum(not turn.node for turn in one.given)
+    return f"{given}, {left} left" if left else given
+
+
 def _turns(one: LimitStatus) -> list[tuple[Turn, str, int]]:
-    return [(turn, "begun", turn.given_us) for turn in one.given] + [
+    return [(turn, "begun" if turn.node else "left", turn.given_us) for turn in one.given] + [
         (turn, "waiting", turn.asked_us) for turn in one.waiting
     ]
 
