@@ -24,6 +24,7 @@ from pavane import (
     step_info,
 )
 from pavane.engine.session import LOOK_ROUND, Session, tell_nodes
+from pavane.engine.steps import NotHere
 from pavane.stores.port import Message
 from pavane.workflow import Workflow
 from tests.integration.world import Place, in_loop, rows, until, until_status
@@ -343,3 +344,34 @@ async def test_what_no_id_can_be_is_refused_and_says_nothing_of_the_store(
             (UnknownName, BadArguments), match=r"nothing is called that|No event has the id"
         ):
             await client.events.get(unfit)
+
+
+@in_loop
+async def test_a_step_that_the_code_of_its_node_does_not_have_waits_for_one_that_has_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 3: while workers are exchanged one by one, no run fails of it."""
+    monkeypatch.setattr(NotHere, "pause_s", 0.05)
+    hall, old_kitchen, kitchen = Service("hall"), Service("kitchen"), Service("kitchen")
+
+    @kitchen.step
+    async def bake(dish: str) -> str:
+        return f"baked {dish} {step_info().attempt}"
+
+    @hall.workflow
+    async def serve(dish: str) -> str:
+        return await bake(dish)
+
+    before = App("inn", [old_kitchen], store=str(place))
+    after = App("inn", [hall, kitchen], store=str(place))
+    async with after.worker(["hall"]) as worker:
+        async with before.worker():
+            run = await worker.start(serve, "pie")
+
+            async def put_off() -> Any:
+                parked = (await run.history()).parked
+                return [row for row in parked if b"no step 'bake' in the code" in row.error]
+
+            await until(put_off, "the step that is put off")
+        async with after.worker(["kitchen"]):
+            assert await run.result(timeout=30) == "baked pie 1"

@@ -95,6 +95,15 @@ class _Options(msgspec.Struct, array_like=True):
         return StepOptions(retry, self.timeout_s, self.heartbeat_s, undo)
 
 
+class NotHere(UnknownName):
+    """This node does not have the code of a step; while versions are exchanged another one may.
+
+    No run fails of that (invariant 3): the step is put off, which counts as no attempt.
+    """
+
+    pause_s = 5.0
+
+
 class Attempt(msgspec.Struct, eq=False):
     """One step under way: which call, which attempt, for whom.
 
@@ -413,11 +422,11 @@ class Steps:
         attempt.began_us = attempt.began_us or now
         attempt.started_us = now
         if attempt.step is None:
-            error = UnknownName(
-                f"Service {attempt.call.service!r} has no step {attempt.call.step!r} here. Deploy "
-                f"code that declares it."
+            error = NotHere(
+                f"Service {attempt.call.service!r} has no step {attempt.call.step!r} in the code "
+                f"of this node. It is tried again until a node whose code declares it has it."
             )
-            self._failed(attempt, error, final=True)
+            self._failed(attempt, error, final=False)
             return
         if attempt.step.options_.limit is not None and not attempt.permit:
             self._queue(attempt, attempt.step)
@@ -688,8 +697,8 @@ class Steps:
 
     def _failed(self, attempt: Attempt, error: BaseException, final: bool) -> None:
         retry = attempt.options.retry or (PERSISTENT if attempt.call.undo else ONCE)
-        counts = not isinstance(error, Locked)
-        delay_s = None if counts else Locked.pause_s
+        delay_s = error.pause_s if isinstance(error, (Locked, NotHere)) else None
+        counts = delay_s is None
         if counts and not final:
             elapsed_s = (self._session.now_us() - attempt.began_us) / 1e6
             delay_s = retry.delay_s(attempt.number, error, elapsed_s, self._session.process.random)
