@@ -471,6 +471,24 @@ async def test_a_read_that_is_not_answered_is_soon_asked_anew_and_a_long_one_get
         assert len(await store._rows("SELECT pg_sleep(1.2)")) == 1
 
 
+@in_loop
+async def test_connections_that_read_are_left_to_others_when_they_are_not_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a crowd of readers each client kept six, and clients that started then found none."""
+    monkeypatch.setattr(store_module, "READER_IDLE_S", 0.2)
+    async with wired() as (store, _):
+        sql = "SELECT count(*) AS it FROM pg_stat_activity WHERE datname = current_database()"
+        await asyncio.gather(*(store._rows("SELECT pg_sleep(0.3)") for _ in range(8)))
+        assert (await store._rows(sql))[0]["it"] == 6
+
+        async def left() -> bool:
+            await asyncio.sleep(0.4)
+            return (await store._rows(sql))[0]["it"] == 3
+
+        await until(left, "one that reads, one that writes, one that listens")
+
+
 @pytest.mark.usefixtures("impatient")
 @in_loop
 async def test_a_process_listens_again_when_it_was_deaf() -> None:

@@ -73,6 +73,9 @@ BATCH_MAX = 250
 """Few enough that the event loop has others to go on with while the server writes some."""
 PRUNE_MAX = 2000
 READERS_MAX = 4
+READER_IDLE_S = 60.0
+"""How long a connection that reads is kept for nothing. Others may be refused because of it; nodes
+that idle look more often than that."""
 READ_S = 15.0
 """How long a read is tried again when the database is gone."""
 
@@ -160,6 +163,7 @@ class PostgresStore(EventTables):
         self._pool = await asyncpg.create_pool(
             self.dsn, min_size=0, max_size=READERS_MAX, connect=self._connect_reader,
             connection_class=_Reader, timeout=CONNECT_S,
+            max_inactive_connection_lifetime=READER_IDLE_S,
         )  # fmt: skip
         await self._writer.open()
         self._pid = os.getpid()
