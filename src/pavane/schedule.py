@@ -148,9 +148,10 @@ def nominal_times(cron: str, zone: str, after_us: int) -> Iterator[datetime]:
             yield time
 
 
-def count_times(cron: str, zone: str, begin_us: int, until_us: int) -> int:
-    """Count the times from a moment up to, not including, another."""
-    return sum(1 for _ in _until(nominal_times(cron, zone, begin_us - 1), until_us - 1))
+def count_times(cron: str, zone: str, begin_us: int, until_us: int, most: int) -> int:
+    """Count the times from a moment up to, not including, another, up to `most` of them."""
+    times = _until(nominal_times(cron, zone, begin_us - 1), until_us - 1)
+    return sum(1 for _ in islice(times, most))
 
 
 def moment(at_us: int) -> datetime:

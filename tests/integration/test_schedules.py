@@ -86,6 +86,8 @@ async def test_a_trigger_a_backfill_and_a_pause_do_what_they_say(path: Path) -> 
         begin, end = datetime(2025, 3, 1, tzinfo=UTC), datetime(2025, 3, 8, tzinfo=UTC)
         assert await schedules.backfill("sales", begin, end) == 7
         assert await schedules.backfill("sales", begin, end + timedelta(days=1)) == 8
+        with pytest.raises(BadArguments, match=r"'sales' has more than 10,000 times\. If that is"):
+            await schedules.backfill("sales", datetime(1970, 1, 1, tzinfo=UTC), end)
         await until(lambda: _some(app, 9))
         status = await schedules.show("sales")
         assert (status.state, status.reason, status.next_us) == ("paused", "stocktaking", 0)

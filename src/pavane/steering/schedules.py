@@ -21,6 +21,8 @@ from pavane.workflow import KEEPER
 
 State = Literal["working", "paused", "idle", "stuck", "failed"]
 LIST_MAX = 10_000
+BACKFILL_MAX = 10_000
+"""How many times may be asked for at once: a year that is mistyped may be meant for millions."""
 LIVE: tuple[Status, ...] = tuple(status for status in get_args(Status) if status not in ENDED)
 DELETED: tuple[Status, ...] = ("cancelled", "killed")
 WRONG: tuple[Status, ...] = ("completed", "failed")
@@ -152,8 +154,8 @@ class Schedules:
     async def backfill(self, name: str, begin: datetime, until: datetime) -> int:
         """Let it start runs for its times from `begin` up to, not including, `until`; count them.
 
-        Times that have a run keep that one. Raises BadArguments for a span that is empty or not
-        over yet.
+        Times that have a run keep that one. Raises BadArguments for a span that is empty, not over
+        yet, or of more than `BACKFILL_MAX` times.
         """
         count = await self.count(name, begin, until)
         asked = Asked(what="backfill", at_us=micros(begin), until_us=micros(until))
@@ -171,7 +173,13 @@ class Schedules:
             )
         if not known.cron:
             raise BadArguments(f"Schedule {name!r} has not begun yet. Ask again in a moment.")
-        return count_times(known.cron, known.zone, begin_us, until_us)
+        count = count_times(known.cron, known.zone, begin_us, until_us, BACKFILL_MAX + 1)
+        if count > BACKFILL_MAX:
+            raise BadArguments(
+                f"From {begin.isoformat()} until {until.isoformat()} {name!r} has more than "
+                f"{BACKFILL_MAX:,} times. If that is meant, ask for one part after the other."
+            )
+        return count
 
     async def delete(self, name: str) -> None:
         """End a schedule; what it started goes on. One that the code still declares is refused."""
