@@ -212,8 +212,14 @@ def _append_by_psycopg(connection: Any, row: EventRow) -> None:
 def _append_by_sqlalchemy_postgres(connection: Any, row: EventRow) -> None:
     from pavane.stores.postgres.outbox import append_event
 
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-        raise _no_transaction(connection, "with connection.begin():")
+    # The level may be the engine's, the connection's or the session's: the driver knows in the end.
+    if getattr(connection.connection.dbapi_connection, "autocommit", False):
+        raise StoreError(
+            f"{_spelled(connection)} has the isolation level AUTOCOMMIT, so the event would be "
+            f"published at once, whatever becomes of the rest, also within `begin()`. Give the "
+            f"connection another one (execution_options(isolation_level=…)), or use `await "
+            f"app.publish(event)`."
+        )
     text: Any = sys.modules["sqlalchemy"].text
     appending = append_event(row)
     sql, values = next(appending)

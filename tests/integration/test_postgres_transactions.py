@@ -422,6 +422,32 @@ async def test_a_connection_without_a_transaction_is_refused(url: str) -> None:
         outbox.publish_sync(plain, sale)
 
 
+@pytest.mark.parametrize("whose", ["engine", "connection", "session"])
+@in_loop
+async def test_a_connection_of_sqlalchemy_that_commits_by_itself_is_refused(
+    url: str, whose: str
+) -> None:
+    """Whoever sets the level: its `begin()` begins nothing, and `rollback()` undoes nothing."""
+    level = {"isolation_level": "AUTOCOMMIT"}
+    address = url.replace("postgresql:", "postgresql+psycopg:")
+    engine = sqlalchemy.create_engine(address, **(level if whose == "engine" else {}))
+    of_session = engine.execution_options(**level) if whose == "session" else engine
+    refused = pytest.raises(StoreError, match="has the isolation level AUTOCOMMIT")
+    with engine.connect() as connection, Session(of_session) as session, refused:
+        if whose == "connection":
+            connection = connection.execution_options(**level)
+        given = session if whose == "session" else connection
+        with given.begin():
+            outbox.publish_sync(given, Sold(shelf="one", by="x", no=1))
+    engine.dispose()
+    asynchronous = create_async_engine(url.replace("postgresql:", "postgresql+asyncpg:"), **level)
+    async with AsyncSession(asynchronous) as its, its.begin():
+        with pytest.raises(StoreError, match="has the isolation level AUTOCOMMIT"):
+            await outbox.publish(its, Sold(shelf="one", by="x", no=1))
+    await asynchronous.dispose()
+    assert await rows(url, "SELECT type FROM pavane.outbox") == []
+
+
 @in_loop
 async def test_a_newer_schema_takes_events_of_the_version_before(url: str) -> None:
     """Workers are upgraded one after the other, and what publishes perhaps last."""
