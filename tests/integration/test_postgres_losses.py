@@ -472,6 +472,30 @@ async def test_a_read_that_is_not_answered_is_soon_asked_anew_and_a_long_one_get
 
 
 @in_loop
+async def test_those_who_read_ask_ever_less_often_while_the_database_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hundreds may wait for results, and each connection costs a database that is just starting."""
+    tried = 0
+
+    async def counted(*given: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        return await connection_module.connect(*given)
+
+    monkeypatch.setattr(store_module, "READ_S", 4.0)
+    async with wired() as (store, wire):
+        monkeypatch.setattr(store_module, "connect", counted)
+        wire.refuses = True
+        wire.cut()
+        asking = [store._rows(f"SELECT {number}") for number in range(8)]
+        refused = await asyncio.gather(*asking, return_exceptions=True)
+        assert all(isinstance(error, StoreError) for error in refused)
+        assert tried <= 8 * 14, "in four seconds; it was once in 0.175 s"
+        wire.refuses = False
+
+
+@in_loop
 async def test_connections_that_read_are_left_to_others_when_they_are_not_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -65,7 +65,7 @@ from pavane.stores.postgres.rights import check_rights
 from pavane.stores.postgres.schema import prepare
 from pavane.stores.postgres.together import Together
 from pavane.stores.postgres.watch import Watch
-from pavane.stores.postgres.writer import Work, Writer
+from pavane.stores.postgres.writer import PAUSE_MAX_S, PAUSE_S, Work, Writer
 
 SLOTS = 1024
 """Targets are `service number * SLOTS + partition`."""
@@ -324,7 +324,7 @@ class PostgresStore(EventTables):
         it be a long read, it gets more time on the next one.
         """
         loop = asyncio.get_running_loop()
-        ends, within_s = 0.0, QUICK_S
+        ends, within_s, pause_s = 0.0, QUICK_S, PAUSE_S
         while True:
             if self._pid != os.getpid():
                 raise self._unusable()
@@ -343,7 +343,8 @@ class PostgresStore(EventTables):
                 if is_lost(error):
                     await self._pool.expire_connections()  # the others are lost as well, perhaps
                 within_s = min(ANSWER_S, 2 * within_s)
-            await asyncio.sleep(0.05 + random.random() / 4)
+            await asyncio.sleep(pause_s * (0.5 + random.random()))
+            pause_s = min(PAUSE_MAX_S, 2 * pause_s)
 
     async def _rows(self, sql: str, *values: Any) -> list[Any]:
         return await self._ask(lambda c: c.fetch(sql, *values))
