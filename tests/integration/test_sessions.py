@@ -375,3 +375,48 @@ async def test_a_step_that_the_code_of_its_node_does_not_have_waits_for_one_that
             await until(put_off, "the step that is put off")
         async with after.worker(["kitchen"]):
             assert await run.result(timeout=30) == "baked pie 1"
+
+
+@in_loop
+async def test_a_parameter_that_is_added_fails_nothing_while_workers_are_exchanged(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 3. Its default is written down with the call, which old code cannot read."""
+    monkeypatch.setattr(NotHere, "pause_s", 0.05)
+    hall, old_kitchen, kitchen = Service("hall"), Service("kitchen"), Service("kitchen")
+
+    @old_kitchen.step(name="bake")
+    async def bake_as_before(dish: str) -> str:
+        return f"burnt {dish}"
+
+    @old_kitchen.workflow(name="grill")
+    async def grill_as_before(dish: str) -> str:
+        return f"burnt {dish}"
+
+    @kitchen.step
+    async def bake(dish: str, degrees: int = 180) -> str:
+        return f"baked {dish} at {degrees}, {step_info().attempt}"
+
+    @kitchen.workflow
+    async def grill(dish: str, minutes: int = 5) -> str:
+        return f"grilled {dish} for {minutes}"
+
+    @hall.workflow
+    async def serve(dish: str) -> str:
+        return await bake(dish)
+
+    before = App("inn", [old_kitchen], store=str(place))
+    after = App("inn", [hall, kitchen], store=str(place))
+    async with after.worker(["hall"]) as worker:
+        async with before.worker():
+            baked, grilled = await worker.start(serve, "pie"), await worker.start(grill, "fish")
+            await until_status(grilled, "stuck", reason="2 arguments are stored for `grill_as_")
+
+            async def put_off() -> Any:
+                parked = (await baked.history()).parked
+                return [row for row in parked if b"2 arguments are stored for" in row.error]
+
+            await until(put_off, "the step that is put off")
+        async with after.worker(["kitchen"]):
+            assert await baked.result(timeout=30) == "baked pie at 180, 1"
+            assert await grilled.result(timeout=30) == "grilled fish for 5"

@@ -243,7 +243,8 @@ class Execution:
         elif what == "start":
             context = Context()
             context.run(_current.set, self)
-            self._main = self.loop.create_task(self._body(bytes(entry.value)), context=context)
+            body = self._body(*self._arguments(bytes(entry.value)))
+            self._main = self.loop.create_task(body, context=context)
         elif what == "cancel":
             if self._main is not None:
                 self._main.cancel()
@@ -276,7 +277,14 @@ class Execution:
             "goes on."
         )
 
-    async def _body(self, raw: bytes) -> Any:
+    def _arguments(self, raw: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the workflow is called with; they were checked by the code that gave them."""
+        try:
+            return self.definition.params.decode(raw)
+        except NotDecodable as error:
+            raise Mismatch(str(error)) from error
+
+    async def _body(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.header.timeout_us:
             begun_us = self.header.resumed_us or self.header.started_us
             self.loop.call_at((begun_us + self.header.timeout_us) / 1e6, self._expire)
@@ -284,7 +292,6 @@ class Execution:
             await self.issue(
                 "receive", f"limit {self.header.limit}", self.header.home, detail=BEGIN
             )
-        args, kwargs = self.definition.params.decode(raw)
         try:
             return await self.definition.fn(*args, **kwargs)
         finally:

@@ -95,8 +95,11 @@ class _Options(msgspec.Struct, array_like=True):
         return StepOptions(retry, self.timeout_s, self.heartbeat_s, undo)
 
 
+UNTIL = "It is tried again until a node whose code fits has it."
+
+
 class NotHere(UnknownName):
-    """This node does not have the code of a step; while versions are exchanged another one may.
+    """This node does not have the code for a step; while versions are exchanged another one may.
 
     No run fails of that (invariant 3): the step is put off, which counts as no attempt.
     """
@@ -149,6 +152,13 @@ class Attempt(msgspec.Struct, eq=False):
             assert self.operation is not None
             self.made_call = self.steps.call(self.held, self.operation)
         return self.made_call
+
+    def arguments(self, step: Step[..., Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the step is called with; the code that asked for it has checked that."""
+        try:
+            return step.params.decode(self.args)
+        except NotDecodable as error:
+            raise NotHere(f"{error} {UNTIL}") from error
 
     def reply(self, ok: bool, raw: bytes) -> Reply:
         """Say what became of it: its encoded result, or (not `ok`) its error."""
@@ -424,7 +434,7 @@ class Steps:
         if attempt.step is None:
             error = NotHere(
                 f"Service {attempt.call.service!r} has no step {attempt.call.step!r} in the code "
-                f"of this node. It is tried again until a node whose code declares it has it."
+                f"of this node. {UNTIL}"
             )
             self._failed(attempt, error, final=False)
             return
@@ -445,7 +455,7 @@ class Steps:
         limit = step.options_.limit
         assert limit is not None
         try:
-            args, kwargs = step.params.decode(attempt.args)
+            args, kwargs = attempt.arguments(step)
             share = limit.key_of(args, kwargs)
         except Exception as error:  # of the user's function, too
             self._failed(attempt, error, final=True)
@@ -523,7 +533,7 @@ class Steps:
         try:
             if attempt.revoked or self._is_stopped(attempt):
                 raise asyncio.CancelledError
-            args, kwargs = step.params.decode(attempt.args)
+            args, kwargs = attempt.arguments(step)
             current_step.set(attempt)
             options = attempt.options
             if options.timeout_s is not None or options.heartbeat_s is not None:

@@ -67,7 +67,7 @@ class Transactions:
         """Call the step where its commit is written; perhaps more than once before it is."""
         if attempt.revoked:
             raise PavaneError("The run gave this step up before it began.")
-        args, kwargs = step.params.decode(attempt.args)
+        args, kwargs = attempt.arguments(step)
         attempt.outboxed = None
         variables = copy_context()
         variables.run(current_step.set, attempt)
