@@ -420,3 +420,14 @@ async def test_a_parameter_that_is_added_fails_nothing_while_workers_are_exchang
         async with after.worker(["kitchen"]):
             assert await baked.result(timeout=30) == "baked pie at 180, 1"
             assert await grilled.result(timeout=30) == "grilled fish for 5"
+
+
+@in_loop
+async def test_the_name_of_a_node_does_not_grow_with_its_services(place: Place) -> None:
+    services = [Service(f"s{number}") for number in range(7)]
+    async with App("inn", services[:5], store=str(place)).worker() as worker:
+        (node,) = await worker.nodes.list()
+        assert node.name.startswith("s0+s1+s2+s3+s4-")
+    async with App("inn", services, store=str(place)).worker() as worker:
+        (node,) = await worker.nodes.list()
+        assert node.name.startswith("s0+s1+s2+s3+3-more-")

@@ -24,6 +24,7 @@ log = logging.getLogger("pavane.node")
 PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 3.0
 """How long to wait before joining again, when the session before did not last a lease."""
 GC_YOUNG = 50_000
+NAMED_MAX = 5
 
 
 class Node:
@@ -72,7 +73,7 @@ class Node:
             del self._lost[0]
         lease_us = round(self._config.lease_s * 1e6)
         process = self._process
-        name = f"{'+'.join(self.services)}-{process.pid}"
+        name = f"{_spelled(self.services)}-{process.pid}"
         offered = [*self.services, *(duty.name for duty in self._duties)]
         row = await self._store.join(name, process.host, process.pid, offered, lease_us)
         fence = Fence(row.no, row.nonce, lease_us)
@@ -142,6 +143,13 @@ class Node:
         finally:
             self.session = None
             self.drained.set()
+
+
+def _spelled(services: Sequence[str]) -> str:
+    """Name some of the services, so that the name of a node fits a line of a log or table."""
+    if len(services) <= NAMED_MAX:
+        return "+".join(services)
+    return f"{'+'.join(services[: NAMED_MAX - 1])}+{len(services) - NAMED_MAX + 1}-more"
 
 
 def _check_transactions(declared: Sequence[Step[..., Any] | Handler], store: Store) -> None:
