@@ -59,7 +59,7 @@ TICK_S = 0.5
 LOOK_S = 10.0
 """How long, at most, a node does not look who else is there, and what people ask for, though it
 saw no change of that and nobody told it of one."""
-LOOK_AT_REST_S = 60.0
+LOOK_AT_REST_S = 40.0
 REST_AHEAD_US = 300_000_000
 """How far a node that wants to rest looks for what will be due."""
 TIMERS_S = 10.0
