@@ -29,7 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     something, it looks ten times as often."""
     rest_after_s: float = 5.0
     """A node that has had nothing to do for so long rests, where the store can wake it."""
-    glance_s: float = 0.1
+    glance_s: float = 0.2
     """The more nodes there are, the longer one that rests prolongs its lease at once, so that in
     this time one of them looks at the store."""
     live_runs_max: int = 1000

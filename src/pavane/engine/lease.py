@@ -25,7 +25,7 @@ log = logging.getLogger("pavane.lease")
 
 ROUNDS = 4
 """How often a lease is prolonged in its time."""
-REST_MAX_S = 40.0
+REST_MAX_S = 80.0
 """How long at most the lease is of a node that rests."""
 
 
