@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ import pytest
 from pavane import App, EngineConfig, Event, Service
 from pavane.core.operations import Mode
 from pavane.errors import LeaseLost, StoreError
-from pavane.stores.port import Conflict, Fence, InboxRow, JournalRow, RunFilter
+from pavane.stores.port import Commit, Conflict, Fence, InboxRow, JournalRow, RunFilter
 from pavane.stores.postgres import PostgresStore, watch, writer
 from pavane.stores.postgres import connection as connection_module
 from pavane.stores.postgres import store as store_module
@@ -108,18 +109,19 @@ async def test_a_batch_whose_answer_is_lost_takes_effect_once(way: str, fenced: 
         assert after.pos == 5
 
 
+def a_large_commit(store: PostgresStore, id: str, size: int) -> Commit:
+    message = msgspec.structs.replace(a_message(store, id), body=b"1" * size)
+    return a_commit(messages=[message])
+
+
 @pytest.mark.parametrize("fenced", [True, False], ids=["under a lease", "without"])
 @in_loop
 async def test_what_is_large_is_written_in_parts_and_in_order(fenced: bool) -> None:
     """One statement of all of it would outlast the patience of the writer, and the lease."""
     async with wired() as (store, _):
         fence = await joined(store) if fenced else None
-        commits = [
-            a_commit(
-                messages=[msgspec.structs.replace(a_message(store, f"m-{no}#1"), body=b"1" * size)]
-            )
-            for no, size in enumerate([1, *[1 << 20] * 12, 1, 6 << 20, 1])
-        ]
+        sizes = [1, *[1 << 20] * 12, 1, 6 << 20, 1]
+        commits = [a_large_commit(store, f"m-{no}#1", size) for no, size in enumerate(sizes)]
         assert await written(store, *commits, fence=fence) == [None] * 16
         assert [m.id for m in await whole_log(store)] == [f"m-{no}#1" for no in range(16)]
         rows = await store._rows("SELECT sum(length(body)) AS it FROM pavane.log GROUP BY xmin")
@@ -138,12 +140,7 @@ async def test_what_a_slow_line_carries_is_written_and_what_it_does_not_is_refus
     monkeypatch.setattr(writer, "SETTLE_S", 1.0)
     async with wired() as (store, wire):
         fence = msgspec.structs.replace(await joined(store), lease_us=1_000_000)
-
-        def of(id: str, size: int) -> Any:
-            return a_commit(
-                messages=[msgspec.structs.replace(a_message(store, id), body=b"1" * size)]
-            )
-
+        of = partial(a_large_commit, store)
         assert await written(store, of("before#1", 1), fence=fence) == [None]
         wire.slow_bytes_s = 1 << 20
         assert await written(store, of("slow#1", 6 << 18), fence=fence) == [None]

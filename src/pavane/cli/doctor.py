@@ -27,7 +27,7 @@ from pavane.cli.text import counted, duration, printable, size, wrapped
 from pavane.config import without_password
 from pavane.core.codec import error_summary
 from pavane.engine.duties import without_duties
-from pavane.engine.process import is_gone, this_host
+from pavane.engine.process import living
 from pavane.errors import PavaneError
 from pavane.stores.port import COUNT_MAX, LAST_US, NodeRow, ParkedRow, RunFilter
 
@@ -170,8 +170,7 @@ async def _look_inside(client: Client, worker: str) -> list[Finding]:
         is_refused = any(finding.level == "fail" for finding in found)
         findings += found
     nodes = await client.store.nodes()
-    now_us, host = client.store.now_us(), this_host()
-    live = [node for node in nodes if not is_gone(node, now_us, host)]
+    live = living(nodes, client.store)
     findings.append(_nodes(live, len(nodes) - len(live), worker, is_refused))
     findings += await _partitions(client, live, worker)
     findings.append(await _stuck(client))

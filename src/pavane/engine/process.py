@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -94,9 +94,13 @@ def this_host() -> str:
 
 async def hosted_services(store: Store) -> set[str]:
     """Return the services that a live node works for."""
+    return {name for node in living(await store.nodes(), store) for name in node.services}
+
+
+def living(nodes: Sequence[NodeRow], store: Store) -> list[NodeRow]:
+    """Return those of `nodes` that are not gone, by what this machine and the store know."""
     now_us, host = store.now_us(), this_host()
-    nodes = await store.nodes()
-    return {name for n in nodes if not is_gone(n, now_us, host) for name in n.services}
+    return [node for node in nodes if not is_gone(node, now_us, host)]
 
 
 def is_gone(node: NodeRow, now_us: int, host: str) -> bool:

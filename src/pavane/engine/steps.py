@@ -745,9 +745,9 @@ class Steps:
             self._changing[key] += 1
 
         def written(failure: PavaneError | None) -> None:
-            # Not before: a timer that fires while the row is being written would not find it.
             if told is not None and failure is None:
                 told()
+            # Not before: a timer that fires while the row is being written would not find it.
             if again:
                 self._changed(key)
                 self._session.parked_timers.schedule(key, due_us)

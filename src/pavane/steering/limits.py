@@ -6,7 +6,7 @@ import msgspec
 
 from pavane.core.envelope import Permit, unpack
 from pavane.engine.limits import LIMIT, line_key
-from pavane.engine.process import is_gone, this_host
+from pavane.engine.process import living
 from pavane.engine.registry import Registry
 from pavane.policy import seconds
 from pavane.stores.port import Store
@@ -56,8 +56,7 @@ class Limits:
         nodes = await self._store.nodes()
         services = {*self._registry.services}
         services.update(name for node in nodes for name in node.services)
-        now_us, host = self._store.now_us(), this_host()
-        names = {node.no: node.name for node in nodes if not is_gone(node, now_us, host)}
+        names = {node.no: node.name for node in living(nodes, self._store)}
         partitions = await self._store.partition_rows(sorted(services))
         at = {row.target: names.get(row.owner or 0, "") for row in partitions}
         found: list[LimitStatus] = []

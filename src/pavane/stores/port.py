@@ -286,6 +286,14 @@ def promise() -> tuple[Done, Awaitable[None]]:
     return done, future
 
 
+def no_text(error: BaseException) -> BadArguments:
+    """Return the refusal of a question in which there is text that the store cannot have."""
+    return BadArguments(
+        f"What is asked for holds a character that no text here can have ({error}), so nothing is "
+        f"called that."
+    )
+
+
 def broken_chain() -> Conflict:
     """Return the refusal of a commit whose predecessor was refused."""
     return Conflict("What this builds on was refused.")

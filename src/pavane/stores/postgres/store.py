@@ -21,7 +21,7 @@ from zlib import crc32
 
 import msgspec
 
-from pavane.errors import BadArguments, LeaseLost, PavaneError, StoreError
+from pavane.errors import LeaseLost, PavaneError, StoreError
 from pavane.stores.port import (
     COUNT_MAX,
     Commit,
@@ -38,6 +38,7 @@ from pavane.stores.port import (
     RunFilter,
     RunRow,
     Touched,
+    no_text,
 )
 from pavane.stores.postgres.batch import Batch, parked_values
 from pavane.stores.postgres.connection import (
@@ -334,10 +335,7 @@ class PostgresStore(EventTables):
             except FAILED as error:
                 ends = ends or loop.time() + READ_S  # the first may have taken long
                 if is_no_text(error):
-                    raise BadArguments(
-                        f"What is asked for holds a character that no text in Postgres can have "
-                        f"({error}), so nothing is called that."
-                    ) from error
+                    raise no_text(error) from error
                 if not (is_lost(error) or isinstance(error, BUSY)) or loop.time() > ends:
                     raise explained(self.dsn, error) from error
                 if is_lost(error):

@@ -486,7 +486,7 @@ class Writer:
         Returns its row if it was written after all; None if not, and it never will be. What comes
         late of it is refused, as a repetition. If this is not answered either, it is not the size.
         """
-        proof = (fence.node, fence.nonce, fence.lease_us, self._next(fence))
+        proof = self._numbered(fence)
 
         async def settle(connection: Connection) -> Any:
             row = await connection.fetchrow(WRITE, *proof, *Batch([]).values)
@@ -522,6 +522,9 @@ class Writer:
             return (None, None, None, None)
         if fence.nonce in self._unsettled:
             raise StoreError("The database did not answer, and what it was told is not settled.")
+        return self._numbered(fence)
+
+    def _numbered(self, fence: Fence) -> tuple[Any, ...]:
         return (fence.node, fence.nonce, fence.lease_us, self._next(fence))
 
     def _next(self, fence: Fence) -> int:

@@ -24,7 +24,7 @@ from zlib import crc32
 import apsw
 import msgspec
 
-from pavane.errors import BadArguments, LeaseLost, PavaneError, StoreError, WorkFailed
+from pavane.errors import LeaseLost, PavaneError, StoreError, WorkFailed
 from pavane.stores.port import (
     COUNT_MAX,
     LAST_US,
@@ -44,6 +44,7 @@ from pavane.stores.port import (
     RunRow,
     Touched,
     broken_chain,
+    no_text,
 )
 from pavane.stores.sqlite.connection import Connection, connect
 from pavane.stores.sqlite.events import EventTables, write_events, write_reactions
@@ -537,10 +538,7 @@ class SqliteStore(EventTables):
         try:
             return self._read_from.execute(sql, bindings).fetchall()
         except UnicodeEncodeError as error:
-            raise BadArguments(
-                f"What is asked for holds a character that no text can have ({error}), so nothing "
-                f"is called that."
-            ) from error
+            raise no_text(error) from error
         except apsw.Error as error:
             raise self._explained(error) from error
 

@@ -123,6 +123,8 @@ class SimRounds:
             return
         if process.thread_is_frozen or self._work():
             self._wait(self._next_us())
+        else:
+            self._is_stopped = True  # whoever hurries it then finds no thread
 
     def hurry(self) -> None:
         self._wait(1)
