@@ -56,11 +56,17 @@ def url(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 @asynccontextmanager
 async def workers(url: str) -> AsyncIterator[list[Client]]:
-    """Work with three nodes, each of which rests for as long as a node may."""
+    """Work with three nodes, each of which holds its share and rests for as long as a node may."""
     config = EngineConfig(lease_s=LEASE_S, rest_after_s=1.0, glance_s=REST_MAX_S)
     async with AsyncExitStack() as stack:
         apps = [App("inn", [inn], store=url, config=config) for _ in range(3)]
-        yield [await stack.enter_async_context(app.worker()) for app in apps]
+        nodes = [await stack.enter_async_context(app.worker()) for app in apps]
+
+        async def shared() -> bool:
+            return sorted(len(session_of(it).owned) for it in nodes) == [10, 11, 11]
+
+        await until(shared, "a share for each")
+        yield nodes
 
 
 def session_of(worker: Client) -> Session:
