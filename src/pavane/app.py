@@ -736,11 +736,13 @@ class Client:
         pause_s = POLL_S
         while self._waiting:
             await asyncio.sleep(pause_s)
+            targets = {target for _, target, _ in self._homes.values()}
+            tenures = {target: self._tenure(target) for target in targets}
             looked = {
                 id: (home, target, tenure)
                 for id, (home, target, looked_in) in self._homes.items()
                 # Had it ended before this tenure, it would have been seen; now it is told.
-                if (tenure := self._tenure(target)) is None or tenure is not looked_in
+                if (tenure := tenures[target]) is None or tenure is not looked_in
             }
             for row in await self.store.halted_runs(list(looked)) if looked else ():
                 if row.service != looked[row.id][0]:

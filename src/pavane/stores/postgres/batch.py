@@ -19,11 +19,23 @@ from pavane.stores.eventlog import (
     ParkedEvent,
     Reaction,
 )
-from pavane.stores.port import Commit, Conflict, MailRow, Message, ParkedRow, RunRow
+from pavane.stores.port import Commit, Conflict, JournalRow, MailRow, Message, ParkedRow, RunRow
 
 Row = tuple[Any, ...]
 
-WRITE = f"SELECT * FROM pavane.write_1({', '.join(f'${at}' for at in range(1, 16))})"
+_JOURNAL = """(
+    SELECT array_agg((j.run, j.seq, j.body)::pavane.journal_1)
+    FROM unnest(
+        string_to_array($6, ',')::bigint[], string_to_array($7, ',')::integer[], $8::text[]
+    ) AS j (run, seq, body)
+)"""
+"""The rows of a journal, which are most of what is written, with their numbers as text: composites
+and numbers in an array cost asyncpg twice as long as texts, or more."""
+WRITE = f"""
+SELECT * FROM pavane.write_1(
+    $1, $2, $3, $4, $5, {_JOURNAL}, {", ".join(f"${at}" for at in range(9, 18))}
+)
+"""
 WRITE_CHUNK = """
 WITH proven AS (
     UPDATE pavane.nodes SET expires_us = pavane.clock_us() + $3, batch = $4
@@ -51,7 +63,7 @@ class Batch:
         self.messages: list[Message] = []
         self.events: list[EventRow] = []
         runs: dict[int, Row] = {}
-        journal: list[Row] = []
+        self._journal: list[JournalRow] = []
         inbox: list[Row] = []
         reactions: list[Reaction] = []
         self._mail: dict[tuple[str, str, str], Row] = {}
@@ -67,9 +79,8 @@ class Batch:
                 runs[run.no] = _run(run) if known is None else _run_again(known, run)
                 if run.result is not None:
                     self.size_bytes += len(run.result)
-            for chunk in commit.journal:
-                journal.append((chunk.run, chunk.seq, chunk.body.decode()))
-                self.size_bytes += len(chunk.body)
+            if commit.journal:
+                self._journal += commit.journal
             for mark in commit.inbox:
                 inbox.append((mark.id, mark.service, mark.at_us, mark.passed_to))
             if commit.mail or commit.mail_taken:
@@ -83,11 +94,12 @@ class Batch:
             if commit.reaction is not None:
                 reactions.append(commit.reaction)
                 self.size_bytes += sum([len(state.body or b"") for state in commit.reaction.states])
+        self.size_bytes += sum([len(chunk.body) for chunk in self._journal])
         self.size_bytes += sum([len(message.body) for message in self.messages])
         self.size_bytes += sum([len(event.data) for event in self.events])
         self._values = (
             list(runs.values()) or None,
-            journal or None,
+            *_columns(self._journal),
             [(m.target, m.kind, m.id, m.to, m.run, m.at_us, m.body.decode()) for m in self.messages]
             if self.messages else _EMPTY,
             inbox or None,
@@ -117,10 +129,11 @@ class Batch:
     @property
     def chunk(self) -> Row | None:
         """The only row, if there is one, and it is a chunk of a journal."""
-        runs, journal, *others = self._values
-        if runs or not journal or len(journal) > 1 or any(others):
+        runs, _, _, _, *others = self._values
+        if len(self._journal) != 1 or runs or any(others):
             return None
-        return journal[0]
+        (only,) = self._journal
+        return (only.run, only.seq, only.body.decode())
 
     def placed(self, log_before: int, events_before: int, new_events: Sequence[int]) -> None:
         """Tell messages and events where in the logs they are."""
@@ -251,6 +264,16 @@ class _Reactions:
         for row in r.conversations:
             self._conversations[row.contract, row.id] = _conversation(row)
         self._members.update(dict.fromkeys(r.members))
+
+
+def _columns(journal: Sequence[JournalRow]) -> tuple[str | None, str | None, list[str] | None]:
+    if not journal:
+        return None, None, None
+    return (
+        ",".join([str(chunk.run) for chunk in journal]),
+        ",".join([str(chunk.seq) for chunk in journal]),
+        [chunk.body.decode() for chunk in journal],
+    )
 
 
 def _run(r: RunRow) -> Row:

@@ -226,7 +226,7 @@ class PostgresStore(EventTables):
     # -- names and clocks ----------------------------------------------------------------------
 
     def now_us(self) -> int:
-        return _ticks_us() + self._clock_offset_us
+        return time.monotonic_ns() // 1000 + self._clock_offset_us  # twice a step: it saves a call
 
     def _set_clock(self, began_us: int, now_us: int) -> None:
         """Note what the database's clock said between `began_us` and now."""
