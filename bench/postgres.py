@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import asyncpg
 
 from bench.figures import Figure, against, p50
 from bench.processes import five, make_app, tour
+from bench.raw import task_us
 from bench.steps import AT_ONCE, ROW_BYTES, five_once, many, one_at_a_time_ms, steps_per_s
 from pavane.testing.postgres import PostgresServer
 
@@ -44,9 +46,12 @@ async def postgres(folder: Path) -> list[Figure]:
 
             await many(orchestrated, 500, AT_ONCE)
             raw_s = await _raw_steps_per_s(url)
+            task = [await task_us()]
             steps_s = await steps_per_s(app, 3000)
+            task.append(await task_us())
             figures = [
                 Figure("steps, Postgres", steps_s, "steps/s", wanted="≥ 30,000"),
+                against("one step, in asyncio tasks", 1e6 / steps_s, "us", mean(task), "≤ 5.75 x"),
                 against("steps, against the same rows", steps_s, "steps/s", raw_s, "≥ 0.4"),
             ]
             await many(passed, 500, AT_ONCE)
