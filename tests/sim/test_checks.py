@@ -10,6 +10,7 @@ from unittest.mock import patch
 import msgspec
 import pytest
 
+from pavane.engine.session import Session
 from pavane.stores.port import Commit, RunRow
 from pavane.testing.sim.checks import Violation, check_results, check_same_requests
 from pavane.testing.sim.outside import Outside
@@ -53,6 +54,12 @@ def test_a_step_that_is_done_again_after_its_result_is_found() -> None:
     with patch.object(Outside, "act", repeated):
         found = [storm("bank", seed, mode).violation for seed in range(5) for mode in MODES]
     assert any("again" in violation for violation in found), found
+
+
+def test_a_step_that_is_done_where_its_service_is_not_hosted_is_found() -> None:
+    with patch.object(Session, "hosts", lambda self, service: True):
+        found = [storm("bank", seed, "orchestration").violation for seed in range(20)]
+    assert any("does not host" in violation for violation in found), found
 
 
 def test_another_request_under_the_same_key_is_found(played: Simulation) -> None:

@@ -17,7 +17,8 @@ class Call(msgspec.Struct, array_like=True):
     `options` overrides the declared ones; `reply_to` is the service that holds the run. `deaths` is
     how many times the run was touched after a crash before it asked; `asked_in` the era in which it
     first did, which is older than `era` if a person had the run go on since. `priority` is the
-    run's. The message id and the idempotency key derive from run and operation.
+    run's. `attempt`, `began_us` and `beat` tell how far it got where it was begun; most begin here.
+    The message id and the idempotency key derive from run and operation.
     """
 
     run: str
@@ -33,6 +34,9 @@ class Call(msgspec.Struct, array_like=True):
     deaths: int = 0
     asked_in: int = 0
     priority: int = 0
+    attempt: int = 1
+    began_us: int = 0
+    beat: Raw = Raw(b"null")
 
     @property
     def id(self) -> str:

@@ -1889,6 +1889,25 @@ class Holder:
         else:
             self._commit(held, [], parked=[parked], done=done)
 
+    def command(self, call: Call, unparked: Sequence[tuple[str, str]]) -> None:
+        """Ask the service of a step that was in custody here to go on with it."""
+
+        def ask(held: Held | None) -> None:
+            is_wanted = (
+                held is not None and not held.dead and held.outcome is None
+                and call.op in held.execution.pending and call.era == held.header.era
+            )  # fmt: skip
+            if held is None or not is_wanted:
+                self._session.submit(Commit(unparked=unparked))
+                return
+            held.local.discard(call.op)
+            held.queued.discard(call.op)
+            now = self._session.now_us()
+            message = self._message("command", call.id, call.service, call.run, pack(call), now)
+            self._commit(held, [message], unparked)
+
+        self.with_run(call.reply_to, call.run, ask)
+
     def is_busy(self, key: Key) -> bool:
         """Tell whether a suspect does something here, or did what is not durable yet."""
         if key in self._loading:  # it is being loaded, or leaves, or what came for it is looked at

@@ -286,8 +286,8 @@ class Steps:
         # It may have been under way when a process died: count that before touching it again.
         now = self._session.now_us()
         parked = ParkedRow(
-            message.to, call.run, message.id, message.target, message.body, 1, now, now, b"null",
-            b"null", max(1, call.deaths),
+            message.to, call.run, message.id, message.target, message.body, call.attempt, now,
+            call.began_us or now, bytes(call.beat), b"null", max(1, call.deaths),
         )  # fmt: skip
         touched = self._session.deaths.touched[parked.target]
         touched.parked[parked.service, parked.id] = parked.deaths - 1
@@ -322,6 +322,8 @@ class Steps:
             options = unpack(_Options, changed).restored(options.undo)
         attempt = Attempt(self, (owner, call.id), bytes(call.args), step, options)
         attempt.made_call = call
+        attempt.number, attempt.began_us = call.attempt, call.began_us
+        attempt.details = bytes(call.beat)
         return attempt
 
     def resume(self, parked: ParkedRow) -> None:
@@ -334,7 +336,22 @@ class Steps:
             return
         if key in self._changing or not self._session.owns(parked.target):
             return
-        self._begin(self._parked_attempt(parked))
+        attempt = self._parked_attempt(parked)
+        if self._session.hosts(attempt.call.service):
+            self._begin(attempt)
+        else:
+            self._hand_on(attempt)
+
+    def _hand_on(self, attempt: Attempt) -> None:
+        """Ask the service of a step for the next attempt: it was begun by a node that hosts both.
+
+        The code may be here as well, but not what it needs.
+        """
+        call = msgspec.structs.replace(
+            attempt.call, attempt=attempt.number, began_us=attempt.began_us,
+            beat=Raw(attempt.details), deaths=attempt.parked.deaths if attempt.parked else 0,
+        )  # fmt: skip
+        self._session.holder.command(call, attempt.unparked)
 
     def _parked_attempt(self, parked: ParkedRow) -> Attempt:
         attempt = self._attempt(unpack(Call, parked.call), parked.service)
@@ -515,12 +532,15 @@ class Steps:
             row is not None and str(row.attempt) == number
             and row.due_us > self._session.now_us()
         )  # fmt: skip
-        if not waits or not self._session.limits.hold(permit):
+        attempt = self._parked_attempt(row) if row is not None and waits else None
+        is_ours = attempt is not None and self._session.hosts(attempt.call.service)
+        if attempt is None or not is_ours or not self._session.limits.hold(permit):
             self._session.limits.refuse(permit)
             self._session.consumed(message)
+            if attempt is not None and not is_ours:
+                self._hand_on(attempt)
             return
-        assert row is not None
-        attempt = self._queued[key] = self._parked_attempt(row)
+        self._queued[key] = attempt
         attempt.permit = permit.work
         self._permitted(attempt, message)
 

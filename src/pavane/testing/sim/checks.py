@@ -16,6 +16,7 @@ from pavane.core.execution import rebuilt
 from pavane.core.journal import decode_chunk, eras, resumed_us
 from pavane.engine.held import decode_header
 from pavane.errors import PavaneError
+from pavane.service import current_step
 from pavane.stores.memory import SLOTS
 from pavane.stores.port import Commit, Fence, NodeRow
 from pavane.testing.sim.database import Database
@@ -66,17 +67,22 @@ class Ledger:
                 self.wrong.append(f"{by.name} ended the lease of {owner.name} before it was over.")
 
     def requested(self, request: Request, by: SimProcess) -> None:
-        """No step is done again whose result is in the journal (invariant 1).
+        """No step is done again whose result is in the journal (invariant 1), nor elsewhere.
 
         A process that lost its lease may be in the middle of an attempt, and not know it yet.
         """
+        mine = [n for n in self._data.nodes.values() if (n.host, n.pid) == (by.host, by.pid)]
+        step = current_step.get()
+        if step is not None and any(step.info().service not in node.services for node in mine):
+            self.wrong.append(
+                f"{by.name} did {request.key}, a step of a service that it does not host."
+            )
         journalled_us = self._journalled.get(request.key)
         if journalled_us is None:
             return
         late_us = self._database.clock.now_us - journalled_us
-        for node in self._data.nodes.values():
-            is_its = (node.host, node.pid) == (by.host, by.pid)
-            if is_its and (late_us > ATTEMPT_MAX_US or node.joined_us > journalled_us):
+        for node in mine:
+            if late_us > ATTEMPT_MAX_US or node.joined_us > journalled_us:
                 self.wrong.append(
                     f"{by.name} did {request.key} again, {late_us / 1e6:.3f} s after its result "
                     f"was journalled."
