@@ -148,6 +148,10 @@ class StoreError(PavaneError):
     code = "store"
 
 
+class NoStore(StoreError):
+    """Whoever only looks finds none at the address, or one that lives inside another process."""
+
+
 class LeaseLost(PavaneError):
     """This node's lease was taken over; nothing of the refused batch was written."""
 

@@ -130,11 +130,13 @@ async def test_the_rights_that_the_manual_grants_are_enough() -> None:
             assert await working.store.events_head() == 1
 
 
-def test_a_command_that_only_looks_makes_no_store() -> None:
+def test_a_command_that_only_looks_makes_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     with Database() as url:
         for look in (("nodes", "list"), ("runs", "list"), ("runs", "kill", "r-1")):
             assert "holds no store yet. `pavane run` and" in told(4, *look, "--store", url)
         assert "holds no store yet" in told(1, "doctor", "--store", url)
+        monkeypatch.setenv("PAVANE_STORE", url)
+        assert "warn store" in told(0, "doctor"), "it may not have been used yet"
         name = url.rpartition("/")[2]
         assert server().execute("SELECT to_regnamespace('pavane') IS NULL", name) == "t"
 

@@ -16,7 +16,7 @@ from pavane.app import App, Client
 from pavane.cli.names import complete_target
 from pavane.cli.target import find_app
 from pavane.config import STORE_VARIABLE, make_store
-from pavane.errors import StoreError
+from pavane.errors import NoStore
 from pavane.stores.port import Store
 
 
@@ -106,16 +106,16 @@ def own_address(app: App) -> str | None:
 
 
 def check_store(address: str, *, create: bool = False) -> Store:
-    """Return the store; raise StoreError if other processes cannot share it, or it is not there."""
+    """Return the store; raise NoStore if other processes cannot share it, or it is not there."""
     store = make_store(address, create=create)
     if not store.features.shared:
-        raise StoreError(
+        raise NoStore(
             f"{address} lives only inside the process that works on it, so nothing can be seen of "
             f"it from here. Give the app a file: App(…, store='shop.db')."
         )
     path: object = getattr(store, "path", None)
     if isinstance(path, Path) and not path.exists() and not create:
-        raise StoreError(
+        raise NoStore(
             f"There is no store at {path}. `pavane run` and `pavane runs start` make "
             f"one; perhaps you are in another directory, or need --store."
         )

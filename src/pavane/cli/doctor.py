@@ -16,7 +16,7 @@ import apsw
 import click
 
 from pavane.app import App, Client
-from pavane.cli.connection import Where, check_store, connected, own_address, where_options
+from pavane.cli.connection import Where, connected, where_options
 from pavane.cli.doctor_events import look_at_events
 from pavane.cli.doctor_postgres import look_at_postgres
 from pavane.cli.exits import FAILED
@@ -28,7 +28,7 @@ from pavane.config import without_password
 from pavane.core.codec import error_summary
 from pavane.engine.duties import without_duties
 from pavane.engine.process import living
-from pavane.errors import PavaneError
+from pavane.errors import NoStore, PavaneError
 from pavane.stores.port import COUNT_MAX, LAST_US, NodeRow, ParkedRow, RunFilter
 
 PYTHON_MIN = (3, 11)
@@ -128,17 +128,13 @@ async def _look(app: App, where: Where) -> list[Finding]:
                 f"{counted(len(app.registry.workflows), 'workflow')}, {counted(steps, 'step')}",
             )
         )  # fmt: skip
-    address = store if store is not None else own_address(app)
-    try:
-        if address is not None:
-            check_store(address)
-    except PavaneError as error:
-        level: Level = "fail" if store is not None else "warn"
-        remedy = "" if level == "warn" else "Name the right one by --store."
-        return [*findings, Finding("store", level, str(error), remedy)]
     try:
         async with connected(app, store) as client:
             return findings + await _look_inside(client, _worker(where))
+    except NoStore as error:
+        if store is None:
+            return [*findings, Finding("store", "warn", str(error))]
+        return [*findings, Finding("store", "fail", str(error), "Name the right one by --store.")]
     except PavaneError as error:
         return [*findings, Finding("store", "fail", str(error), "See the message.")]
 

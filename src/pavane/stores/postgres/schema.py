@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
-from pavane.errors import StoreError
+from pavane.errors import NoStore, StoreError
 from pavane.stores.postgres.connection import Connection, place_of
 
 LOCK = 0x50415641  # "PAVA"
@@ -41,14 +41,16 @@ async def prepare(connection: Connection, dsn: str, partitions: int, *, create: 
     """
     newest = newest_schema()
     version = await _version(connection)
+    if not version and not create:
+        raise NoStore(
+            f"{place_of(dsn)} holds no store yet. `pavane run` and `pavane runs start` make one; "
+            f"perhaps you mean another database."
+        )
     if version < newest and not create:
         raise StoreError(
             f"{place_of(dsn)} was written by an older Pavane (schema {version}, this one knows "
             f"{newest}). The first worker of this version brings it up to date, or `pavane runs "
             f"start`; nothing was changed."
-            if version
-            else f"{place_of(dsn)} holds no store yet. `pavane run` and `pavane runs start` make "
-            f"one; perhaps you mean another database."
         )
     if version < newest:
         async with connection.transaction():
