@@ -191,9 +191,40 @@ async def test_what_comes_while_a_partition_is_taken_up_is_read(place: Place) ->
 
 
 @in_loop
+async def test_partitions_with_long_steps_are_served_on_until_these_end(place: Place) -> None:
+    begun, may_end = asyncio.Queue[str](), asyncio.Event()
+    service, dine = inn(begun, may_end)
+    config = EngineConfig(grace_s=0)
+    async with App("inn", [service], store=str(place), config=config).worker() as first:
+        roasts = [await first.start(dine, "roast", id=f"roast-{n}") for n in range(4)]
+        busy = {first.store.target_of("inn", run.id) for run in roasts}
+        for _ in roasts:
+            assert await begun.get() == "roast"
+        async with App("inn", [service], store=str(place)).worker() as second:
+
+            async def is_shared() -> bool:
+                return len(session_of(second).owned) >= 16 - len(busy)
+
+            await until(is_shared, "a share of the second worker")
+            soup = [await first.start(dine, "soup", id=f"soup-{n}") for n in range(64)]
+            assert busy <= {first.store.target_of("inn", run.id) for run in soup}
+            await asyncio.gather(*(run.result(timeout=30) for run in soup))
+            may_end.set()
+            await asyncio.gather(*(run.result(timeout=30) for run in roasts))
+
+            async def is_even() -> bool:
+                return len(session_of(second).owned) == 16
+
+            await until(is_even, "what was served on until its steps ended")
+        cooked = [begun.get_nowait() for _ in range(begun.qsize())]
+        assert "roast" not in cooked, "none was cancelled and done once more"
+
+
+@in_loop
 async def test_a_node_that_waits_for_a_step_before_it_hands_over_takes_up_what_is_free(
-    place: Place,
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pavane.engine.session.LINGER_US", 0)
     begun, may_end = asyncio.Queue[str](), asyncio.Event()
     service, dine = inn(begun, may_end)
     config = EngineConfig(grace_s=600)

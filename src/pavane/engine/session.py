@@ -60,6 +60,10 @@ LOOK_S = 10.0
 """How long, at most, a node does not look who else is there, and what people ask for, though it
 saw no change of that and nobody told it of one."""
 LOOK_AT_REST_S = 40.0
+LONG_STEP_US = 1_000_000
+LINGER_US = 60_000_000
+"""How long, at most, a partition that another node is to own is served on while a step runs in it
+that takes longer than `LONG_STEP_US`: it would be waited for, or cancelled and done once more."""
 REST_AHEAD_US = 300_000_000
 """How far a node that wants to rest looks for what will be due."""
 TIMERS_S = 10.0
@@ -117,6 +121,8 @@ class Session:
         """Set when somebody asks all nodes to look round."""
         self._disputed: set[int] = set()
         """What it owned by its own account or by the store's, not by both, at the last look."""
+        self._surplus: dict[int, tuple[PartitionRow, int]] = {}
+        """What others should own and this node does not give away yet, and since when, in us."""
         self._others: list[NodeRow] = []
         """Who else was there at the last look."""
         self._roster = (0, 0, 0)
@@ -406,7 +412,7 @@ class Session:
                 log.info("taking over from %s", ", ".join(theirs))
             await self.store.expire(gone)
             nodes = await self._present()
-        give: list[PartitionRow] = []
+        surplus: list[PartitionRow] = []
         want: list[int] = []
         held: set[int] = set()
         rows = await self.store.partition_rows(self._shared)
@@ -416,7 +422,7 @@ class Session:
             if row.owner == self.fence.node:
                 held.add(row.target)
             if row.owner == self.fence.node and not mine and row.target not in self.draining:
-                give.append(row)
+                surplus.append(row)
             elif row.owner is None and mine and row.target not in self._floors:
                 want.append(row.target)
         # A database that crashed, or failed over, may have forgotten who owns what.
@@ -425,14 +431,34 @@ class Session:
             self.lost(LeaseLost(f"Node {self.fence.node} and its store differ in what it owns."))
             return
         self._disputed = disputed
-        if give or want:
+        if surplus or want:
             self._stir()
+        now_us, known = self.now_us(), self._surplus
+        self._surplus = {row.target: known.get(row.target, (row, now_us)) for row in surplus}
+        self._make_room()
+        if want:
+            await self._own(await self.store.claim(self.fence, want))
+
+    def _make_room(self) -> None:
+        """Begin to give away what others should own, where no step takes long; or after a while.
+
+        Of a step that was running when that was first seen, it is not known how long it takes.
+        """
+        if not self._surplus:
+            return
+        now_us = self.now_us()
+        at_work = self.steps.at_work()
+        give = [
+            row for row, since_us in self._surplus.values()
+            if at_work.get(row.target, now_us) >= max(since_us, now_us - LONG_STEP_US)
+            or now_us > since_us + LINGER_US
+        ]  # fmt: skip
+        for row in give:
+            del self._surplus[row.target]
         if give:  # beside the rest: it takes as long as a step, and nobody waits for a takeover
             giving = self.spawn(self._give(give))
             self._giving.add(giving)
             giving.add_done_callback(self._giving.discard)
-        if want:
-            await self._own(await self.store.claim(self.fence, want))
 
     async def _present(self) -> list[NodeRow]:
         """Look who is there."""
@@ -676,6 +702,7 @@ class Session:
                 look_due = loop.time() + (LOOK_AT_REST_S if self.lease.rests else LOOK_S)
                 await self.balance()
                 await self.handlers.look()
+            self._make_room()
             self.handlers.tick()
             self.limits.tick()
             self.steps.take_custody(self.now_us() - round(self.config.custody_after_s * 1e6))

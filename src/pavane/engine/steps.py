@@ -843,11 +843,18 @@ class Steps:
         """Whether no attempt runs or waits for its turn."""
         return not self._running and not self._queued
 
-    def at_work(self) -> set[int]:
-        """Return the partitions for which an attempt is running: its own, and its run's."""
-        running = self._running.values()
-        runs = {attempt.held.row.target for attempt in running if attempt.held is not None}
-        return runs | {self._target(attempt) for attempt in running}
+    def at_work(self) -> dict[int, int]:
+        """Return the partitions for which an attempt is running (its own, and its run's), and the
+        time, in us, at which the oldest of these began.
+        """
+        since_us: dict[int, int] = {}
+        for attempt in self._running.values():
+            targets = {self._target(attempt)}
+            if attempt.held is not None:
+                targets.add(attempt.held.row.target)
+            for target in targets:
+                since_us[target] = min(attempt.started_us, since_us.get(target, attempt.started_us))
+        return since_us
 
     def abandon(self, targets: set[int]) -> None:
         """Cancel the attempts of these partitions; the next owner makes them again."""
