@@ -109,6 +109,13 @@ async def test_a_worker_that_lacks_a_right_is_refused_with_what_to_grant() -> No
             pass
 
 
+async def publish(url: str) -> None:
+    connection: Any = await asyncpg.connect(url)
+    async with connection.transaction():
+        await outbox.publish(connection, Said(word="hello"))
+    await connection.close()
+
+
 @in_loop
 async def test_the_rights_that_the_manual_grants_are_enough() -> None:
     text = Path("docs/postgres.md").read_text("utf-8")
@@ -123,11 +130,12 @@ async def test_the_rights_that_the_manual_grants_are_enough() -> None:
             assert await run.result() == 2
             async with App("look", [], store=as_role(url, looker)).connect() as looking:
                 assert (await looking.get(run.id).status()).status == "completed"
-            connection: Any = await asyncpg.connect(as_role(url, publisher))
-            async with connection.transaction():
-                await outbox.publish(connection, Said(word="hello"))
-            await connection.close()
+            await publish(as_role(url, publisher))
             assert await working.store.events_head() == 1
+        await publish(as_role(url, publisher))
+        async with App("look", [], store=as_role(url, looker)).connect() as looking:
+            assert await looking.store.events_head() == 1, "another is not moved by who only looks"
+            assert len(await looking.events.list()) == 1
 
 
 def test_a_command_that_only_looks_makes_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
