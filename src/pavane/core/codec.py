@@ -410,7 +410,7 @@ def _explain_refusal(value: object, error: Exception) -> str:
             " written as JSON. Return plain data, with ids in place of references."
         )
     culprit, path = _culprit(value)
-    where = f" at `{path}`" if path else ""
+    where = f" at `{_clip(path, 1_000)}`" if path else ""
     match culprit:
         case float():
             return (
