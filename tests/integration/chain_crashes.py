@@ -24,6 +24,7 @@ from tests.integration.killing import (
     record,
     recorded,
 )
+from tests.integration.world import PATIENT_S
 
 NAMES = ("desk", "bank", "depot", "books")
 desk, bank, depot, books = services = [Service(name) for name in NAMES]
@@ -94,7 +95,7 @@ async def thank(event: Shipped) -> int:
 
 
 def app_on(store: SqliteStore | str) -> App:
-    return App("chain", services, store=store, config=EngineConfig(lease_s=5.0))
+    return App("chain", services, store=store, config=EngineConfig(lease_s=PATIENT_S))
 
 
 async def publish_and_wait(client: Client) -> None:

@@ -37,6 +37,7 @@ from tests.integration.killing import (
     record,
     recorded,
 )
+from tests.integration.world import PATIENT_S
 
 NAMES = ("orders", "payments", "stock", "shipping")
 orders, payments, stock, shipping = services = [Service(name) for name in NAMES]
@@ -160,7 +161,7 @@ async def talk(sku: str) -> None:
 
 
 def app_on(store: SqliteStore | str) -> App:
-    return App("shop", services=services, store=store, config=EngineConfig(lease_s=5.0))
+    return App("shop", services=services, store=store, config=EngineConfig(lease_s=PATIENT_S))
 
 
 async def start_and_await(client: Client, mode: Mode, scenario: str) -> None:

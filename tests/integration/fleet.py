@@ -15,21 +15,21 @@ import apsw
 
 from pavane import Client, Run
 from tests.integration import crew
+from tests.integration.world import PATIENT_S
 
 BUSY_MS = 300
 ROOT = Path(__file__).resolve().parents[2]
-LEASE_S = 0.6
 
 
 class Fleet:
-    """Worker processes on one store."""
+    """Worker processes on one store; who is killed is known to be gone before its lease is over."""
 
     def __init__(self, folder: Path, store: str) -> None:
         self.folder = folder
         self.store = store
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def launch(self, *services: str, lease_s: float = LEASE_S) -> subprocess.Popen[bytes]:
+    def launch(self, *services: str, lease_s: float = PATIENT_S) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tests.integration.crew", self.store]
         with (self.folder / f"{len(self.processes)}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -50,7 +50,7 @@ class Fleet:
 
 
 async def connected(stack: AsyncExitStack, fleet: Fleet) -> Client:
-    return await stack.enter_async_context(crew.app_on(fleet.store, LEASE_S).connect())
+    return await stack.enter_async_context(crew.app_on(fleet.store, PATIENT_S).connect())
 
 
 async def start(client: Client, flow: Any, *args: Any, **options: Any) -> Run[Any]:

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +21,9 @@ Layout = Literal["one node", "a node each"]
 MODES: tuple[Mode, ...] = ("orchestration", "choreography")
 LAYOUTS: tuple[Layout, ...] = ("one node", "a node each")
 DEADLINE_S = 60.0
+PATIENT_S = 15.0
+"""A lease that no pause of the machine ends, for what must hold as long as it is held."""
+BUSY_MS = 20_000
 T = TypeVar("T")
 
 
@@ -45,7 +48,9 @@ Place = Path | str
 async def rows(place: Place, sql: str) -> list[tuple[Any, ...]]:
     """Execute a statement that both kinds of database understand in a store."""
     if isinstance(place, Path):
-        return apsw.Connection(str(place)).execute(sql).fetchall()
+        with closing(apsw.Connection(str(place))) as file:
+            file.set_busy_timeout(BUSY_MS)
+            return file.execute(sql).fetchall()
     connection = await asyncpg.connect(place, server_settings={"search_path": "pavane, public"})
     try:
         return [tuple(row) for row in await connection.fetch(sql)]
@@ -62,7 +67,8 @@ class World:
         self.layout: Layout = layout
 
     def app(self, services: Sequence[Service], **config: Any) -> App:
-        return App("world", services, store=str(self.path), config=EngineConfig(**config))
+        patient = EngineConfig(**{"lease_s": PATIENT_S, **config})
+        return App("world", services, store=str(self.path), config=patient)
 
     @asynccontextmanager
     async def working(self, *services: Service, **config: Any) -> AsyncIterator[Director]:
@@ -115,6 +121,27 @@ async def until(condition: Callable[[], Awaitable[T]], what: str = "") -> T:
             return found
         assert time.monotonic() < ends, f"waited in vain for {what or condition}"
         await asyncio.sleep(0.005)
+
+
+async def until_asleep(begin: Callable[[float], Awaitable[Run[Any]]], for_s: float) -> Run[Any]:
+    """Begin a run that sleeps for so long, and once it does return it.
+
+    If it was awake before anybody saw it asleep, since the machine paused, begin one that sleeps
+    for longer.
+    """
+    while not await falls_asleep(run := await begin(for_s)):
+        for_s *= 4
+    return run
+
+
+async def falls_asleep(run: Run[Any]) -> bool:
+    """Wait until the run sleeps, or has completed; tell whether it sleeps."""
+
+    async def sleeps_or_slept() -> str:
+        status = await run.status()
+        return status.status if status.status == "completed" or "timer" in status.reason else ""
+
+    return await until(sleeps_or_slept, "a run that sleeps") != "completed"
 
 
 async def until_status(run: Run[Any], *statuses: str, reason: str = "") -> Any:
