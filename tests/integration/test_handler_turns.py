@@ -192,9 +192,10 @@ async def test_a_rate_is_kept_also_by_retries(world: World) -> None:
             raise ValueError("at first")
 
     async with world.working(bank) as director:
+        began_s = asyncio.get_running_loop().time()  # the first call may be late, and the last not
         await publish(director, *(Placed(order=f"o{n}") for n in range(20)))
         await seen(40)
-    assert SEEN[-1] - SEEN[0] >= 39 / 200 * 0.95
+    assert SEEN[-1] - began_s >= 39 / 200 * 0.95
 
 
 # -- the breaker -------------------------------------------------------------------------------
@@ -370,7 +371,11 @@ async def test_a_reader_hears_of_the_room_that_a_hand_over_makes(world: World) -
 
     async with world.working(bank) as director:
         await publish(director, *(Placed(order="a", n=n) for n in range(QUEUE_MAX + 100)))
-        assert subscription(director, "charge").is_full
+
+        async def is_full() -> bool:
+            return subscription(director, "charge").is_full
+
+        await until(is_full)
         await publish(director, Placed(order="b"))
         await leave(director, "a")
         await seen(1)
@@ -644,7 +649,7 @@ async def test_workflows_of_several_services_start_on_one_event(world: World) ->
 
         async def result(id: str) -> Any:
             await until(lambda: director.client.store.run_rows(id))
-            return await director.get(id).result(timeout=10)
+            return await director.get(id).result(timeout=30)
 
         assert await result("e1.pay") == "fetched acharged a"
         assert await result("e1.pack") == "charged afetched a"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,10 @@ async def test_a_wrong_password_is_told_with_where_it_is_taken_from() -> None:
         server.execute("CREATE ROLE one LOGIN PASSWORD 'right'")
         rules = server.folder / "data" / "pg_hba.conf"
         rules.write_text("host all one all scram-sha-256\n" + rules.read_text())
+        loaded = server.execute("SELECT pg_conf_load_time()")
         server.execute("SELECT pg_reload_conf()")
+        while server.execute("SELECT pg_conf_load_time()") == loaded:
+            await asyncio.sleep(0.01)
         said = await refused(server.url().replace("//postgres@", "//one:wrong@"))
         assert "else from $PGPASSWORD or ~/.pgpass" in said
         assert "wrong" not in said
