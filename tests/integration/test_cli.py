@@ -23,6 +23,7 @@ from pavane.stores.port import COUNT_MAX
 from tests.integration.command_line import good, in_folder_of, pavane, refused, worker
 from tests.postgres import Database, server
 
+DEADLINE_S = 60
 SHOP = '''
 """A shop with what a command line should be able to show."""
 import asyncio
@@ -72,7 +73,7 @@ async def waits(path: str) -> str:
 async def slow(path: str) -> None:
     with open(path, "a") as file:
         file.write("began ")
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(float(os.environ.get("SLOW_S", "0.4")))
     with open(path, "a") as file:
         file.write("ended ")
 
@@ -126,12 +127,12 @@ def shop(folder: Path) -> Iterator[None]:
     process = worker(folder, "cli_shop.py")
     yield
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=DEADLINE_S)
 
 
 def status_until(wanted: str, id: str, *options: str) -> dict[str, Any]:
     """Return the status of a run as soon as it is the wanted one."""
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + DEADLINE_S
     while True:
         status = json.loads(good("runs", "show", id, "-o", "json", *options))["status"]
         if status["status"] == wanted:
@@ -196,7 +197,7 @@ def test_show_draws_the_timeline(shop: None) -> None:
 
 def test_show_tells_of_a_parked_step_and_its_next_attempt(shop: None) -> None:
     good("runs", "start", "patient", '"p"', "--id", "parked")
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + DEADLINE_S
     while "attempt 2" not in (drawn := good("runs", "show", "parked")):
         assert time.monotonic() < ends, drawn
         time.sleep(0.02)
@@ -248,10 +249,10 @@ def test_watch_follows_a_run_that_continued_where_nobody_writes_any_more(folder:
     process = worker(folder, "cli_shop.py", *here)
     good("runs", "start", "count_down", "2", "--id", "n", "--wait", *here)
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=DEADLINE_S)
     watching = subprocess.run(
         [sys.executable, "-m", "pavane", "runs", "watch", "n", "-o", "jsonl", *here], cwd=folder,
-        capture_output=True, text=True, timeout=30,
+        capture_output=True, text=True, timeout=DEADLINE_S,
     )  # fmt: skip
     assert watching.returncode == 0, watching.stderr
     lines = [json.loads(line) for line in watching.stdout.splitlines()]
@@ -460,7 +461,7 @@ def test_runs_that_nobody_has_begun_are_listed_until_somebody_does(folder: Path)
     assert status_until("completed", "u-1", *here)
     assert status_until("completed", "other", *here)
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=DEADLINE_S)
     listed = good("runs", "list", "-o", "jsonl", *here).splitlines()
     assert sorted(json.loads(line)["id"] for line in listed) == ["other", "u-1", "u-2"]
     assert "not begun" not in good("doctor", *here)
@@ -519,7 +520,7 @@ def test_ctrl_c_ends_waiting_but_not_the_run(shop: None, folder: Path) -> None:
     assert process.stderr is not None
     assert "run i-1 started" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, said) == (130, "interrupted\n")
     status_until("waiting", "i-1")
 
@@ -636,12 +637,12 @@ def test_a_signal_drains_a_worker(folder: Path, number: signal.Signals) -> None:
     store, marks = ("--store", f"drain-{number}.db"), folder / f"marks-{number}"
     process = worker(folder, "cli_shop.py", *store)
     good("runs", "start", "steady", json.dumps(str(marks)), "--id", "d-1", *store)
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + DEADLINE_S
     while not marks.exists():
         assert time.monotonic() < ends
         time.sleep(0.01)
     process.send_signal(number)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, said
     assert f"{number.name}: draining" in said
     assert said.endswith("drained\n")
@@ -649,11 +650,15 @@ def test_a_signal_drains_a_worker(folder: Path, number: signal.Signals) -> None:
     assert status_until("completed", "d-1", *store)
 
 
-def test_a_second_signal_stops_a_worker_at_once(folder: Path) -> None:
+def test_a_second_signal_stops_a_worker_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLOW_S", "600")
+    monkeypatch.setenv("GRACE_S", "600")
     store, marks = ("--store", "second.db"), folder / "marks-second"
     process = worker(folder, "cli_shop.py", *store)
     good("runs", "start", "steady", json.dumps(str(marks)), "--id", "d-1", *store)
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + DEADLINE_S
     while not marks.exists():
         assert time.monotonic() < ends
         time.sleep(0.01)
@@ -662,7 +667,7 @@ def test_a_second_signal_stops_a_worker_at_once(folder: Path) -> None:
     while "draining" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, said) == (130, "SIGINT again: stopped at once\n")
     assert marks.read_text() == "began "
 
@@ -674,18 +679,18 @@ def test_a_worker_ends_after_the_grace_period_though_a_thread_goes_on(
     store, marks = ("--store", "stubborn.db"), folder / "marks-stubborn"
     process = worker(folder, "cli_shop.py", *store)
     good("runs", "start", "waits", json.dumps(str(marks)), "--id", "d-1", *store)
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + DEADLINE_S
     while not marks.exists():
         assert time.monotonic() < ends
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, said.splitlines()[-1]) == (0, "drained")
     (folder / "hurry").touch()
     process = worker(folder, "cli_shop.py", *store)
     assert status_until("completed", "d-1", *store)
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=DEADLINE_S)
     assert marks.read_text() == "began began "
 
 
@@ -703,8 +708,8 @@ app.run(main)
 print("over")
 """
     ended = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=20,
-        env={**os.environ, "GRACE_S": "0.2", "PAVANE_STORE": "script.db"},
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True,
+        timeout=DEADLINE_S, env={**os.environ, "GRACE_S": "0.2", "PAVANE_STORE": "script.db"},
     )  # fmt: skip
     assert (ended.stdout, ended.returncode) == ("over\n", 0), ended.stderr
 
@@ -722,7 +727,7 @@ def test_a_worker_that_is_asked_to_drain_ends(folder: Path) -> None:
     said = pavane("nodes", "drain", node["name"], "--force", *here).stderr
     assert f"asked {node['name']} to drain" in said
     assert f"{node['name']} left after" in said
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, said
     assert said.endswith("drained\n")
     assert pavane("nodes", "list", *here).stderr == "no nodes\n"
@@ -752,7 +757,7 @@ def test_dev_starts_anew_when_code_changes(folder: Path, tmp_path: Path) -> None
     read_until("afterwards  pid")
     read_until("ready")
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=10)
+    _, rest = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0
     assert rest.endswith("drained\n")
 
@@ -782,7 +787,7 @@ def test_dev_brings_a_postgres_that_keeps_what_was_done() -> None:
                 good("runs", "start", "fulfil", '"x"', "--id", "kept", "--wait", *here)
             assert status_until("completed", "kept", *here)
             process.send_signal(signal.SIGINT)
-            _, rest = process.communicate(timeout=30)
+            _, rest = process.communicate(timeout=DEADLINE_S)
             assert process.returncode == 0, rest
         assert (place / ".pavane" / ".gitignore").read_text() == "*\n"
 

@@ -281,7 +281,7 @@ async def test_an_event_of_a_step_belongs_to_its_run_and_is_published_once(world
     WAITING.append(sell_then_fail)
     async with world.working(shop) as director:
         run = await director.start(acts, id="r")
-        ids = await run.result(timeout=10)
+        ids = await run.result(timeout=30)
         assert len(set(ids)) == 3
     assert events(world) == [("step", 1), ("step", 1), ("step", 2), ("step", 3), ("step", 4)]
     found = rows(world, "SELECT DISTINCT source, conversation, cause FROM events")
@@ -339,8 +339,11 @@ async def test_a_step_does_not_inherit_from_the_handler_that_led_to_it(world: Wo
     WAITING.append(tell)
     async with world.working(clerk, shop) as director:
         await director.client.publish(Sold(shelf="one", by="first", no=1), source="app")
-        await until(lambda: seen(1))
-        run = director.get(next(name for name, no in SEEN if not no))
+
+        async def begun() -> str:
+            return next((name for name, no in SEEN if not no), "")
+
+        run = director.get(await until(begun, "the run that the handler starts"))
         await until_status(run, "completed")
         assert await run.result() == ["nobody"]
     assert rows(world, "SELECT cause FROM events WHERE source = 'shop'") == [(run.id,)]
@@ -451,7 +454,7 @@ async def test_workflow_code_has_no_connection(world: World) -> None:
     async with world.working(shop) as director:
         run = await director.start(publishes_itself)
         with pytest.raises(RunFailed, match=r"belongs into a step"):
-            await run.result(timeout=10)
+            await run.result(timeout=30)
     assert NotInWorkflow.code == "not-in-workflow"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,12 @@ from pavane.stores.port import Commit
 from tests.integration.world import in_loop, until
 
 
-class Asked(Event, key="who", ttl="0.2s"):
+class Asked(Event, key="who"):
+    who: str
+    number: int = 0
+
+
+class Hurried(Event, key="who", ttl="0.5s"):
     who: str
     number: int = 0
 
@@ -30,14 +36,15 @@ class Desk:
     """A service whose only handler fails while `closed`."""
 
     def __init__(
-        self, path: Path, *, breaker: Breaker | None = None, declared: bool = True
-    ) -> None:
+        self, path: Path, *, breaker: Breaker | None = None, declared: bool = True,
+        kind: type[Asked | Hurried] = Asked,
+    ) -> None:  # fmt: skip
         self.closed = True
         service = Service("desk")
         if declared:
 
-            @service.on(Asked, retry=Retry(attempts=1), breaker=breaker)
-            async def answer(event: Asked) -> Answered:
+            @service.on(kind, retry=Retry(attempts=1), breaker=breaker)
+            async def answer(event: Any) -> Answered:
                 if self.closed:
                     raise ConnectionError("closed")
                 return Answered(who=event.who, number=event.number)
@@ -87,11 +94,21 @@ async def test_retried_dead_letters_of_a_key_are_handled_in_order(tmp_path: Path
 
 @in_loop
 async def test_what_is_retried_by_hand_is_handled_however_old_it_is(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "desk.db")
+    desk = Desk(tmp_path / "desk.db", kind=Hurried)
     async with desk.app.worker() as client:
-        await ask(client, 1)
-        await all_dead(client, 1)
-        await asyncio.sleep(0.25)  # longer than the event's time to live
+
+        async def is_dead() -> bool:
+            """Publish, until one is handled before its time to live is over."""
+            id = await client.publish(Hurried(who="ada"), source="test")
+
+            async def outcome() -> str:
+                (handled,) = (await client.events.story(id)).handled
+                return handled.outcome.replace("waiting", "")
+
+            return await until(outcome) == "dead"
+
+        await until(is_dead)
+        await asyncio.sleep(0.55)
         desk.closed = False
         await retry_all(client)
 
@@ -251,5 +268,5 @@ async def test_everybody_who_waits_for_the_committer_goes_on(tmp_path: Path) -> 
         session = client.node.session if client.node else None
         assert session is not None
         session.submit(Commit(lambda error: None))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await asyncio.gather(*(session.committer.flush() for _ in range(3)))

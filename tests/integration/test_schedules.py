@@ -19,7 +19,7 @@ from pavane.stores.port import RunRow
 from tests.integration.command_line import good, in_folder_of, pavane, worker
 from tests.integration.world import Place, rows
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 reports = Service("reports")
 
 
@@ -49,7 +49,7 @@ async def started(app: App) -> dict[str, str]:
 
 def in_loop(body: Callable[[Path], Awaitable[None]]) -> Callable[[Path], None]:
     def test(tmp_path: Path) -> None:
-        asyncio.run(asyncio.wait_for(body(tmp_path), 60))  # type: ignore[arg-type]
+        asyncio.run(asyncio.wait_for(body(tmp_path), 2 * DEADLINE_S))  # type: ignore[arg-type]
 
     test.__name__, test.__doc__ = body.__name__, body.__doc__
     return test
@@ -62,7 +62,7 @@ async def test_runs_start_at_their_times_and_know_them(path: Path) -> None:
         for id in sorted(runs)[:2]:
             nominal = datetime.fromisoformat(id.partition("@")[2])
             assert nominal.utcoffset() == timedelta(hours=5, minutes=45)
-            result = await app.get(id).result("10s")
+            result = await app.get(id).result("30s")
             assert result == f"sales of {nominal.astimezone(UTC)}"
         status = await app.get(min(runs)).status()
         assert status.cause == "~schedule:sales"
@@ -82,7 +82,7 @@ async def test_a_trigger_a_backfill_and_a_pause_do_what_they_say(path: Path) -> 
         await schedules.pause("sales", reason="stocktaking")
         run = await schedules.trigger("sales")
         await until(lambda: _some(app, 1))
-        assert await app.get(run).result("10s")
+        assert await app.get(run).result("30s")
         begin, end = datetime(2025, 3, 1, tzinfo=UTC), datetime(2025, 3, 8, tzinfo=UTC)
         assert await schedules.backfill("sales", begin, end) == 7
         assert await schedules.backfill("sales", begin, end + timedelta(days=1)) == 8

@@ -6,7 +6,8 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pavane import (
 from pavane.core.operations import Mode
 from pavane.stores.eventlog import DeadFilter
 from tests.integration.world import (
+    BUSY_MS,
     LAYOUTS,
     MODES,
     Director,
@@ -81,8 +83,23 @@ def one(tmp_path: Path) -> World:
     return World(tmp_path / "world.db", "orchestration", "one node")
 
 
+@contextmanager
+def opened(world: World) -> Iterator[apsw.Connection]:
+    with closing(apsw.Connection(str(world.path))) as connection:
+        connection.set_busy_timeout(BUSY_MS)
+        yield connection
+
+
 def rows(world: World, sql: str) -> list[Any]:
-    return apsw.Connection(str(world.path)).execute(sql).fetchall()
+    with opened(world) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def make_tables(world: World) -> None:
+    with opened(world) as connection:
+        connection.execute("CREATE TABLE bookings (account TEXT, cents INT)")
+        connection.execute("CREATE TABLE taken (no INTEGER PRIMARY KEY)")
+        connection.execute("INSERT INTO taken VALUES (1)")
 
 
 def bookings(world: World) -> list[Any]:
@@ -167,7 +184,7 @@ async def test_a_failure_for_good_reaches_the_workflow(world: World) -> None:
     async with world.working(*SERVICES) as director:
         run = await director.start(pay, "a", 5, id="r")
         with pytest.raises(RunFailed, match="a is closed") as failed:
-            await run.result(timeout=10)
+            await run.result(timeout=30)
         assert isinstance(failed.value.__cause__, ValueError)
         # The declared compensation was carried out: it must tolerate that nothing happened.
         assert bookings(world) == [("a", -5)]
@@ -180,7 +197,7 @@ async def test_a_compensation_in_a_transaction_is_recorded_once(world: World) ->
     async with world.working(*SERVICES) as director:
         run = await director.start(pay, "a", 5)
         with pytest.raises(RunFailed, match="no truck"):
-            await run.result(timeout=10)
+            await run.result(timeout=30)
         assert bookings(world) == [("a", 5), ("a", -5)]
 
 
@@ -209,10 +226,10 @@ async def test_a_retried_run_is_told_what_its_transaction_did(world: World) -> N
     async with world.working(desk, ledger, depot) as director:
         run = await director.start(both, id="r")
         with pytest.raises(RunFailed):
-            await run.result(timeout=10)
+            await run.result(timeout=30)
         await run.retry()
         await until_status(run, "completed")
-        assert await run.result(timeout=10) == ["shipped x", "a 1"]
+        assert await run.result(timeout=30) == ["shipped x", "a 1"]
     assert CALLS == ["a"]
     assert bookings(world) == [("a", 5)]
 
@@ -241,7 +258,7 @@ async def test_what_was_done_after_the_failure_is_done_anew_by_a_retry(world: Wo
     async with world.working(desk, ledger, depot) as director:
         run = await director.start(cleans_up, id="r")
         with pytest.raises(RunFailed):
-            await run.result(timeout=10)
+            await run.result(timeout=30)
         await run.retry()
         await until_status(run, "completed")
     assert [account for account, _ in bookings(world)] == ["first", "last", "last"]
@@ -276,9 +293,13 @@ async def test_a_run_that_gives_up_is_not_answered(world: World) -> None:
             return not rows(world, "SELECT * FROM parked")
 
         await until(nothing_is_left)
-        done = len(CALLS)
-        await asyncio.sleep(0.1)
-        assert len(CALLS) == done
+
+        async def is_quiet() -> bool:
+            done = len(CALLS)
+            await asyncio.sleep(0.1)
+            return len(CALLS) == done
+
+        await until(is_quiet)
     assert rows(world, "SELECT name FROM sqlite_schema WHERE name = 'bookings'") == []
 
 
@@ -304,7 +325,7 @@ async def test_a_result_that_cannot_be_stored_undoes_the_work(one: World) -> Non
         for which, kind in (("large", TooLarge), ("surrogate", Exception)):
             run = await director.start(tries, which)
             with pytest.raises(RunFailed) as failed:
-                await run.result(timeout=10)
+                await run.result(timeout=30)
             assert isinstance(failed.value.__cause__, kind)
         assert CALLS == ["a", "b"]
     assert rows(one, "SELECT name FROM sqlite_schema WHERE name = 'bookings'") == []
@@ -396,9 +417,7 @@ async def test_bad_work_fails_alone_and_leaves_nothing(
         return [type(result).__name__ for result in results]
 
     async with one.working(desk, ledger) as director:
-        made = apsw.Connection(str(one.path))
-        made.execute("CREATE TABLE bookings (account TEXT, cents INT)")
-        made.execute("CREATE TABLE taken (no INTEGER PRIMARY KEY); INSERT INTO taken VALUES (1)")
+        make_tables(one)
         results = await director.result(many)
         assert results[:3] == results[4:] == ["NoneType"] * 3
         assert results[3] != "NoneType"
@@ -471,13 +490,13 @@ async def test_an_event_of_a_transaction_belongs_to_the_run(one: World) -> None:
             FAILURES["a"] = failures
             run = await director.start(flow, "a", id=f"r{failures}")
             if failures < 3:
-                id = await run.result(timeout=10)
+                id = await run.result(timeout=30)
                 row = await director.client.store.event(id)
                 assert row is not None
                 assert (row.source, row.conversation, row.cause) == ("ledger", run.id, run.id)
             else:
                 with pytest.raises(RunFailed):
-                    await run.result(timeout=10)
+                    await run.result(timeout=30)
 
         async def both() -> bool:
             return len(seen) == 2
@@ -595,9 +614,7 @@ async def test_a_handler_with_bad_work_fails_alone(
             misdeed(connection)
 
     async with one.working(clerk) as director:
-        made = apsw.Connection(str(one.path))
-        made.execute("CREATE TABLE bookings (account TEXT, cents INT)")
-        made.execute("CREATE TABLE taken (no INTEGER PRIMARY KEY); INSERT INTO taken VALUES (1)")
+        make_tables(one)
         await asyncio.gather(*(publish(director, Booked(account=f"a{n}", cents=n))
                                for n in range(6)))  # fmt: skip
         letters = await until(lambda: director.client.store.dead_letters(DeadFilter()))

@@ -47,10 +47,10 @@ async def test_who_waits_for_a_run_is_told_that_the_store_failed() -> None:
         await asyncio.sleep(0)
         store.is_failing = True
         with pytest.raises(StoreError, match="not now"):
-            await asyncio.wait_for(waits, 5)
+            await asyncio.wait_for(waits, 60)
         store.is_failing = False
         async with App("desk", [desk], store=MemoryStore.connect(store)).worker():
-            assert await run.result(timeout="5s") == "hello"
+            assert await run.result(timeout="60s") == "hello"
 
 
 class Go(Event):
@@ -92,7 +92,7 @@ async def test_who_waits_is_told_of_runs_that_ended_elsewhere_before_they_came_h
             return all(is_owner(client, run.id) for run in runs)
 
         await until(here)
-        assert await asyncio.wait_for(asyncio.gather(*ends), 15) == ["gone"] * len(runs)
+        assert await asyncio.wait_for(asyncio.gather(*ends), 60) == ["gone"] * len(runs)
 
 
 def is_owner(worker: Client, run: str) -> bool:
