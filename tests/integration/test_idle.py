@@ -11,7 +11,7 @@ import pytest
 
 from pavane.stores.postgres import PostgresStore, past, watch
 from pavane.testing.store_check import SERVICES, joined
-from tests.integration.world import in_loop
+from tests.integration.world import in_loop, until
 from tests.postgres import Database
 
 
@@ -20,6 +20,7 @@ def url(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setenv("PAVANE_STATE", str(tmp_path / "state"))
     monkeypatch.setattr(past, "BEAT_S", 0.05)
     monkeypatch.setattr(watch, "LOOK_S", 60.0)
+    monkeypatch.setattr(watch, "PROBE_S", 30.0)
     with Database() as url:
         yield url
 
@@ -29,6 +30,17 @@ async def beaten_us(store: Any) -> int:
     return await store._one("SELECT max(beaten_us) FROM pavane.beats")
 
 
+async def until_quiet(store: PostgresStore) -> None:
+    """Wait until the store hears, and all is heard that was written before."""
+
+    async def is_quiet() -> bool:
+        store.changed()
+        await asyncio.sleep(0.2)
+        return store._watch.hears and not store.changed()  # pyright: ignore[reportPrivateUsage]
+
+    await until(is_quiet, "quiet")
+
+
 @in_loop
 async def test_what_a_node_does_by_itself_wakes_no_other(url: str) -> None:
     one, two = PostgresStore(url), PostgresStore(url)
@@ -36,17 +48,19 @@ async def test_what_a_node_does_by_itself_wakes_no_other(url: str) -> None:
     await two.open()
     await one.register(SERVICES)
     await joined(one)
-    while not two._watch.hears:  # pyright: ignore[reportPrivateUsage]
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.2)
-    two.changed()
+    await until_quiet(two)
     before_us = await beaten_us(one)
     for _ in range(5):
         await one.prune(0, 10)
         await one.prune_events(0, 10)
         await asyncio.sleep(0.1)
         assert not two.changed()
-    assert await beaten_us(one) > before_us
+
+    async def has_beaten() -> bool:
+        return await beaten_us(one) > before_us
+
+    await until(has_beaten)
+    assert not two.changed()
     await one.close()
     await two.close()
 
@@ -60,8 +74,7 @@ async def test_a_renewal_tells_of_news_that_nobody_announced(
     await two.open()
     await one.register(SERVICES)
     fence = await joined(two)
-    while not two._watch.hears:  # pyright: ignore[reportPrivateUsage]
-        await asyncio.sleep(0.01)
+    await until_quiet(two)
     for news in (
         "UPDATE pavane.heads SET log = log + 1",
         "UPDATE pavane.heads SET events = events + 1",

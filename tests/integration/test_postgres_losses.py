@@ -56,6 +56,12 @@ async def result(run: Any) -> Any:
             await asyncio.sleep(0.1)
 
 
+@pytest.fixture(autouse=True)
+def hearing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a busy server the time to tell that it can be heard: who does not hear, never tries."""
+    monkeypatch.setattr(watch, "PROBE_S", 10.0)
+
+
 @asynccontextmanager
 async def wired(partitions: int = 8) -> AsyncIterator[tuple[PostgresStore, Wire]]:
     """Yield a store whose connections all go over a wire."""

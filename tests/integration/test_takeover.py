@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pavane import App, Client, Event, Service, receive
+from pavane import App, Client, EngineConfig, Event, Service, receive
 from pavane.stores.port import Fence, Store
-from tests.integration.world import Place, in_loop, until, until_status
+from tests.integration.world import PATIENT_S, Place, in_loop, until, until_status
 
 
 class Go(Event):
@@ -31,9 +31,10 @@ async def test_what_comes_meanwhile_does_not_overtake_what_was_written_before(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped, claimed, read, may_claim, may_read = (asyncio.Event() for _ in range(5))
-    app = App("desk", [desk], store=str(place))
-    first = asyncio.create_task(work(app, stopped))
-    async with App("desk", [desk], store=str(place)).worker() as client:
+    patient = EngineConfig(lease_s=PATIENT_S)
+    apps = [App("desk", [desk], store=str(place), config=patient) for _ in range(2)]
+    first = asyncio.create_task(work(apps[0], stopped))
+    async with apps[1].worker() as client:
         kind = type(client.store)
         claim, read_log = kind.claim, kind.read_log
 
