@@ -116,17 +116,18 @@ app = App("hybrid", services=SERVICES)
 
 
 async def order_two(app: App) -> None:
-    patience = timedelta(seconds=0.5)
-    for order_id, courses in (("l-1", 6), ("l-2", 10)):
-        order = LuteOrdered(order_id=order_id, courses=courses, pay_within=patience)
-        await app.publish(order, id=order_id)
-    async with asyncio.timeout(20):
+    for order in (
+        LuteOrdered(order_id="l-1", courses=6),
+        LuteOrdered(order_id="l-2", courses=10, pay_within=timedelta(seconds=0.5)),
+    ):
+        await app.publish(order, id=order.order_id)
+    async with asyncio.timeout(60):
         while len(PRINTED) < 2:
             await asyncio.sleep(0.01)
     for order_id in ("l-1", "l-2"):
         # A run that an event started is named after the event and the workflow.
         print(f"{order_id}: {await app.get(f'{order_id}.build').result()}")
-    print("\n".join(PRINTED))
+    print("\n".join(sorted(PRINTED)))
     print(f"wood still set aside for: {', '.join(WOOD)}")
 
 

@@ -36,7 +36,7 @@ SHORT = timedelta(milliseconds=20)
 both_modes = pytest.mark.parametrize("mode", MODES)
 
 
-def run_program(*arguments: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+def run_program(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s,
         env=os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": "src"},
@@ -57,7 +57,7 @@ def bank(monkeypatch: pytest.MonkeyPatch) -> payments.Bank:
 async def paid(store: Path, name: str, mode: Mode) -> payments.Outcome:
     async with App("payments", services=payments.SERVICES, store=str(store)) as app:
         run = await app.start(payments.pay, payments.PAYMENTS[name], mode=mode)
-        return await run.result(timeout="20s")
+        return await run.result(timeout="60s")
 
 
 @both_modes
@@ -98,7 +98,7 @@ def test_a_refund_gives_back_what_was_paid(bank: payments.Bank, tmp_path: Path, 
         outcome = await paid(store, "good", mode)
         async with App("payments", services=payments.SERVICES, store=str(store)) as app:
             run = await app.start(payments.give_back, "Ms Arbeau", outcome.hold, 4_200, mode=mode)
-            return (await run.result(timeout="20s")).status
+            return (await run.result(timeout="60s")).status
 
     assert asyncio.run(pay_and_return()) == "refunded"
     assert bank.kept_cents() == 0
@@ -131,7 +131,7 @@ def test_onboarding_ends_as_the_person_behaves(
         store = str(tmp_path / "onboarding.db")
         async with App("onboarding", services=onboarding.SERVICES, store=store) as app:
             run = await app.start(onboarding.onboard, person, pace, mode=mode)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 return await onboarding.play(run, person, habit)
 
     ended = asyncio.run(board())
@@ -151,7 +151,7 @@ def test_replayed_incidents_equal_the_record(tmp_path: Path, mode: Mode) -> None
         pytest.skip("the recorded incidents are not beside this checkout (../shared/data)")
     cases = incidents.sample(incidents.read_incidents(RECORDED), 500)
     store = str(tmp_path / "incidents.db")
-    report = asyncio.run(incidents.replay(cases, mode, store, patience="15s"))
+    report = asyncio.run(incidents.replay(cases, mode, store, patience="60s"))
     assert report.different == {}
     assert report.cases == 500
 
@@ -267,7 +267,7 @@ def test_an_order_by_events_is_shipped_or_undone(
 async def told(client: Client, *types: type) -> EventRow:
     """Wait for the first event of one of these types."""
     names = tuple(kind.__name__ for kind in types)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (found := await client.store.find_events(EventFilter(types=names))):
             await asyncio.sleep(0.01)
     return found[-1]
@@ -359,7 +359,7 @@ def test_the_readme_shows_services_that_react(
     parcels: App = runpy.run_path(str(tmp_path / "parcels.py"))["app"]
 
     async def shipped() -> list[EventRow]:
-        async with parcels.worker() as client, asyncio.timeout(20):
+        async with parcels.worker() as client, asyncio.timeout(60):
             which = EventFilter(types=("OrderShipped",))
             while len(found := await client.store.find_events(which)) < 2:
                 await asyncio.sleep(0.01)
@@ -379,6 +379,9 @@ def test_the_readme_shows_services_that_react(
     ],
 )
 def test_an_example_runs_as_a_program_and_shows_both_modes(program: str, shown: str) -> None:
-    printed = run_program(program)
-    assert printed.returncode == 0, printed.stderr
-    assert printed.stdout.count(shown) == 2
+    for _ in range(5):  # a day of theirs is short: a pause of the machine may be longer
+        printed = run_program(program)
+        assert printed.returncode == 0, printed.stderr
+        if printed.stdout.count(shown) == 2:
+            return
+    assert printed.stdout.count(shown) == 2, printed.stdout
