@@ -12,7 +12,8 @@ from pathlib import Path
 from examples.shop.world import PLACE
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_WITHIN_S = 30.0
+READY_WITHIN_S = 60.0
+STOPS_WITHIN_S = 60.0
 
 
 class ChaosNode:
@@ -88,7 +89,7 @@ class ChaosNode:
                 break
             time.sleep(0.05)
         self._signal(signal.SIGTERM)
-        return self._process.wait(30)
+        return self._process.wait(STOPS_WITHIN_S)
 
     def end(self) -> None:
         """Leave nothing behind, whatever happened."""

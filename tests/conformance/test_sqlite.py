@@ -37,6 +37,7 @@ from tests.tidy.source_tree import ROOT, SOURCE
 
 PROGRAM = Path(__file__).with_name("sqlite_process.py")
 KILLS = 12
+DEADLINE_S = 60
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def process(duty: str, path: Path) -> Iterator[subprocess.Popen[str]]:
 def told(duty: str, path: Path) -> list[str]:
     """Run a duty to its end; return the lines it printed."""
     with process(duty, path) as started:
-        printed, _ = started.communicate(timeout=30)
+        printed, _ = started.communicate(timeout=DEADLINE_S)
     assert started.returncode == 0
     return printed.splitlines()
 
@@ -317,7 +318,9 @@ def test_many_processes_may_create_one_store_at_once(path: Path) -> None:
 def test_what_was_acknowledged_survives_kill_9(path: Path) -> None:
     chance = random.Random()
     acknowledged: dict[int, int] = {}
-    for _ in range(KILLS):
+    for kills in range(5 * KILLS):  # more than so many if the machine is slow
+        if kills >= KILLS and any(acknowledged.values()):
+            break
         with process("writing", path) as victim:
             assert victim.stdout is not None
             run = int(victim.stdout.readline().split()[1])
@@ -361,7 +364,7 @@ def test_a_stopped_process_that_wakes_up_writes_nothing_more(path: Path) -> None
             commit = numbered(store, 2, 0)
             assert await _beside(zombie, written(store, commit, fence=fence)) == [None]
             zombie.send_signal(signal.SIGCONT)
-            printed, _ = await asyncio.to_thread(zombie.communicate, timeout=30)
+            printed, _ = await asyncio.to_thread(zombie.communicate, timeout=DEADLINE_S)
             log, journal = before
             assert printed.split() == [str(len(journal)), "False", "{'LeaseLost'}"]
             now_log, now_journal = await _state(store)
@@ -400,11 +403,11 @@ def test_an_odd_error_in_one_commit_does_not_stop_the_writer(path: Path) -> None
         store = await open_store(path)
         batch = [numbered(store, 1, at) for at in range(20)]
         batch[7].journal[0].body = None
-        results = await asyncio.wait_for(written(store, *batch), 10)
+        results = await asyncio.wait_for(written(store, *batch), DEADLINE_S)
         assert [at for at, result in enumerate(results) if result is not None] == [7]
         assert "cannot be stored" in str(results[7])
         batch = [numbered(store, 2, at) for at in range(20)]
-        assert not any(await asyncio.wait_for(written(store, *batch), 10))
+        assert not any(await asyncio.wait_for(written(store, *batch), DEADLINE_S))
         await store.close()
 
     asyncio.run(use())

@@ -21,11 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pavane import App, Client, EngineConfig, Event, LeaseLost, Retry, Service
+from pavane.engine import node as node_module
 from pavane.engine import session as session_module
 from pavane.engine.session import Session
 from pavane.stores.eventlog import DeadFilter
 from pavane.stores.port import LAST_US
-from tests.integration.world import in_loop, until
+from tests.integration.world import PATIENT_S, in_loop, until
 
 KEYS = "abcde"
 SERVICES = ("first", "second")
@@ -116,7 +117,10 @@ def make_app(path: Path, failures: dict[int, int]) -> App:
         fail_now_and_then("tell", events[0].n)
 
     return App(
-        "lanes", [first, second], store=str(path), config=EngineConfig(lease_s=0.5, grace_s=0.02)
+        "lanes",
+        [first, second],
+        store=str(path),
+        config=EngineConfig(lease_s=PATIENT_S, grace_s=0.02),
     )
 
 
@@ -210,6 +214,7 @@ async def play(path: Path, drawn: list[Act]) -> None:
 @pytest.fixture(autouse=True)
 def balanced_by_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "TICK_S", 3600.0)
+    monkeypatch.setattr(node_module, "PAUSE_MAX_S", 0.1)  # however often the test takes a lease
 
 
 @settings(

@@ -46,21 +46,24 @@ def test_a_month_is_over_in_a_moment() -> None:
         began = sim.now
         coat = await sim.run(tailor.make, Ordered(order="o"), id="o")
         assert timedelta(days=30) < sim.now - began < timedelta(days=30, seconds=1)
+        assert sim._simulation.trace.callbacks < 300
         return coat
 
     play(order)  # what is imported and compiled once does not count
     began_s = time.process_time()
     assert play(order) == "coat-of-cloth-o"
-    assert time.process_time() - began_s < 0.05
+    assert time.process_time() - began_s < 1
 
 
 def test_each_day_of_a_month_costs_little() -> None:
     async def be_reminded(sim: Sim[None]) -> int:
-        return await sim.run(tailor.remind, 300)
+        times = await sim.run(tailor.remind, 300)
+        assert sim._simulation.trace.callbacks < 300 * 100
+        return times
 
     began_s = time.process_time()
     assert play(be_reminded) == 300
-    assert time.process_time() - began_s < 300 * 0.01
+    assert time.process_time() - began_s < 300 * 0.03
 
 
 def test_what_is_due_in_skipped_time_happens_at_its_time() -> None:
