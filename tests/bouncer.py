@@ -16,11 +16,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from pavane.testing.postgres import free_port
 from tests.postgres import Database
 
 VERSION_MIN = (1, 21)
 """The first that knows prepared statements in transaction mode."""
-START_S = 10.0
+START_S = 60.0
 
 CONFIG = """
 [databases]
@@ -64,9 +65,7 @@ def bounced(url: str, *, mode: str = "transaction", prepared: int = 100) -> Iter
     """Put a PgBouncer before a database; yield its address there."""
     program = bouncer()
     parts = urlsplit(url)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="pavane-bouncer-") as name:
         folder = Path(name)
         folder.chmod(0o755)

@@ -236,7 +236,7 @@ def _reports(program: str, case: tuple[str, ...], folder: Path) -> list[dict[str
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -27,8 +28,9 @@ from pavane.errors import StoreError
 BIN_VARIABLE = "PAVANE_POSTGRES_BIN"
 """Names a folder with `initdb`, `postgres` and `psql` of another Postgres, 15 or newer."""
 USER = "postgres"
-READY_S = 30.0
+READY_S = 60.0
 STOP_S = 10.0
+PORTS = range(15_000, 32_000)
 _WATCHDOG = 'read -r _; kill -QUIT "$1" 2>/dev/null'
 
 
@@ -91,17 +93,16 @@ class PostgresServer:
             shutil.rmtree(data, ignore_errors=True)  # half made, perhaps
             arguments = ["-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C"]
             self._run(programs / "initdb", *arguments)
-        if not self.port:
-            kept = self.folder / "port"
-            self.port = _free_port(int(kept.read_text()) if kept.exists() else 0)
-            kept.write_text(str(self.port))
-        settings = {
-            "listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": "",
-            "max_connections": "300", **self._settings,
-        }  # fmt: skip
-        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        is_known = bool(self.port)
         ends = time.monotonic() + READY_S
         while True:
+            if not is_known:  # else somebody looks for it there
+                self._choose_port()
+            settings = {
+                "listen_addresses": "127.0.0.1", "port": str(self.port),
+                "unix_socket_directories": "", "max_connections": "300", **self._settings,
+            }  # fmt: skip
+            options = [part for item in settings.items() for part in ("-c", "=".join(item))]
             with self.log.open("ab") as log:
                 self._server = subprocess.Popen(
                     [programs / "postgres", "-D", data, *options], stdin=subprocess.DEVNULL,
@@ -171,6 +172,12 @@ class PostgresServer:
         )  # fmt: skip
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _choose_port(self) -> None:
+        """Take the port that one in this folder had, or any; it may be taken before it is used."""
+        kept = self.folder / "port"
+        self.port = free_port(int(kept.read_text()) if kept.exists() else 0)
+        kept.write_text(str(self.port))
 
     def _make_folder(self) -> None:
         if self._given is None:
@@ -322,12 +329,16 @@ def _is_reachable(folder: Path, account: _Account) -> bool:
     return done.returncode == 0
 
 
-def _free_port(wanted: int = 0) -> int:
-    """Return `wanted` if nobody listens there, or any other port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(wanted: int = 0) -> int:
+    """Return `wanted` if nobody listens there, or any other port.
+
+    It is none of those that the system gives to clients: one of them might have it when a server
+    comes back to it, even one that looks for that server.
+    """
+    ports = random.SystemRandom().sample(PORTS, 100)
+    for port in [wanted, *ports] if wanted else ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise StoreError("No port is free for Postgres: 100 of them were tried in vain.")
