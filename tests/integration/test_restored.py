@@ -94,7 +94,7 @@ async def gone_on_after_a_backup(client: Client, postgres: PostgresServer) -> No
     run = await client.start(in_parts, id="before")
     await until_status(run, "waiting")
     await asyncio.to_thread(postgres.back_up, "monday")
-    since_us = client.store.now_us()
+    since_us = await client.store._one("SELECT pavane.clock_us()")  # pyright: ignore
 
     async def is_noted() -> bool:
         """Tell whether a beat that is not in the backup is noted on this machine."""

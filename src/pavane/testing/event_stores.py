@@ -37,6 +37,7 @@ from pavane.stores.port import (
     Store,
 )
 from pavane.testing.store_check import (
+    CLOCK_US,
     Connections,
     Results,
     StoreCheck,
@@ -608,7 +609,8 @@ async def handlers_begin_where_they_are_told(connections: Connections) -> None:
     assert [(row.service, row.name, row.types) for row in rows] == [
         (spec.service, spec.name, ["Placed"]) for spec in specs
     ]
-    assert all(before_us - 1000 <= row.created_us <= store.now_us() for row in rows)
+    after_us = store.now_us()
+    assert all(before_us - CLOCK_US <= row.created_us <= after_us + CLOCK_US for row in rows)
     assert all((row.paused_until_us, row.reason) == (0, "") for row in rows)
     slots = range(store.partitions)
     for row, position in zip(rows, begins.values(), strict=True):

@@ -19,6 +19,9 @@ Results = Sequence[PavaneError | None]
 
 SERVICES = ("shop", "bank")
 LEASE_US = 30_000_000
+CLOCK_US = 1_000_000
+"""How far the time of a store and what a connection takes for it may be apart, on a busy machine:
+it was told once, in an answer that was on its way for a while."""
 
 
 class Connections:
