@@ -240,7 +240,7 @@ async def test_a_failing_event_holds_back_only_its_own_key(one: World) -> None:
     bank = Service("bank")
     BROKEN.add("a")
 
-    @bank.on(Placed, retry=Retry(attempts=0, first="20ms", factor=1))
+    @bank.on(Placed, retry=Retry(attempts=0, first="20ms", factor=1), breaker=None)
     async def charge(event: Placed) -> None:
         if event.order in BROKEN:
             raise ValueError("closed")
@@ -431,7 +431,7 @@ async def test_a_handler_without_state_has_none_to_delete(one: World) -> None:
 async def test_a_batch_is_one_call_and_a_bad_event_in_it_fails_alone(one: World) -> None:
     bank = Service("bank")
 
-    @bank.on(Placed, batch=10, linger="30ms", retry=SOON)
+    @bank.on(Placed, batch=10, linger="300ms", retry=SOON)
     async def charge(events: list[Placed]) -> list[Paid]:
         if any(event.cents == 5 for event in events):
             raise ValueError("bad")
