@@ -269,6 +269,7 @@ async def test_nothing_follows_a_batch_that_may_be_written(
         once(wire, "next#1", "swallow")
         (result,) = await written(store, second, fence=fence)
         assert isinstance(result, StoreError)
+        await until(partial(whole_log, store), "what the database got, and did not answer")
         assert [message.id for message in await whole_log(store)] == ["first#1"]
 
 
