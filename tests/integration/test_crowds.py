@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from statistics import median
 
 import pytest
@@ -45,7 +46,7 @@ async def passer_by() -> None:
     await nap()
 
 
-@in_loop
+@partial(in_loop, within_s=600)
 async def test_a_crowd_that_wakes_holds_up_nobody_and_fits_in_memory(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,13 +27,15 @@ BUSY_MS = 20_000
 T = TypeVar("T")
 
 
-def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an asynchronous test in a loop of its own, within the deadline."""
+def in_loop(
+    test: Callable[..., Coroutine[Any, Any, None]], within_s: float = 2 * DEADLINE_S
+) -> Callable[..., None]:
+    """Run an asynchronous test in a loop of its own, within some time."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
         async def body() -> None:
-            async with asyncio.timeout(2 * DEADLINE_S):
+            async with asyncio.timeout(within_s):
                 await test(*args, **kwargs)
 
         asyncio.run(body())
