@@ -652,9 +652,9 @@ class Steps:
         try:
             while True:
                 now = self._loop.time()
-                wait_s = None if ends is None else max(0.0, ends - now)
-                if options.heartbeat_s is not None:
-                    wait_s = min(options.heartbeat_s, wait_s or options.heartbeat_s)
+                left_s = None if ends is None else max(0.0, ends - now)
+                bounds_s = [it for it in (left_s, options.heartbeat_s) if it is not None]
+                wait_s = min(bounds_s, default=None)
                 waits: set[asyncio.Task[Any]] = {work}
                 pulse = self._loop.create_task(beaten.wait()) if beaten is not None else None
                 if pulse is not None:
