@@ -205,6 +205,16 @@ def test_an_address_that_is_one_is_taken(address: str) -> None:
     PostgresStore(address)
 
 
+@in_loop
+async def test_a_database_all_of_whose_tables_are_published_is_written_to() -> None:
+    with Database() as url:
+        await opened(url)
+        grant_in(url, "CREATE PUBLICATION everything FOR ALL TABLES")
+        async with shop_on(url).worker() as client:
+            assert await (await client.start(sell, 1)).result() == 2
+            await client.restored.accept()
+
+
 @pytest.mark.parametrize("made", [True, False], ids=["a store", "an empty database"])
 @in_loop
 async def test_a_pooler_in_statement_mode_is_refused_at_once(
