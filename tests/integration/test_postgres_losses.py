@@ -166,6 +166,8 @@ async def test_what_is_large_and_written_late_is_found_to_be_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is under way in the server when the writer gives up, and holds the lock of its number."""
+    # A commit goes on without its client, and so does anything behind a pooler.
+    monkeypatch.setitem(connection_module.SETTINGS, "client_connection_check_interval", "0")
     monkeypatch.setattr(writer, "SETTLE_S", 0.5)
     monkeypatch.setattr(writer, "CALL_S", 20.0)
     async with wired() as (store, _):
@@ -474,6 +476,49 @@ async def test_a_read_that_is_not_answered_is_soon_asked_anew_and_a_long_one_get
         async with asyncio.timeout(60):
             assert await store.nodes() == []
         assert len(await store._rows("SELECT pg_sleep(1.2)")) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+@in_loop
+async def test_who_was_hung_up_on_waits_for_no_lock_and_is_told_who_has_it() -> None:
+    """Each question that was asked again was one more session, until the server took no more."""
+    with Database() as url:
+        store = PostgresStore(url, partitions=8)
+        await store.open()
+        other: Any = await asyncpg.connect(url, server_settings={"application_name": "vacuum"})
+        async with other.transaction():
+            await other.execute("LOCK TABLE pavane.nodes, pavane.services")
+            with pytest.raises(StoreError, match="a lock that another session holds") as refusal:
+                await store.nodes()
+            who = f"pid {other.get_server_pid()}, user 'postgres', application 'vacuum'"
+            assert who in str(refusal.value)
+
+            async def nobody_waits() -> bool:
+                waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                return await other.fetchval(waiting) == 0
+
+            await until(nobody_waits)
+        await other.close()
+        assert await store.nodes() == []
+        await store.close()
+
+
+@in_loop
+async def test_a_connection_that_cannot_be_made_is_not_blamed_on_what_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A certificate that is not there, or not good, any more says nothing of a value."""
+    async with wired() as (store, wire):
+        fence = await joined(store)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("PGSSLMODE", "verify-full")
+        wire.cut()
+        commit = a_commit(messages=[a_message(store, "once#1")])
+        (refusal,) = await written(store, commit, fence=fence)
+        assert isinstance(refusal, StoreError), refusal
+        assert "root certificate file" in str(refusal)
+        monkeypatch.delenv("PGSSLMODE")
+        assert await store.log_head() == 0
 
 
 @in_loop

@@ -12,8 +12,8 @@ import pytest
 
 from pavane import App, Event, Service, outbox
 from pavane.errors import StoreError
-from pavane.stores.postgres import PostgresStore, store, writer
-from pavane.stores.postgres.connection import explained
+from pavane.stores.postgres import PostgresStore, connection, store, writer
+from pavane.stores.postgres.connection import explained, place_of
 from pavane.stores.postgres.schema import newest_schema
 from pavane.testing.postgres import PostgresServer
 from tests.bouncer import bounced
@@ -183,6 +183,7 @@ def test_a_command_that_only_looks_leaves_the_schema_to_workers_of_its_version(
         ("postgresql://shop:secret@1@db/x", "it has two @ before the host"),
         ("postgresql://shop:secret@[::1/x", "such as an IPv6 address with one bracket"),
         ("postgresql://shop:secret@db/x?sslmode", "what follows its \\? is not name=value"),
+        ("postgresql://shop:secret@db/x?sslrootcert=/no/ca.crt", "its sslrootcert names no file"),
     ],
 )
 def test_an_address_that_is_none_is_refused_without_a_password(address: str, wrong: str) -> None:
@@ -203,6 +204,55 @@ def test_an_address_that_is_none_is_refused_without_a_password(address: str, wro
 )
 def test_an_address_that_is_one_is_taken(address: str) -> None:
     PostgresStore(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("postgresql://shop:secret@db/x?password=secret", "postgresql://db/x"),
+        ("postgresql:///x?host=one,two&port=1,2", "postgresql://one,two/x"),
+        ("postgresql:///x", "postgresql://of.the.environment/x"),
+    ],
+)
+def test_a_place_is_told_by_what_it_is_found_by(
+    address: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGHOST", "of.the.environment")
+    assert place_of(address) == place
+
+
+@in_loop
+async def test_of_several_hosts_the_one_is_taken_that_can_be_written_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with PostgresServer() as primary, primary.follower() as standby:
+        ports = f"{standby.port},{primary.port}"
+        at = "@".join(("postgresql://postgres", f"127.0.0.1:{ports.replace(',', ',127.0.0.1:')}"))
+        await opened(f"{at}/postgres")
+        given = f"host=127.0.0.1,127.0.0.1&port={ports}"
+        await opened(f"postgresql:///postgres?user=postgres&{given}")
+        monkeypatch.setenv("PGHOST", "127.0.0.1,127.0.0.1")
+        monkeypatch.setenv("PGPORT", ports)
+        monkeypatch.setenv("PGUSER", "postgres")
+        await opened("postgresql:///postgres")
+
+
+@in_loop
+async def test_an_option_that_nobody_knows_is_told_and_may_be_left_out() -> None:
+    with Database() as url:
+        said = await refused(f"{url}?connect_timeout=5")
+        assert 'option of the address (unrecognized configuration parameter "connect_tim' in said
+        assert "leave others out" in said
+
+
+@in_loop
+async def test_a_server_that_cannot_watch_its_clients_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as one on Windows."""
+    monkeypatch.setitem(connection.SETTINGS, "client_connection_check_interval", "-1")
+    with Database() as url:
+        await opened(url)
 
 
 @in_loop

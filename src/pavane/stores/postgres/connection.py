@@ -8,9 +8,12 @@ instead, and then looked up.
 from __future__ import annotations
 
 import asyncio
+import os
+import ssl
 from collections.abc import Coroutine
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -33,6 +36,7 @@ SETTINGS = {
     "jit": "off",  # statements are short, and asyncpg's own look at types would be compiled
     "idle_in_transaction_session_timeout": "10s",
     "tcp_user_timeout": "10s",
+    "client_connection_check_interval": "3s",  # who was hung up on waits for no lock any more
 }
 
 _AWAITED = (
@@ -40,6 +44,22 @@ _AWAITED = (
     " WHERE wait_event = 'SyncRep' LIMIT 1"
 )
 """Of a connection that was hung up on in its commit, the server still knows that it waits."""
+
+_BLOCKER = (
+    "SELECT other.pid, other.usename, other.application_name FROM pg_stat_activity AS ours"
+    " JOIN pg_stat_activity AS other ON other.pid = ANY(pg_blocking_pids(ours.pid))"
+    " WHERE ours.wait_event_type = 'Lock' AND ours.application_name = 'pavane'"
+    " AND ours.datname = current_database() AND other.application_name <> 'pavane' LIMIT 1"
+)
+"""Likewise of one that waited for a lock, for a moment."""
+
+_OF_UNIX = "client_connection_check_interval"
+_UNSETTABLE = (
+    asyncpg.ProtocolViolationError,
+    asyncpg.InvalidParameterValueError,
+    asyncpg.UndefinedObjectError,
+)
+_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 
 
 class Silent(ConnectionError):
@@ -133,32 +153,45 @@ def _what_is_wrong(dsn: str) -> str:
             _ = urlsplit(f"//{host}").port
     except ValueError:
         return "its port is no number up to 65535"
+    for name in _FILES:
+        if name in given and not Path(given[name][-1]).is_file():
+            return f"its {name} names no file that is there"
     return ""
 
 
 def place_of(dsn: str) -> str:
     """Return what a DSN points at, for people: without the password."""
+    return f"postgresql://{_hosts_of(dsn) or 'localhost'}{urlsplit(dsn).path}"
+
+
+def _hosts_of(dsn: str) -> str:
+    """Return the hosts that a DSN names, or else the environment, as far as any are named."""
     parts = urlsplit(dsn)
-    at = parts.netloc.rpartition("@")[2] or "localhost"
-    return f"postgresql://{at}{parts.path}"
+    given = parse_qs(parts.query).get("host")
+    at = parts.netloc.rpartition("@")[2]
+    return at or (given[-1] if given else os.environ.get("PGHOST", ""))
 
 
 async def connect(dsn: str, connection_class: type[Connection] | None = None) -> Connection:
-    """Connect to the primary; raise StoreError that says what to do, or one of `LOST`."""
+    """Connect to the primary; raise StoreError that says what to do, or an error of Postgres."""
     options: dict[str, Any] = {
         "timeout": CONNECT_S, "target_session_attrs": "any", "server_settings": SETTINGS,
         "connection_class": connection_class or asyncpg.Connection,
     }  # fmt: skip
-    if "," in urlsplit(dsn).netloc:  # of several hosts, take the one that can be written to
+    if "," in _hosts_of(dsn):  # of several hosts, take the one that can be written to
         options["target_session_attrs"] = "read-write"
     try:
-        return await asyncpg.connect(dsn, **options)
-    except asyncpg.ProtocolViolationError as error:
-        if "startup parameter" not in str(error):
-            raise
-        # A pooler in transaction mode takes no settings of a session.
-        options["server_settings"] = {"application_name": "pavane"}
-        return await asyncpg.connect(dsn, **options)
+        try:
+            return await asyncpg.connect(dsn, **options)
+        except _UNSETTABLE as error:
+            if not any(it in str(error) for it in ("startup parameter", _OF_UNIX)):
+                raise
+            # A pooler in transaction mode takes no settings of a session; a server on Windows, or
+            # an old one, does not take all of them.
+            options["server_settings"] = {"application_name": "pavane"}
+            return await asyncpg.connect(dsn, **options)
+    except ValueError as error:  # of a certificate, or of what the address names; of no write
+        raise explained(dsn, error) from error
 
 
 def explained(dsn: str, error: BaseException) -> StoreError:
@@ -171,7 +204,16 @@ def explained(dsn: str, error: BaseException) -> StoreError:
             f"{place} has no such database. Create it: CREATE DATABASE {_database_of(dsn)} "
             f"ENCODING 'UTF8' TEMPLATE template0;"
         )
-    elif isinstance(error, asyncpg.ObjectNotInPrerequisiteStateError):
+    elif isinstance(error, asyncpg.UndefinedObjectError) and _is_of_address(dsn, error):
+        text = (
+            f"{place} does not know an option of the address ({error}). After its ? may stand "
+            f"those of asyncpg, such as sslmode and sslrootcert, and settings of the server, such "
+            f"as search_path; leave others out."
+        )
+    elif (
+        isinstance(error, asyncpg.ObjectNotInPrerequisiteStateError)
+        and getattr(error, "severity_en", "") != "ERROR"  # it is about the connection
+    ):
         text = (
             f"{place} takes no connections ({error}). Let it: ALTER DATABASE {_database_of(dsn)} "
             f"ALLOW_CONNECTIONS true;"
@@ -226,12 +268,27 @@ def explained(dsn: str, error: BaseException) -> StoreError:
             f"{place} is there, and takes no connections at the moment: {error}. Workers that run "
             f"try again by themselves until it does; start anything else once more then."
         )
+    elif isinstance(error, ssl.SSLError):
+        text = (
+            f"{place} cannot be reached by TLS ({error}). See sslmode, sslrootcert, sslcert and "
+            f"sslkey in the address."
+        )
+    elif isinstance(error, Silent):
+        text = (
+            f"{place} does not answer: {error}. It is overloaded, or cut off from here, or what "
+            f"was asked waits for a lock of somebody else's."
+        )
     elif is_lost(error):
         detail = str(error) or type(error).__name__
         text = f"{place} cannot be reached: {detail}. Is it running, and is the address right?"
     else:
-        text = f"{place} cannot be used: {error}."
+        text = f"{place} cannot be used: {str(error).rstrip('.')}."
     return StoreError(text)
+
+
+def _is_of_address(dsn: str, error: BaseException) -> bool:
+    """Tell whether an error names an option that stands in the address."""
+    return any(f'"{name}"' in str(error) for name in parse_qs(urlsplit(dsn).query))
 
 
 def _database_of(dsn: str) -> str:
@@ -240,12 +297,13 @@ def _database_of(dsn: str) -> str:
 
 
 async def looked_into(dsn: str, error: BaseException) -> StoreError:
-    """Like `explained`; of one that was silent, ask first what its commits wait for."""
+    """Like `explained`; of one that was silent, ask first what it waits for."""
     if isinstance(error, Silent):
-        with suppress(*FAILED):
+        with suppress(*FAILED, StoreError):
             connection = await connect(dsn)
             try:
                 names = await answered(connection, connection.fetchval(_AWAITED), QUICK_S)
+                blocker = await answered(connection, connection.fetchrow(_BLOCKER), QUICK_S)
             finally:
                 connection.terminate()
             if names:
@@ -253,6 +311,13 @@ async def looked_into(dsn: str, error: BaseException) -> StoreError:
                     f"{place_of(dsn)}: commits wait for a synchronous standby that does not answer "
                     f"(synchronous_standby_names = '{names}'). Start it, or take it off that "
                     f"setting."
+                )
+            if blocker:
+                pid, user, application = blocker
+                return StoreError(
+                    f"{place_of(dsn)}: what is asked waits for a lock that another session holds "
+                    f"(pid {pid}, user {user!r}, application {application!r}). Let it end, or end "
+                    f"it: SELECT pg_terminate_backend({pid});"
                 )
     return explained(dsn, error)
 

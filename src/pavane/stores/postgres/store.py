@@ -53,7 +53,6 @@ from pavane.stores.postgres.connection import (
     check_address,
     check_server,
     connect,
-    explained,
     is_lost,
     is_no_text,
     looked_into,
@@ -192,7 +191,7 @@ class PostgresStore(EventTables):
             finally:
                 connection.terminate()
         except FAILED as error:
-            raise explained(self.dsn, error) from error
+            raise await looked_into(self.dsn, error) from error
 
     async def close(self) -> None:
         if self._pid not in (0, os.getpid()):
@@ -337,7 +336,7 @@ class PostgresStore(EventTables):
                 if is_no_text(error):
                     raise no_text(error) from error
                 if not (is_lost(error) or isinstance(error, BUSY)) or loop.time() > ends:
-                    raise explained(self.dsn, error) from error
+                    raise await looked_into(self.dsn, error) from error
                 if is_lost(error):
                     await self._pool.expire_connections()  # the others are lost as well, perhaps
                 within_s = min(ANSWER_S, 2 * within_s)
