@@ -16,6 +16,7 @@ from pavane.stores.postgres import PostgresStore, connection, store, writer
 from pavane.stores.postgres.connection import explained, place_of
 from pavane.stores.postgres.schema import newest_schema
 from pavane.testing.postgres import PostgresServer
+from pavane.testing.store_check import SERVICES, a_commit, a_message, joined, written
 from tests.bouncer import bounced
 from tests.integration.command_line import good, in_folder_of, pavane
 from tests.integration.world import in_loop
@@ -170,6 +171,20 @@ def test_a_command_that_only_looks_leaves_the_schema_to_workers_of_its_version(
         good("runs", "start", "sell", "--store", url)
         assert server().execute(schema, name) == str(newest)
         good("runs", "list", "--store", url)
+
+
+@in_loop
+async def test_a_node_of_the_version_before_writes_on_after_a_migration() -> None:
+    """It leaves columns empty that are newer than it, such as the time of its lease."""
+    with Database() as url:
+        there = PostgresStore(url, partitions=8)
+        await there.open()
+        await there.register(SERVICES)
+        fence = await joined(there)
+        grant_in(url, "UPDATE pavane.nodes SET lease_us = NULL")
+        commit = a_commit(messages=[a_message(there, "one#1")])
+        assert await written(there, commit, fence=fence) == [None]
+        await there.close()
 
 
 @pytest.mark.parametrize(
