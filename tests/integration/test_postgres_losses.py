@@ -577,6 +577,23 @@ async def test_connections_that_read_are_left_to_others_when_they_are_not_needed
         await other.close()
 
 
+@in_loop
+async def test_what_is_soon_done_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands, one of sixty, showed an error of the connection that they gave up half-made."""
+    listening = 0
+
+    async def counted(*given: Any) -> Any:
+        nonlocal listening
+        listening += 1
+        return await connection_module.connect(*given)
+
+    monkeypatch.setattr(watch, "connect", counted)
+    monkeypatch.setattr(watch, "LISTEN_AFTER_S", 5.0)
+    async with wired() as (store, _):
+        assert await store.nodes() == []
+    assert listening == 0
+
+
 @pytest.mark.usefixtures("impatient")
 @in_loop
 async def test_a_process_listens_again_when_it_was_deaf() -> None:

@@ -35,6 +35,9 @@ CHANNEL = "pavane"
 ANNOUNCE_EVERY_S = 0.005
 LOOK_S = 2.0
 """How often to look although nobody was heard, and nothing was seen."""
+LISTEN_AFTER_S = 0.1
+"""What is done sooner, as most commands are, need not listen. Of a connection that is given up
+while it is made, asyncpg sometimes logs an error."""
 LOOK_DEAF_S = 0.05
 LOOK_DEAF_MAX_S = 0.5
 PROBE_S = 2.0
@@ -168,6 +171,7 @@ class Watch:
 
     async def _listen(self) -> None:
         """Listen, and again after each loss, with growing pauses."""
+        await asyncio.sleep(LISTEN_AFTER_S)
         pause_s = 0.1
         while True:
             try:
