@@ -480,7 +480,9 @@ async def test_a_read_that_is_not_answered_is_soon_asked_anew_and_a_long_one_get
 
 @pytest.mark.usefixtures("impatient")
 @in_loop
-async def test_who_was_hung_up_on_waits_for_no_lock_and_is_told_who_has_it() -> None:
+async def test_who_was_hung_up_on_waits_for_no_lock_and_is_told_who_has_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Each question that was asked again was one more session, until the server took no more."""
     with Database() as url:
         store = PostgresStore(url, partitions=8)
@@ -492,6 +494,7 @@ async def test_who_was_hung_up_on_waits_for_no_lock_and_is_told_who_has_it() -> 
                 await store.nodes()
             who = f"pid {other.get_server_pid()}, user 'postgres', application 'vacuum'"
             assert who in str(refusal.value)
+            assert "again: it did not answer within 1 s" in caplog.text, "before half a minute"
 
             async def nobody_waits() -> bool:
                 waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"

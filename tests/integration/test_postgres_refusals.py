@@ -306,6 +306,7 @@ def test_a_server_that_is_starting_is_not_asked_whether_it_is_running() -> None:
     said = str(explained("postgresql://db/shop", error))
     assert "at the moment: the database system is starting up. Workers that run try again" in said
     assert "Is it running" not in said
+    assert "reached: no answer in time. Is it" in str(explained("postgresql://db", TimeoutError()))
 
 
 @in_loop

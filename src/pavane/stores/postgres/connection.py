@@ -279,7 +279,8 @@ def explained(dsn: str, error: BaseException) -> StoreError:
             f"was asked waits for a lock of somebody else's."
         )
     elif is_lost(error):
-        detail = str(error) or type(error).__name__
+        is_late = isinstance(error, TimeoutError)
+        detail = str(error) or ("no answer in time" if is_late else type(error).__name__)
         text = f"{place} cannot be reached: {detail}. Is it running, and is the address right?"
     else:
         text = f"{place} cannot be used: {str(error).rstrip('.')}."

@@ -10,6 +10,7 @@ answer is lost is looked up before anything else happens.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import time
@@ -48,6 +49,7 @@ from pavane.stores.postgres.connection import (
     FAILED,
     QUICK_S,
     Connection,
+    Silent,
     answered,
     asyncpg,
     check_address,
@@ -66,6 +68,8 @@ from pavane.stores.postgres.schema import prepare
 from pavane.stores.postgres.together import Together
 from pavane.stores.postgres.watch import Watch
 from pavane.stores.postgres.writer import PAUSE_MAX_S, PAUSE_S, Work, Writer
+
+log = logging.getLogger("pavane.postgres")
 
 SLOTS = 1024
 """Targets are `service number * SLOTS + partition`."""
@@ -337,6 +341,8 @@ class PostgresStore(EventTables):
                     raise no_text(error) from error
                 if not (is_lost(error) or isinstance(error, BUSY)) or loop.time() > ends:
                     raise await looked_into(self.dsn, error) from error
+                if isinstance(error, Silent):
+                    log.warning("asking %s again: %s", place_of(self.dsn), error)
                 if is_lost(error):
                     await self._pool.expire_connections()  # the others are lost as well, perhaps
                 within_s = min(ANSWER_S, 2 * within_s)
