@@ -33,6 +33,7 @@ from pavane.testing.store_check import (
     written,
 )
 from tests.integration import crew
+from tests.integration.command_line import worker
 from tests.integration.fleet import Fleet, start
 from tests.integration.wire import ANSWERS, ASKS, BOTH, Wire
 from tests.integration.world import MODES, World, in_loop, until, until_status
@@ -748,6 +749,23 @@ async def test_what_is_written_last_is_announced_before_a_store_is_closed(
         await one.close()
         await until(told)
         await two.close()
+
+
+def test_a_worker_that_is_to_end_while_the_database_is_away_ends(tmp_path: Path) -> None:
+    """What starts it again would kill it, some time, and not know why it did not end."""
+    (tmp_path / "shop.py").write_text(
+        "import pavane.cli.run\n"
+        "from pavane import App, EngineConfig, Service\n"
+        "pavane.cli.run.GIVE_UP_S = 0.5\n"
+        "app = App('shop', [Service('shop')], config=EngineConfig(grace_s=0.5))\n"
+    )
+    with PostgresServer() as server:
+        working = worker(tmp_path, "shop.py", "--store", server.url())
+        server.kill()
+        working.terminate()
+        _, said = working.communicate(timeout=10)
+    assert working.returncode == 4
+    assert "not drained within 1 s: others take over when the lease is over" in said
 
 
 @pytest.mark.parametrize("mode", MODES)

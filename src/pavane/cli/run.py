@@ -10,19 +10,21 @@ import signal
 import sys
 import threading
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from pavane.app import App, Client
 from pavane.cli.connection import check_store, own_address, target_argument
-from pavane.cli.exits import INTERRUPTED
+from pavane.cli.exits import INTERRUPTED, OK, STORE
 from pavane.cli.names import complete_service
 from pavane.cli.output import say, terminal_width
 from pavane.cli.target import find_app
 from pavane.cli.text import columns, counted, fit, printable, wrapped
 
 PARENT_EVERY_S = 0.5
+GIVE_UP_S = 10.0
+"""How long, after the grace period, a store is waited for that does not answer while it is left."""
 THREADS_S = 0.5
 """How long a process that has drained may wait for threads that steps have started."""
 
@@ -37,7 +39,8 @@ Examples:
 \b
 SIGTERM or Ctrl-C drains: running steps may end, everything is written, partitions are handed over,
 and the exit code is 0. A second one stops at once (130); nothing that was durable is lost. A step
-that takes longer than the grace period (10 s) is cut off, and done again by the next owner.
+that takes longer than the grace period (10 s) is cut off, and done again by the next owner. If the
+store does not answer, the worker ends ten seconds after that (4), and others take over from it.
 """
 )
 @target_argument
@@ -91,16 +94,16 @@ async def _work_to_the_end(work: Coroutine[Any, Any, None]) -> None:
     Python would wait for them, and no thread can be stopped.
     """
     await work
-    end = threading.Timer(THREADS_S, _end)
+    end = threading.Timer(THREADS_S, _end, [OK])
     end.daemon = True  # it counts only if something else keeps the process
     end.start()
 
 
-def _end() -> None:
+def _end(code: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def set_up_logging(level: int) -> None:
@@ -122,22 +125,26 @@ class _Printable(logging.Formatter):
 
 
 class _Stop:
-    """Turns the first signal into a drain and the second into an end."""
+    """Turns the first signal into a drain, of at most `within_s`, and the second into an end."""
 
-    def __init__(self) -> None:
+    def __init__(self, within_s: float) -> None:
         self.asked = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        self._within_s = within_s
+        self._loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._signalled, number)
+            self._loop.add_signal_handler(number, self._signalled, number)
 
     def _signalled(self, number: signal.Signals) -> None:
         if self.asked.is_set():
             say(f"{number.name} again: stopped at once")
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(INTERRUPTED)
+            _end(INTERRUPTED)
         say(f"{number.name}: draining; once more stops at once")
         self.asked.set()
+        self._loop.call_later(self._within_s, self._give_up)
+
+    def _give_up(self) -> None:
+        say(f"not drained within {self._within_s:g} s: others take over when the lease is over")
+        _end(STORE)
 
     async def watch_parent(self) -> None:
         """Ask to stop when the process that started this one has ended."""
@@ -152,7 +159,7 @@ async def work(
     app: App, hosted: list[str], store: str | None, *, quiet: bool, with_parent: bool
 ) -> None:
     """Work for the services `hosted` until a signal comes, then drain."""
-    stop = _Stop()
+    stop = _Stop(app.config.grace_s + GIVE_UP_S)
     watch = asyncio.create_task(stop.watch_parent()) if with_parent else None
     async with app.worker(hosted, store=store) as client:
         if not quiet:
