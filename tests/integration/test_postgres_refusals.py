@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from pavane import App, Event, Service, outbox
 from pavane.errors import StoreError
-from pavane.stores.postgres import PostgresStore, connection, store, writer
+from pavane.stores.postgres import PostgresStore, connection, schema, store, writer
 from pavane.stores.postgres.connection import explained, place_of
 from pavane.stores.postgres.schema import newest_schema
 from pavane.testing.postgres import PostgresServer
@@ -157,7 +158,7 @@ def test_a_command_that_only_looks_leaves_the_schema_to_workers_of_its_version(
     (tmp_path / "shop.py").write_text(SHOP)
     with Database() as url, in_folder_of(tmp_path, "shop.py", monkeypatch):
         name = url.rpartition("/")[2]
-        schema = "SELECT value FROM pavane.meta WHERE key = 'schema'"
+        known = "SELECT value FROM pavane.meta WHERE key = 'schema'"
         good("runs", "start", "sell", "--store", url)
         newest = newest_schema()
         forget = (
@@ -167,9 +168,9 @@ def test_a_command_that_only_looks_leaves_the_schema_to_workers_of_its_version(
         server().execute(forget, name)
         said = told(4, "runs", "list", "--store", url)
         assert f"was written by an older Pavane (schema 2, this one knows {newest})" in said
-        assert server().execute(schema, name) == "2"
+        assert server().execute(known, name) == "2"
         good("runs", "start", "sell", "--store", url)
-        assert server().execute(schema, name) == str(newest)
+        assert server().execute(known, name) == str(newest)
         good("runs", "list", "--store", url)
 
 
@@ -184,6 +185,40 @@ async def test_a_node_of_the_version_before_writes_on_after_a_migration() -> Non
         grant_in(url, "UPDATE pavane.nodes SET lease_us = NULL")
         commit = a_commit(messages=[a_message(there, "one#1")])
         assert await written(there, commit, fence=fence) == [None]
+        await there.close()
+
+
+@in_loop
+async def test_who_waits_to_bring_the_schema_up_to_date_does_not_stop_those_who_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A backup reads the tables, and who waits to change them comes before all who ask later."""
+    monkeypatch.setattr(schema, "WAIT_S", 3.0)
+    with Database() as url:
+        there = PostgresStore(url, partitions=8)
+        await there.open()
+        await there.register(SERVICES)
+        fence = await joined(there)
+        grant_in(url, "UPDATE pavane.meta SET value = '4' WHERE key = 'schema'")
+        backup: Any = await asyncpg.connect(url, server_settings={"application_name": "pg_dump"})
+        async with backup.transaction():
+            await backup.fetch("SELECT FROM pavane.heads")
+            waiting = asyncio.create_task(refused(url))
+            took: list[float] = []
+            while not waiting.done():
+                began = time.monotonic()
+                commit = a_commit(messages=[a_message(there, f"{len(took)}#1")])
+                assert await written(there, commit, fence=fence) == [None]
+                took.append(time.monotonic() - began)
+                await asyncio.sleep(0.01)
+            assert max(took) < 1.5
+            who = f"pid {backup.get_server_pid()}, user 'postgres', application 'pg_dump'"
+            assert f"while another session uses its tables ({who})" in await waiting
+        await backup.close()
+        await opened(url)
+        name = url.rpartition("/")[2]
+        value = server().execute("SELECT value FROM pavane.meta WHERE key = 'schema'", name)
+        assert value == str(newest_schema())
         await there.close()
 
 
