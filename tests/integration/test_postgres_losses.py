@@ -611,6 +611,17 @@ async def test_a_process_listens_again_when_it_was_deaf() -> None:
             await heard(store)
 
 
+@in_loop
+async def test_who_heard_nothing_of_its_probe_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database may have been slow: it need not be a pooler that no notification passes."""
+    monkeypatch.setattr(watch, "PROBE_S", 0)
+    monkeypatch.setattr(watch, "DEAF_S", 0.2)
+    async with wired() as (store, _):
+        assert not await store._watch.probed()
+        monkeypatch.setattr(watch, "PROBE_S", 30.0)
+        await heard(store)
+
+
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("marker", ["server_version_num", "pavane.heads"])
 @in_loop

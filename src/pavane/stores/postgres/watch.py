@@ -41,6 +41,10 @@ while it is made, asyncpg sometimes logs an error."""
 LOOK_DEAF_S = 0.05
 LOOK_DEAF_MAX_S = 0.5
 PROBE_S = 2.0
+DEAF_S = 30.0
+"""After how long a process that heard nothing of its probe tries again: it may have been slow."""
+DEAF_MAX_S = 600.0
+PAUSE_S = 0.1
 FINISH_S = 1.0
 """How long to try to announce the last of it when a store is closed."""
 HEARTBEAT_S = 30.0
@@ -172,19 +176,27 @@ class Watch:
     async def _listen(self) -> None:
         """Listen, and again after each loss, with growing pauses."""
         await asyncio.sleep(LISTEN_AFTER_S)
-        pause_s = 0.1
+        pause_s, deaf_s = PAUSE_S, DEAF_S
         while True:
+            wait_s, pause_s = pause_s, min(AGAIN_MAX_S, pause_s * 2)
             try:
-                if not await self._hear():
-                    return
-                pause_s = 0.1
+                if await self._hear():
+                    wait_s = pause_s = PAUSE_S
+                    deaf_s = DEAF_S
+                else:
+                    if deaf_s == DEAF_S:
+                        log.info(
+                            "no notifications arrive (a pooler in transaction mode?): this process "
+                            "looks every %g ms instead, up to %g ms when idle",
+                            LOOK_DEAF_S * 1e3, LOOK_DEAF_MAX_S * 1e3,
+                        )  # fmt: skip
+                    wait_s, deaf_s = deaf_s, min(DEAF_MAX_S, deaf_s * 2)
             except (*FAILED, StoreError) as error:
                 if not (is_lost(error) or isinstance(error, StoreError)):
                     log.warning("this process cannot listen: %s", explained(self._dsn, error))
             finally:
                 self._drop()
-            await asyncio.sleep(pause_s * (0.5 + random.random()))
-            pause_s = min(AGAIN_MAX_S, pause_s * 2)
+            await asyncio.sleep(wait_s * (0.5 + random.random()))
 
     async def _hear(self) -> bool:
         """Listen until the connection is lost; False if nothing is to be heard that way."""
@@ -207,10 +219,6 @@ class Watch:
                         await gone.wait()
             return True
         await answered(connection, connection.execute("SELECT 1"), QUICK_S)  # or was it lost?
-        log.info(
-            "no notifications arrive (a pooler in transaction mode?): this process looks every "
-            "%g ms instead, up to %g ms when idle", LOOK_DEAF_S * 1e3, LOOK_DEAF_MAX_S * 1e3,
-        )  # fmt: skip
         return False
 
     async def _probe(self) -> bool:
