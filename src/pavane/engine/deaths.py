@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapp
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pavane.core.envelope import Call, unpack
 from pavane.engine.config import SUSPECT_DEATHS
 from pavane.stores.port import ParkedRow, RunRow, Touched
 
@@ -24,6 +25,11 @@ LOOKS_MAX = 500
 
 Key = tuple[str, str]
 Suspect = RunRow | ParkedRow
+
+
+def _who_is_told(row: Suspect) -> str:
+    """Return the service, perhaps of another app, that is told if this is given up."""
+    return row.home if isinstance(row, RunRow) else unpack(Call, row.call).reply_to
 
 
 class Deaths:
@@ -67,7 +73,10 @@ class Deaths:
         """
         suspects: list[Suspect] = []
         async for rows in self._under_way(positions):
-            suspects += [row for row in rows if row.deaths >= SUSPECT_DEATHS]
+            for row in rows:
+                if row.deaths >= SUSPECT_DEATHS:
+                    suspects.append(row)
+                    await self._session.make_known(_who_is_told(row))
             calm = [row for row in rows if row.deaths < SUSPECT_DEATHS]
             if calm:
                 await self._touch(calm)

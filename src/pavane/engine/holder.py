@@ -246,6 +246,7 @@ class Holder:
     async def _start_if_new(
         self, message: Message, start: Start, key: Key, redelivered: bool
     ) -> None:
+        await self._make_known(start.header)
         row = await self._store.run_row(*key)
         if row is None and redelivered:
             await self._start_again(message, start, key)
@@ -295,6 +296,12 @@ class Holder:
             self.with_run(*key, action)
 
     # -- finding a run -------------------------------------------------------------------------
+
+    async def _make_known(self, header: Header) -> None:
+        """Let the store know who is told of a run: its home, its parent, perhaps of another app."""
+        await self._session.make_known(header.home)
+        if header.parent is not None:
+            await self._session.make_known(header.parent.holder)
 
     def with_run(self, service: str, run: str, action: Action) -> None:
         """Call `action` with the live run, loading it if need be; with None if it is not here.
@@ -424,6 +431,7 @@ class Holder:
     async def _activate(self, row: RunRow, journal: list[JournalRow]) -> Held | None:
         """Rebuild a run from its journal; a run that cannot be rebuilt is stuck, alone."""
         header = decode_header(row.header)
+        await self._make_known(header)
         try:
             raws = _split(journal)
             entries = [entry for row_ in journal for entry in decode_chunk(row_.body)]
@@ -695,6 +703,7 @@ class Holder:
                 log.warning("%s for run %s: no such run was ever here", message.kind, message.run)
                 self._session.consumed(message)
                 return
+            await self._session.make_known(to)
             id = message.id
             if message.kind == "cancel":
                 # Should this one come again, the run may be elsewhere; should the run come back
@@ -865,7 +874,9 @@ class Holder:
         if row.status in ENDED:
             self._session.consumed(message)
             return
-        held = Held(row, decode_header(row.header), _no_execution(), exists=True)
+        header = decode_header(row.header)
+        await self._make_known(header)
+        held = Held(row, header, _no_execution(), exists=True)
         held.trail = decode_trail(row.trail)
         held.attributes = decode_attributes(row.attributes)
         held.count = row.entries
@@ -892,7 +903,7 @@ class Holder:
                 self._not_here(message)
                 return
             if row.status != "failed" or row.undone:  # it does nothing again, but says it again
-                self._answer_again(message, row)
+                await self._answer_again(message, row)
                 return
         if row.status not in ("stuck", "failed") or row.service != message.to:
             self._session.consumed(message)
@@ -945,8 +956,9 @@ class Holder:
             commit.mail_taken, commit.messages = _as_messages(row, back)
             self._session.submit(commit)
 
-    def _answer_again(self, message: Message, row: RunRow) -> None:
+    async def _answer_again(self, message: Message, row: RunRow) -> None:
         header, now = decode_header(row.header), self._session.now_us()
+        await self._make_known(header)
         commit = Commit(lambda error: self._session.consumed(message))
         commit.inbox = [self._mark(message)]
         if header.parent is not None:
@@ -1049,7 +1061,7 @@ class Holder:
             self._session.consumed(message)
             return
         header = baton.header
-        await self._session.make_known(header.home)
+        await self._make_known(header)
         row = await self._store.run_row(message.to, header.run)
         exists = row is not None
         if row is None:

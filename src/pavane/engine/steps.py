@@ -369,15 +369,22 @@ class Steps:
         if begun is not None and begun.parked is not None:
             return
         row = await self._in_custody(key)
-        if row is not None and await self._session.make_known(unpack(Call, row.call).reply_to):
-            row = await self._in_custody(key)  # it may have changed meanwhile
         if row is not None and row.due_us <= self._session.now_us():
             self.resume(row)
         elif row is not None:
             self._session.parked_timers.schedule(key, row.due_us)
 
     async def _in_custody(self, key: tuple[str, str]) -> ParkedRow | None:
-        """Read the row of a step, unless it changes meanwhile: what was read may then be old."""
+        """Read the row of a step, unless it changes meanwhile: what was read may then be old.
+
+        Whoever asked for the step is known then.
+        """
+        row = await self._row(key)
+        if row is not None and await self._session.make_known(unpack(Call, row.call).reply_to):
+            row = await self._row(key)
+        return row
+
+    async def _row(self, key: tuple[str, str]) -> ParkedRow | None:
         service, id = key
         read = self._reads.setdefault(key, _Read())
         rows = await self._store.parked_of(service, id.rpartition("#")[0])
