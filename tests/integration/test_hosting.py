@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from pavane import App, Limit, Retry, Service, step_info
+import pytest
+
+from pavane import App, EngineConfig, Limit, Retry, Service, step_info
 from tests.integration.world import Place, in_loop, until
 
 AGAIN = Retry(attempts=0, first="200ms", factor=1)
@@ -74,3 +76,40 @@ async def test_one_that_waited_for_a_permit_is_done_where_the_service_is_hosted(
         results = await asyncio.gather(*(client.get(it.id).result(timeout=30) for it in runs))
     assert sorted(results) == ["both", "payments"]
     assert done == [("both", 1), ("payments", 1)]
+
+
+class Clinic:
+    """Who asks for what may be done twice within 400 ms, and who does it, as one process' code."""
+
+    def __init__(self, place: Place, began_s: list[float]) -> None:
+        desk, surgery = Service("desk"), Service("surgery")
+
+        @surgery.step(limit=Limit(rate=2, per="400ms"))
+        async def see() -> None:
+            began_s.append(asyncio.get_running_loop().time())
+
+        @desk.workflow
+        async def visit() -> None:
+            await see()
+
+        self.visit = visit
+        config = EngineConfig(custody_after_s=0.1)
+        self.app = App("clinic", [desk, surgery], store=str(place), config=config)
+
+
+@in_loop
+@pytest.mark.parametrize("after", [["desk", "surgery"], ["desk"]])
+async def test_permits_that_nobody_was_there_to_use_are_not_used_all_at_once(
+    place: Place, after: list[str]
+) -> None:
+    began_s: list[float] = []
+    one, two, three, four = (Clinic(place, began_s) for _ in range(4))
+    async with one.app.worker() as client:
+        runs = [await client.start(one.visit) for _ in range(16)]
+        await asyncio.sleep(0.8)  # those that wait are in custody at the desk
+    async with two.app.worker(["surgery"]):
+        await asyncio.sleep(2.0)
+    async with three.app.worker(["surgery"]), four.app.worker(after) as client:
+        await asyncio.gather(*(client.get(run.id).result(timeout=30) for run in runs))
+    most = max(sum(at <= other < at + 0.39 for other in began_s) for at in began_s)
+    assert most <= 4, began_s  # two anew, and two by permits that are not too old

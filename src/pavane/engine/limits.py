@@ -184,6 +184,16 @@ class Limits:
         self._asked[permit.work] = _Asked(permit, None)
         return True
 
+    def is_stale(self, permit: Permit) -> bool:
+        """Tell whether a permit was given so long ago that it counts no more in the limit's rate.
+
+        They pile up while who decides has a node, and who asked has none.
+        """
+        limit = self._session.registry.limits.get((permit.service, permit.limit))
+        if limit is None or limit.rate is None or not permit.given_us:
+            return False
+        return permit.given_us + round(seconds(limit.per) * 1e6) < self._session.now_us()
+
     def refuse(self, permit: Permit) -> None:
         """Give back, soon, what nobody here knows of.
 
@@ -279,8 +289,12 @@ class Limits:
         else:
             # Its place in the line, which is made of these, and its permit stay.
             permit.asked_us, permit.priority = known.asked_us, known.priority
-            permit.given_us = known.given_us
-            table.permits[permit.work] = permit
+            if self.is_stale(known):
+                table.drop(known)
+                table.wait(permit)
+            else:
+                permit.given_us = known.given_us
+                table.permits[permit.work] = permit
         if permit.given_us:
             self._write(table, [permit], message, [permit])
             return

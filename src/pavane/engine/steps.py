@@ -541,11 +541,14 @@ class Steps:
         )  # fmt: skip
         attempt = self._parked_attempt(row) if row is not None and waits else None
         is_ours = attempt is not None and self._session.hosts(attempt.call.service)
-        if attempt is None or not is_ours or not self._session.limits.hold(permit):
+        is_stale = self._session.limits.is_stale(permit)
+        if attempt is None or not is_ours or is_stale or not self._session.limits.hold(permit):
             self._session.limits.refuse(permit)
             self._session.consumed(message)
             if attempt is not None and not is_ours:
                 self._hand_on(attempt)
+            elif attempt is not None and is_stale:
+                self._begin(attempt)  # it asks again
             return
         self._queued[key] = attempt
         attempt.permit = permit.work
