@@ -35,8 +35,14 @@ class Consumer:
     def add(self, subscription: Subscription) -> None:
         self.subscriptions.append(subscription)
         subscription.live = True  # it has no slots yet
-        for name in subscription.handler.events:
-            self._by_type.setdefault(name, []).append(subscription)
+        self.listen(subscription)
+
+    def listen(self, subscription: Subscription) -> None:
+        """Offer it the events of all types that its handler is for, here or in newer code."""
+        for name in subscription.types:
+            listening = self._by_type.setdefault(name, [])
+            if subscription not in listening:
+                listening.append(subscription)
 
     # -- at the tail ---------------------------------------------------------------------------
 
@@ -121,7 +127,7 @@ class Consumer:
             takeovers = subscription.takeovers
             rows: list[EventRow] = []
             if slots and after < until:
-                types = list(subscription.handler.events)
+                types = subscription.types
                 rows = await self._store.read_events(after, until, PAGE, types, slots)
             upto = rows[-1].pos if len(rows) == PAGE else until
             handled = await self._handled(subscription, after, upto)

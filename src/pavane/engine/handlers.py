@@ -200,6 +200,8 @@ class Handlers:
             for row in await self.store.handler_rows():
                 subscription = self.by_no.get(row.no)
                 if subscription is not None:
+                    subscription.knows_of(row.types)
+                    self.consumer.listen(subscription)
                     self._obey(subscription, row.paused_until_us, row.reason)
 
     def _obey(self, subscription: Subscription, until_us: int, reason: str) -> None:

@@ -85,16 +85,18 @@ class Progress:
     """How far one slot was read (`offered`) and handled: `pending` is not durable yet.
 
     `written` is the cursor in the store; up to `known`, marks and custody of earlier owners count.
-    Once the slot is to leave this node, `limit` is the position up to which it was read.
+    Once the slot is to leave this node, `limit` is the position up to which it was read. `foreign`
+    is the first event that only other code can handle: the cursor stays before it.
     """
 
-    __slots__ = ("known", "limit", "offered", "pending", "written")
+    __slots__ = ("foreign", "known", "limit", "offered", "pending", "written")
 
     def __init__(self, position: int, known: int) -> None:
         self.offered = position
         self.written = position
         self.known = known
         self.limit: int | None = None
+        self.foreign: int | None = None
         self.pending: dict[int, None] = {}
 
 
@@ -117,6 +119,8 @@ class Subscription:
         self.handler = handler
         self.no = row.no
         self.options = handler.options
+        self.foreign: frozenset[str] = frozenset()
+        """Types of events that the handler is for in the newest code, and not in this node's."""
         self.lanes: dict[LaneKey, Lane] = {}
         self.ready: deque[Lane] = deque()
         self.slots: dict[int, Progress] = {}
@@ -142,6 +146,11 @@ class Subscription:
         self._waiting_since_s: float | None = None
         self._hold = False
 
+    @property
+    def types(self) -> list[str]:
+        """The types of events that are offered to it."""
+        return [*self.handler.events, *sorted(self.foreign)]
+
     def variant(self, key: str, id: str) -> Handler:
         """Return the handler that this key is for: a share of the keys may be another's."""
         at = crc32(f"share:{key or id}".encode()) / 2**32
@@ -159,6 +168,9 @@ class Subscription:
         if progress is None or row.pos <= progress.offered or progress.limit is not None:
             return
         progress.offered = row.pos
+        if self.foreign and row.type in self.foreign:
+            progress.foreign = progress.foreign or row.pos
+            return
         progress.pending[row.pos] = None
         self.queued += 1
         key: LaneKey = row.key or row.pos
@@ -334,9 +346,21 @@ class Subscription:
         """Return the position up to which everything in the slot is handled or parked."""
         progress = self.slots[slot]
         if progress.pending:
-            return next(iter(progress.pending)) - 1
-        read = (tail if self.live else self.position) if progress.limit is None else progress.limit
-        return max(progress.written, read)
+            read = next(iter(progress.pending)) - 1
+        elif progress.limit is None:
+            read = tail if self.live else self.position
+        else:
+            read = progress.limit
+        if progress.foreign is not None:
+            read = min(read, progress.foreign - 1)
+        return read if progress.pending else max(progress.written, read)
+
+    def knows_of(self, types: Iterable[str]) -> None:
+        """Leave events of these types that this node's code does not handle to other code."""
+        self.foreign = frozenset(types) - self.handler.events.keys()
+        if not self.foreign:
+            for progress in self.slots.values():
+                progress.foreign = None
 
     def leave(self, slots: set[int], tail: int) -> list[Lane]:
         """Begin nothing more in these slots; return their lanes that are busy."""
