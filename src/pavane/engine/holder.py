@@ -452,6 +452,9 @@ class Holder:
                 held.count = row.entries
                 self._stick(held, reason, kept_journal=True)
             return None
+        for op in execution.pending.values():
+            if op.kind in ("step", "child"):  # should it be given up
+                await self._session.make_known(op.service)
         self.replays += 1
         held = Held(row, header, execution, exists=True)
         held.trail = decode_trail(row.trail)

@@ -435,9 +435,10 @@ class Limits:
         return not self._asked and not self._strays and not self._tables
 
     async def own(self, service: str, targets: Collection[int]) -> None:
-        """Go on with the limits of these partitions: there may be room since for who waits."""
-        if all(declared != service for declared, _ in self._session.registry.limits):
-            return
+        """Go on with the limits of these partitions: there may be room since for who waits.
+
+        Those that are declared no more are among them: nobody needs to wait for these.
+        """
         rows = await self._store.awaits_like(service, LIMIT)
         for limit, key in dict.fromkeys((row.type.removeprefix(LIMIT), row.key) for row in rows):
             place = (service, limit, key)

@@ -305,10 +305,11 @@ class EventTables:
 
     async def awaits_like(self, service: str, types: str) -> list[AwaitRow]:
         sql = (
-            f"SELECT {_AWAIT} FROM pavane.awaits WHERE service = $1 AND starts_with(type, $2)"
+            f"SELECT {_AWAIT} FROM pavane.awaits WHERE service = $1 AND type >= $2 AND type < $3"
             f" ORDER BY at_us, run, id"
         )
-        return [_await(row) for row in await self._rows(sql, service, types)]
+        rows = await self._rows(sql, service, types, f"{types}\U0010ffff")
+        return [_await(row) for row in rows]
 
     async def awaits_of(self, run: str) -> list[AwaitRow]:
         sql = f"SELECT {_AWAIT} FROM pavane.awaits WHERE run = $1 ORDER BY at_us, id"
