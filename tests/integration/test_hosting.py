@@ -98,6 +98,21 @@ class Clinic:
 
 
 @in_loop
+async def test_one_that_is_done_by_its_permit_after_a_restart_is_not_asked_for_again(
+    place: Place,
+) -> None:
+    began_s: list[float] = []
+    before, after = Clinic(place, began_s), Clinic(place, began_s)
+    async with before.app.worker() as client:
+        runs = [await client.start(before.visit) for _ in range(8)]
+        await asyncio.sleep(0.7)  # those that wait are in custody
+    async with after.app.worker() as client:
+        await asyncio.gather(*(client.get(run.id).result(timeout=30) for run in runs))
+        await asyncio.sleep(2.0)
+    assert len(began_s) == len(runs)
+
+
+@in_loop
 @pytest.mark.parametrize("after", [["desk", "surgery"], ["desk"]])
 async def test_permits_that_nobody_was_there_to_use_are_not_used_all_at_once(
     place: Place, after: list[str]

@@ -806,14 +806,37 @@ class Steps:
         unparked: Sequence[tuple[str, str]],
         message: Message | None = None,
     ) -> None:
-        """Deliver a reply: directly to a run held here, else by a message to its holder."""
-        direct = (
-            message is None and (call.reply_to, call.run) in self._session.holder.held
-            and call.op in self._session.holder.held[call.reply_to, call.run].local
-        )  # fmt: skip
+        """Deliver a reply: directly to a run held here, else by a message to its holder.
+
+        A run that is put away, and whose own custody the step was in, is loaded first: without that
+        row it would ask for the step again.
+        """
+        key = (call.reply_to, call.run)
+        target = self._store.target_of(*key)
+        held = self._session.holder.held.get(key)
+        direct = message is None and held is not None and call.op in held.local
+        is_ours = message is None and (call.reply_to, call.id) in unparked
         if direct:
-            self._session.holder.step_done((call.reply_to, call.run), reply, unparked)
-            return
+            self._session.holder.step_done(key, reply, unparked)
+        elif held is None and is_ours and self._session.owns(target):
+            self._session.holder.with_run(
+                *key, partial(self._answer_loaded, call, reply, unparked)
+            )  # fmt: skip
+        else:
+            self._reply(call, reply, unparked, message)
+
+    def _answer_loaded(
+        self, call: Call, reply: Reply, unparked: Sequence[tuple[str, str]], held: Held | None
+    ) -> None:
+        if held is None:
+            self._reply(call, reply, unparked, None)
+        else:
+            self._session.holder.step_done(held.key, reply, unparked)
+
+    def _reply(
+        self, call: Call, reply: Reply, unparked: Sequence[tuple[str, str]], message: Message | None
+    ) -> None:
+        """Answer by a message, which follows a run that has gone on."""
         now = self._session.now_us()
         commit = Commit()
         if message is not None:
