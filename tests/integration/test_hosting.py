@@ -128,3 +128,42 @@ async def test_permits_that_nobody_was_there_to_use_are_not_used_all_at_once(
         await asyncio.gather(*(client.get(run.id).result(timeout=30) for run in runs))
     most = max(sum(at <= other < at + 0.39 for other in began_s) for at in began_s)
     assert most <= 4, began_s  # two anew, and two by permits that are not too old
+
+
+@in_loop
+async def test_the_last_step_of_a_fork_is_not_done_again_when_its_holder_was_away(
+    place: Place,
+) -> None:
+    done: list[str] = []
+    begun, gate = asyncio.Event(), asyncio.Event()
+    desk, surgery = Service("desk"), Service("surgery")
+
+    @desk.step
+    async def note() -> None: ...
+
+    @surgery.step
+    async def operate() -> None:
+        done.append(step_info().idempotency_key)
+        begun.set()
+        await gate.wait()
+
+    @desk.workflow(mode="choreography")
+    async def visit() -> None:
+        await asyncio.gather(note(), operate())
+
+    app = App("clinic", [desk, surgery], store=str(place))
+    async with app.worker(["surgery"]) as client:
+        async with app.worker(["desk"]):
+            run = await client.start(visit)
+            await begun.wait()
+
+            async def noted() -> bool:
+                return len((await run.history()).entries) == 2
+
+            await until(noted)
+        gate.set()
+        await asyncio.sleep(0.3)  # it is answered
+        async with app.worker(["desk"]):
+            await run.result(timeout=30)
+            await asyncio.sleep(0.3)
+    assert done == [f"{run.id}#1"]

@@ -493,6 +493,8 @@ class Holder:
                 held.local.add(op.ordinal)
                 if waits.error == b"null" and waits.due_us > self._session.now_us():
                     held.queued.add(op.ordinal)
+        if entries[-1].what not in ("fork", "rewind"):
+            self._ask_again(held, delivered, unasked)
         self._settle(held, replayed=True, recovered=True)
         return held
 
@@ -522,6 +524,27 @@ class Holder:
                 self._message("retry", f"{child}#retry{era}", service, child, body, now)
                 for child, service in children
             ]
+            self._session.submit(Commit(messages=messages))
+
+    def _ask_again(self, held: Held, delivered: Sequence[Entry], unasked: frozenset[int]) -> None:
+        """Send commands again for steps that were asked for before the last entry, in a fork.
+
+        One that is left alone is awaited: to pass the baton for it would have it done again.
+        """
+        row, now = held.row, self._session.now_us()
+        newest = sum(len(entry.asked) for entry in delivered[:-1])
+        messages: list[Message] = []
+        for op in held.execution.pending.values():
+            is_early = op.kind == "step" and op.ordinal < newest and op.ordinal not in unasked
+            if not is_early or op.sent or op.service == row.service:
+                continue
+            if op.service in self._registry.services:
+                op.sent = True
+                call = self.call(held, op)
+                messages.append(
+                    self._message("command", call.id, op.service, row.id, pack(call), now)
+                )
+        if messages:
             self._session.submit(Commit(messages=messages))
 
     async def _parked_steps(self, held: Held) -> dict[str, ParkedRow]:
