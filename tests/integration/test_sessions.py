@@ -197,13 +197,13 @@ async def test_what_comes_while_a_partition_is_taken_up_is_read(place: Place) ->
 async def test_partitions_with_long_steps_are_served_on_until_these_end(place: Place) -> None:
     begun, may_end = asyncio.Queue[str](), asyncio.Event()
     service, dine = inn(begun, may_end)
-    config = EngineConfig(grace_s=0)
+    config = EngineConfig(lease_s=PATIENT_S, grace_s=0)
     async with App("inn", [service], store=str(place), config=config).worker() as first:
         roasts = [await first.start(dine, "roast", id=f"roast-{n}") for n in range(4)]
         busy = {first.store.target_of("inn", run.id) for run in roasts}
         for _ in roasts:
             assert await begun.get() == "roast"
-        async with App("inn", [service], store=str(place)).worker() as second:
+        async with App("inn", [service], store=str(place), config=config).worker() as second:
 
             async def is_shared() -> bool:
                 return len(session_of(second).owned) >= 16 - len(busy)
