@@ -278,7 +278,7 @@ def partitions_stolen_from_their_owner() -> Iterator[None]:
         yield
 
 
-@planted("bank")
+@planted("harbour")
 def release_before_it_is_written() -> Iterator[None]:
     """Hand a partition over while what was done in it is still on its way to the store."""
 

@@ -15,6 +15,7 @@ from pavane.core.envelope import operation_id
 from pavane.core.execution import rebuilt
 from pavane.core.journal import decode_chunk, eras, resumed_us
 from pavane.engine.held import decode_header
+from pavane.engine.steps import Attempt
 from pavane.errors import PavaneError
 from pavane.service import current_step
 from pavane.stores.memory import SLOTS
@@ -72,21 +73,23 @@ class Ledger:
         A process that lost its lease may be in the middle of an attempt, and not know it yet.
         """
         mine = [n for n in self._data.nodes.values() if (n.host, n.pid) == (by.host, by.pid)]
-        step = current_step.get()
-        if step is not None and any(step.info().service not in node.services for node in mine):
+        attempt = current_step.get()
+        if attempt is not None and any(
+            attempt.info().service not in node.services for node in mine
+        ):
             self.wrong.append(
                 f"{by.name} did {request.key}, a step of a service that it does not host."
             )
         journalled_us = self._journalled.get(request.key)
-        if journalled_us is None:
+        if journalled_us is None or not mine:
             return
         late_us = self._database.clock.now_us - journalled_us
-        for node in mine:
-            if late_us > ATTEMPT_MAX_US or node.joined_us > journalled_us:
-                self.wrong.append(
-                    f"{by.name} did {request.key} again, {late_us / 1e6:.3f} s after its result "
-                    f"was journalled."
-                )
+        begun_us = attempt.started_us - by.skew_us if isinstance(attempt, Attempt) else 0
+        if late_us > ATTEMPT_MAX_US or begun_us > journalled_us:
+            self.wrong.append(
+                f"{by.name} did {request.key} again, {late_us / 1e6:.3f} s after its result was "
+                f"journalled."
+            )
 
     def _watch(
         self, batch: Sequence[Commit], fence: Fence | None, results: Sequence[PavaneError | None]
