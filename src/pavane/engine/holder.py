@@ -540,10 +540,7 @@ class Holder:
                 continue
             if op.service in self._registry.services:
                 op.sent = True
-                call = self.call(held, op)
-                messages.append(
-                    self._message("command", call.id, op.service, row.id, pack(call), now)
-                )
+                messages.append(self._command(self.call(held, op), now))
         if messages:
             self._session.submit(Commit(messages=messages))
 
@@ -1362,6 +1359,9 @@ class Holder:
     ) -> Message:
         return Message(kind, id, to, run, body, at_us, self._store.target_of(to, run), 0, live)
 
+    def _command(self, call: Call, now: int) -> Message:
+        return self._message("command", call.id, call.service, call.run, pack(call), now)
+
     def _published(self, held: Held, op: Operation, now: int) -> EventRow:
         header = held.header
         return event_row(
@@ -1436,10 +1436,7 @@ class Holder:
                     held.local.add(op.ordinal)
                     launch.append(op)
                 else:
-                    call = self.call(held, op)
-                    messages.append(
-                        self._message("command", call.id, op.service, row.id, pack(call), now)
-                    )
+                    messages.append(self._command(self.call(held, op), now))
             elif op.kind == "child":
                 parent = Parent(row.id, op.ordinal, row.service, held.header.era)
                 messages.append(self._start_child(held, op, parent, now))
@@ -1940,9 +1937,7 @@ class Holder:
                 return
             held.local.discard(call.op)
             held.queued.discard(call.op)
-            now = self._session.now_us()
-            message = self._message("command", call.id, call.service, call.run, pack(call), now)
-            self._commit(held, [message], unparked)
+            self._commit(held, [self._command(call, self._session.now_us())], unparked)
 
         self.with_run(call.reply_to, call.run, ask)
 

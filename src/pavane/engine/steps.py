@@ -336,17 +336,17 @@ class Steps:
             return
         if key in self._changing or not self._session.owns(parked.target):
             return
-        attempt = self._parked_attempt(parked)
+        self._go_on(self._parked_attempt(parked))
+
+    def _go_on(self, attempt: Attempt) -> None:
+        """Make the next attempt at a step in custody, or ask its service for it.
+
+        It may have been begun by a node that hosts both. Its code may be here as well, but not what
+        that needs.
+        """
         if self._session.hosts(attempt.call.service):
             self._begin(attempt)
-        else:
-            self._hand_on(attempt)
-
-    def _hand_on(self, attempt: Attempt) -> None:
-        """Ask the service of a step for the next attempt: it was begun by a node that hosts both.
-
-        The code may be here as well, but not what it needs.
-        """
+            return
         call = msgspec.structs.replace(
             attempt.call, attempt=attempt.number, began_us=attempt.began_us,
             beat=Raw(attempt.details), deaths=attempt.parked.deaths if attempt.parked else 0,
@@ -540,15 +540,14 @@ class Steps:
             and row.due_us > self._session.now_us()
         )  # fmt: skip
         attempt = self._parked_attempt(row) if row is not None and waits else None
-        is_ours = attempt is not None and self._session.hosts(attempt.call.service)
-        is_stale = self._session.limits.is_stale(permit)
-        if attempt is None or not is_ours or is_stale or not self._session.limits.hold(permit):
+        asks_again = attempt is not None and (
+            not self._session.hosts(attempt.call.service) or self._session.limits.is_stale(permit)
+        )
+        if attempt is None or asks_again or not self._session.limits.hold(permit):
             self._session.limits.refuse(permit)
             self._session.consumed(message)
-            if attempt is not None and not is_ours:
-                self._hand_on(attempt)
-            elif attempt is not None and is_stale:
-                self._begin(attempt)  # it asks again
+            if attempt is not None and asks_again:
+                self._go_on(attempt)
             return
         self._queued[key] = attempt
         attempt.permit = permit.work
@@ -812,13 +811,12 @@ class Steps:
         row it would ask for the step again.
         """
         key = (call.reply_to, call.run)
-        target = self._store.target_of(*key)
         held = self._session.holder.held.get(key)
         direct = message is None and held is not None and call.op in held.local
         is_ours = message is None and (call.reply_to, call.id) in unparked
         if direct:
             self._session.holder.step_done(key, reply, unparked)
-        elif held is None and is_ours and self._session.owns(target):
+        elif held is None and is_ours and self._session.owns(self._store.target_of(*key)):
             self._session.holder.with_run(
                 *key, partial(self._answer_loaded, call, reply, unparked)
             )  # fmt: skip
